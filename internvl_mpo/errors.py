@@ -1,0 +1,30 @@
+"""The one exception for what a user can get wrong, and the door every program leaves by."""
+
+import sys
+from collections.abc import Callable
+
+EXIT_BAD_INPUT = 2
+
+
+class BadInputError(ValueError):
+    """Input a user can put right. The message is one sentence that names the offender and the way out."""
+
+
+def run_program(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Run a program's `main(argv)`; a `BadInputError` becomes one line on stderr and exit code 2.
+
+    Args:
+        main: takes the command-line arguments without the program name, returns an exit code or None for 0.
+        argv: the arguments; None means those of this process.
+
+    Returns:
+        The exit code, for `sys.exit`.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except BadInputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; finished work is kept, the same command goes on from there", file=sys.stderr)
+        return 130

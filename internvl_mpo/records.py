@@ -1,0 +1,264 @@
+"""The rows that move between programs: Question -> Response -> PreferencePair, and the JSONL files they live in.
+
+On disk a row is one JSON object per line in MMPR's own form, so that official annotation files are read as they are:
+
+    {"image": "a.png", "question": "...", "chosen": "...", "rejected": "...", "answer_gt": "12", "id": "9c0e...", ...}
+
+`image` is a string, a list of strings, or absent (a text-only row). Our files add `id`, `source`, `rule` and
+`provenance`; readers of MMPR ignore them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+from internvl_mpo.errors import BadInputError
+
+RULES = ("correctness", "format", "direct", "dropout_ntp", "prefix_with_image", "vote", "other")
+
+
+class RowError(BadInputError):
+    """One row is unusable; `reason` says why without the position in the file."""
+
+    def __init__(self, reason: str, where: str = ""):
+        super().__init__(f"{where}: {reason}" if where else reason)
+        self.reason = reason
+
+
+def content_id(*parts: Any) -> str:
+    """Return a stable 16-digit hexadecimal id of JSON-able parts; equal parts give equal ids on every machine."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What the three kinds of row share: pictures, a question, and where it came from.
+
+    Attributes:
+        images: paths relative to an image root, in the order of the question's `<image>` placeholders; may be empty.
+        question: the user's text as the model reads it; a single-image question may leave `<image>` out.
+        answer: ground truth, or None where there is none.
+        source: name of the data set the question comes from.
+        provenance: how the row was made (model, revision, sampler settings, seed, ...).
+        id: hash of the content unless given.
+    """
+
+    images: tuple[str, ...] = ()
+    question: str
+    answer: str | None = None
+    source: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+    _text_keys: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(self.images))
+        if not self.question.strip():
+            raise RowError("the question is empty")
+        if not self.id:
+            texts = [getattr(self, key) for key in self._text_keys]
+            object.__setattr__(self, "id", content_id(self.images, self.question, self.answer, *texts))
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], *, source: str = "", where: str = "") -> Self:
+        """Build the row from a JSON object.
+
+        Args:
+            row: keys as on disk; unknown keys are kept under `provenance`.
+            source: used where the row names none.
+            where: `file:line` for messages.
+
+        Raises:
+            RowError: a key is missing or has the wrong type; the message starts with `where`.
+        """
+        values: dict[str, Any] = {"source": row.get("source") or source}
+        try:
+            values["images"] = _images(row)
+            values["question"] = _text(row, "question")
+            answer = row.get("answer_gt", row.get("answer"))
+            values["answer"] = None if answer is None else str(answer)
+            values["id"] = str(row.get("id") or "")
+            values["provenance"] = _provenance(row)
+            for key in cls._text_keys:
+                values[key] = _text(row, key)
+            if "rule" in {f.name for f in dataclasses.fields(cls)} and row.get("rule"):
+                values["rule"] = _text(row, "rule")
+            if "question_id" in {f.name for f in dataclasses.fields(cls)}:
+                values["question_id"] = _text(row, "question_id")
+            return cls(**values)
+        except RowError as error:
+            raise RowError(error.reason, where) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as it is written; `from_json` of it gives an equal row."""
+        out: dict[str, Any] = {"id": self.id}
+        if self.images:
+            out["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
+        out["question"] = self.question
+        for key in self._text_keys:
+            out[key] = getattr(self, key)
+        if self.answer is not None:
+            out["answer_gt"] = self.answer
+        if self.source:
+            out["source"] = self.source
+        for key in ("rule", "question_id"):
+            if getattr(self, key, ""):
+                out[key] = getattr(self, key)
+        if self.provenance:
+            out["provenance"] = dict(self.provenance)
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question(Row):
+    """A question to be answered, with or without a ground truth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response(Row):
+    """One answer of one model to one question; `question` is the text as it was asked, prompt style included."""
+
+    question_id: str
+    response: str
+    _text_keys: ClassVar[tuple[str, ...]] = ("response",)
+
+    def __post_init__(self) -> None:
+        if not self.id:  # equal texts drawn with different seeds are different samples
+            key = content_id(self.question_id, self.question, self.response, dict(self.provenance))
+            object.__setattr__(self, "id", key)
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencePair(Row):
+    """One row of MMPR: the chosen response is preferred over the rejected one.
+
+    Attributes:
+        rule: why it is preferred, one of `RULES`.
+    """
+
+    chosen: str
+    rejected: str
+    rule: str = "other"
+    _text_keys: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+
+    def __post_init__(self) -> None:
+        for key in ("chosen", "rejected"):
+            if not getattr(self, key).strip():
+                raise RowError(f"'{key}' is empty")
+        if self.chosen == self.rejected:
+            raise RowError("'chosen' equals 'rejected', so there is nothing to prefer")
+        if self.rule not in RULES:
+            raise RowError(f"'rule' is '{self.rule}', expected one of {', '.join(RULES)}")
+        super().__post_init__()
+
+    @property
+    def group_key(self) -> str:
+        """Pairs with the same key share images and prompt."""
+        return content_id(self.images, self.question)
+
+
+R = TypeVar("R", bound=Row)
+
+
+def iter_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (`file:line`, object) of a JSONL file; blank lines are passed over.
+
+    Raises:
+        BadInputError: the file cannot be read.
+        RowError: a line is not a JSON object.
+    """
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise RowError(f"not valid JSON ({error.msg} at column {error.colno})", where) from error
+                if not isinstance(row, dict):
+                    raise RowError(f"expected a JSON object, found {type(row).__name__}", where)
+                yield where, row
+    except OSError as error:
+        raise BadInputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+def read_rows(path: str | Path, cls: type[R], *, source: str = "") -> list[R]:
+    """Return all rows of a JSONL file; the first bad one raises with file and line."""
+    return [cls.from_json(row, source=source, where=where) for where, row in iter_jsonl(path)]
+
+
+def write_rows(rows: Iterable[Row], path: str | Path) -> int:
+    """Write rows as JSONL and return their number; the file appears whole or not at all."""
+    count = 0
+    with atomic_writer(path) as out:
+        for row in rows:
+            out.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+class atomic_writer:  # noqa: N801 - used as a context manager function
+    """`with atomic_writer(path) as file:` writes text to a neighbour file and renames it when the block succeeds."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __enter__(self) -> Any:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        os.fchmod(handle, 0o644)
+        self.file = os.fdopen(handle, "w", encoding="utf-8")
+        return self.file
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            os.unlink(self.temporary)
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    if key not in row:
+        raise RowError(f"key '{key}' is missing")
+    if not isinstance(row[key], str):
+        raise RowError(f"key '{key}' must be text, found {type(row[key]).__name__}")
+    return row[key]
+
+
+def _images(row: Mapping[str, Any]) -> tuple[str, ...]:
+    images = row.get("image", row.get("images"))
+    if images is None or images == "":
+        return ()
+    if isinstance(images, str):
+        return (images,)
+    if isinstance(images, list) and all(isinstance(image, str) for image in images):
+        return tuple(images)
+    raise RowError("key 'image' must be text or a list of texts")
+
+
+_KNOWN = {"id", "image", "images", "question", "answer", "answer_gt", "source", "rule", "question_id"}
+
+
+def _provenance(row: Mapping[str, Any]) -> dict[str, Any]:
+    known = _KNOWN | {"chosen", "rejected", "response", "provenance"}
+    given = row.get("provenance") or {}
+    if not isinstance(given, dict):
+        raise RowError("key 'provenance' must be an object")
+    return {**given, **{key: value for key, value in row.items() if key not in known}}

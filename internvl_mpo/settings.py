@@ -1,0 +1,274 @@
+"""Settings of the programs: a dataclass, a YAML file, overrides on the command line.
+
+A program declares one dataclass; every field has a type, a default (or none, which makes it required) and a help text:
+
+    @dataclass
+    class Settings:
+        model: str = setting(help="folder or Hub id of the model that answers")
+        num_samples: int = setting(8, help="responses per question")
+
+    settings = parse_settings(Settings, argv, program="sample_responses.py", about=__doc__)
+
+`--config FILE.yaml` gives values, `--key value` overrides them. Unknown keys, missing keys and wrong types are refused
+with the key, the value and what was expected, before anything else happens.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import enum
+import os
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from internvl_mpo.errors import BadInputError
+
+T = TypeVar("T")
+
+
+def setting(default: Any = dataclasses.MISSING, *, help: str) -> Any:
+    """Return a dataclass field with a help text; mutable defaults are copied for each instance."""
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse_settings(cls: type[T], argv: Sequence[str], *, program: str, about: str, config: bool = True) -> T:
+    """Read `cls` from `--config` and `--key value` pairs.
+
+    Args:
+        cls: the settings dataclass; values it refuses itself in `__post_init__` should raise `BadInputError`.
+        argv: command-line arguments without the program name. Empty prints how to use the program and exits with 2.
+        program: file name for the usage line.
+        about: text of `--help`; its first paragraph says what the program does, an example follows.
+        config: whether `--config` is offered.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        BadInputError: unknown key, missing key, wrong type, unreadable YAML.
+    """
+    fields = _fields(cls)
+    parser = argparse.ArgumentParser(
+        prog=f"python {program}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    if config:
+        parser.add_argument("--config", metavar="FILE.yaml", help="settings file; options given beside it win")
+    for name, field in fields.items():
+        if field.metadata.get("help"):
+            parser.add_argument(f"--{name}", metavar="VALUE", help=_help(field), nargs="?", const="true")
+    if not argv:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    known, rest = parser.parse_known_args(list(argv))
+    given = dict(vars(known))
+    values: dict[str, Any] = {}
+    path = given.pop("config", None)
+    if path is not None:
+        values.update(read_yaml(path))
+    values.update(given)
+    values.update(_overrides(rest))
+    return build_settings(cls, values, where=f"{path or 'command line'}")
+
+
+def build_settings(cls: type[T], values: Mapping[str, Any], *, where: str = "settings") -> T:
+    """Check `values` against the fields of `cls` and return an instance; see `parse_settings`."""
+    fields = _fields(cls)
+    unknown = [key for key in values if key not in fields]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], fields, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else "; --help lists the keys"
+        raise BadInputError(f"unknown setting '{unknown[0]}' ({where}){hint}")
+    missing = [name for name, field in fields.items() if _required(field) and values.get(name) is None]
+    if missing:
+        names = ", ".join(f"'{name}'" for name in missing)
+        raise BadInputError(
+            f"missing setting {names} ({where}); give --{missing[0]} VALUE or add it to the config file"
+        )
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: coerce(value, hints[key], key, where) for key, value in values.items()})
+
+
+def coerce(value: Any, hint: Any, key: str, where: str) -> Any:
+    """Return `value` as type `hint`; strings from the command line are read as YAML scalars, nothing else is guessed."""
+    options = _union(hint)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "") and str not in options):
+        if type(None) in options:
+            return None
+        raise BadInputError(f"setting '{key}' is empty ({where}); expected {_spell(hint)}")
+    for option in options:
+        converted, ok = _convert(value, option)
+        if ok:
+            return converted
+    raise BadInputError(f"setting '{key}' is {value!r} ({where}); expected {_spell(hint)}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        BadInputError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInputError(f"cannot read config file {path}: {error.strerror}") from error
+    try:
+        loaded = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise BadInputError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(loaded, dict):
+        raise BadInputError(f"{path} must hold 'key: value' lines, found a {type(loaded).__name__}")
+    return loaded
+
+
+def write_settings(settings: Any, path: str | Path) -> None:
+    """Save a settings dataclass as YAML, so that the run can be repeated with `--config`."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: _plain(getattr(settings, name)) for name in _fields(type(settings))}
+    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def show_settings(settings: Any, title: str) -> str:
+    """Return a printable table of the resolved settings, `key  value` per line."""
+    rows = [(name, _plain(getattr(settings, name))) for name in _fields(type(settings))]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title] + [f"  {name:<{width}}  {'-' if value is None else value}" for name, value in rows])
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(cls) if field.init}
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _help(field: dataclasses.Field) -> str:
+    text = field.metadata["help"].replace("%", "%%")
+    if _required(field):
+        return f"{text} (required)"
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    return f"{text} (default: {'-' if default in (None, '', [], {}) else default})"
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, str]:
+    """`--key value` and `--key=value` pairs that have no help text of their own; their names are checked later."""
+    values: dict[str, str] = {}
+    position = 0
+    while position < len(rest):
+        word = rest[position]
+        if not word.startswith("--"):
+            raise BadInputError(f"unexpected argument '{word}'; settings are given as --key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            following = rest[position + 1] if position + 1 < len(rest) else None
+            if following is None or following.startswith("--"):
+                value = "true"
+            else:
+                value = following
+                position += 1
+        values[key] = value
+        position += 1
+    return values
+
+
+def _union(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(part for option in typing.get_args(hint) for part in _union(option))
+    return (hint,)
+
+
+def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
+    """One type at a time: (converted value, True) or (None, False)."""
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return value, True
+    if origin is Literal:
+        choices = {str(choice): choice for choice in typing.get_args(hint)}
+        return choices.get(str(value)), str(value) in choices
+    if origin in (list, tuple, Sequence, dict) or hint in (list, tuple, dict):
+        return _convert_collection(value, hint, origin or hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        members = {str(member.value): member for member in hint}
+        return members.get(str(value)), str(value) in members
+    if hint is bool:
+        words = {"true": True, "yes": True, "false": False, "no": False, "1": True, "0": False}
+        if isinstance(value, bool):
+            return value, True
+        return words.get(str(value).lower()), isinstance(value, str) and value.lower() in words
+    if hint in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            return None, False
+        try:  # YAML reads 5e-6 as a string; float() takes both spellings
+            number = float(value)
+        except ValueError:
+            return None, False
+        if hint is int:
+            return (int(number), True) if number.is_integer() else (None, False)
+        return number, True
+    if hint is str:
+        return (str(value), True) if isinstance(value, (str, int, float, os.PathLike)) else (None, False)
+    if isinstance(hint, type) and isinstance(value, hint):
+        return value, True
+    return None, False
+
+
+def _convert_collection(value: Any, hint: Any, kind: Any) -> tuple[Any, bool]:
+    if isinstance(value, str):
+        if kind is dict or value.lstrip().startswith(("[", "{")):
+            try:
+                value = yaml.safe_load(value)
+            except yaml.YAMLError:
+                return None, False
+        else:
+            value = [part.strip() for part in value.split(",") if part.strip()]
+    if kind is dict:
+        return (value, True) if isinstance(value, dict) else (None, False)
+    if not isinstance(value, (list, tuple)):
+        return None, False
+    inner = (typing.get_args(hint) or (Any,))[0]
+    items = [next((c for c, ok in (_convert(item, o) for o in _union(inner)) if ok), None) for item in value]
+    if any(item is None for item in items):
+        return None, False
+    return (tuple(items) if kind is tuple else items), True
+
+
+def _spell(hint: Any) -> str:
+    """A type as a user would say it."""
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    spelled = []
+    for option in _union(hint):
+        origin = typing.get_origin(option)
+        if origin is Literal:
+            spelled.append("one of " + ", ".join(str(choice) for choice in typing.get_args(option)))
+        elif origin in (list, tuple, Sequence) or option in (list, tuple):
+            spelled.append("a list")
+        elif isinstance(option, type) and issubclass(option, enum.Enum):
+            spelled.append("one of " + ", ".join(str(member.value) for member in option))
+        else:
+            spelled.append(names.get(option, getattr(option, "__name__", str(option))))
+    return " or ".join(spelled)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
