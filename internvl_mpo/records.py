@@ -8,15 +8,15 @@ On disk a row is one JSON object per line in MMPR's own form, so that official a
 `provenance`; readers of MMPR ignore them.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import IO, Any, ClassVar, Self, TypeVar
 
 from internvl_mpo.errors import BadInputError
 
@@ -210,28 +210,20 @@ def write_rows(rows: Iterable[Row], path: str | Path) -> int:
     return count
 
 
-class atomic_writer:  # noqa: N801 - used as a context manager function
-    """`with atomic_writer(path) as file:` writes text to a neighbour file and renames it when the block succeeds."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def __enter__(self) -> Any:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.fchmod(handle, 0o644)
-        self.file = os.fdopen(handle, "w", encoding="utf-8")
-        return self.file
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            os.unlink(self.temporary)
+@contextlib.contextmanager
+def atomic_writer(path: str | Path) -> Iterator[IO[str]]:
+    """Open a text file that appears under `path` only when the block succeeds, flushed to the disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:

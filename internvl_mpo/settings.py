@@ -101,15 +101,18 @@ def build_settings(cls: type[T], values: Mapping[str, Any], *, where: str = "set
 
 
 def coerce(value: Any, hint: Any, key: str, where: str) -> Any:
-    """Return `value` as type `hint`; strings from the command line are read as YAML scalars, nothing else is guessed."""
+    """Return `value` as type `hint`; command-line text is read as the type asked for, nothing else is guessed.
+
+    `none`, `null` and an empty text mean None where None is allowed and no other choice is spelled that way.
+    """
     options = _union(hint)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "") and str not in options):
-        if type(None) in options:
-            return None
-        raise BadInputError(f"setting '{key}' is empty ({where}); expected {_spell(hint)}")
-    for option in options:
-        converted, ok = _convert(value, option)
-        if ok:
+    choices = [option for option in options if option is not type(None)]
+    nothing = value is None or (isinstance(value, str) and value.lower() in ("none", "null", ""))
+    if nothing and type(None) in options and not any(_convert(value, c)[1] for c in choices if c is not str):
+        return None
+    for choice in choices:
+        converted, ok = _convert(value, choice)
+        if ok and not (nothing and choice is str):
             return converted
     raise BadInputError(f"setting '{key}' is {value!r} ({where}); expected {_spell(hint)}")
 

@@ -1,0 +1,320 @@
+"""Mixed Preference Optimization (arXiv 2411.10442): three terms on a few small tensors.
+
+    loss = mean over pairs of  w_p * preference + w_q * quality + w_g * generation        (section 4.1 of the paper)
+
+    preference   which of two responses is better    DPO  -logsigmoid(beta (D_c - D_r))
+    quality      how good each one is by itself      BCO  -logsigmoid(beta D_c - shift) - logsigmoid(shift - beta D_r)
+    generation   how to write the chosen one         SFT  -logp_policy(chosen) / number of its scored tokens
+
+with D = logp_policy - logp_reference of one response. Log-probs are **sums** over the scored tokens of a response: its
+text and its end-of-turn token. Every other published variant is a different formula in the same three places.
+
+Nothing here knows of models, files or trainers. P is the number of pairs.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Preference = Literal["dpo", "ipo", "cdpo", "robust_dpo", "rso", "sppo", "aot", "orpo", "none"]
+Quality = Literal["bco", "none"]
+Generation = Literal["sft", "sft_token", "none"]
+ShiftMode = Literal["previous", "inclusive", "ema", "none"]
+
+
+class MPOLoss(NamedTuple):
+    """What `mpo_loss` returns; terms are unweighted, rewards are detached.
+
+    Attributes:
+        loss: scalar to differentiate.
+        preference: (P,) preference term of each pair.
+        quality: (P,) quality term of each pair.
+        generation: (P,) generation term of each pair.
+        chosen_rewards: (P,) beta * D_c.
+        rejected_rewards: (P,) beta * D_r.
+    """
+
+    loss: Tensor
+    preference: Tensor
+    quality: Tensor
+    generation: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+def mpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor | None,
+    reference_rejected_logps: Tensor | None,
+    chosen_lengths: Tensor,
+    *,
+    beta: float = 0.1,
+    weights: tuple[float, float, float] = (0.8, 0.2, 1.0),
+    shift: float | Tensor = 0.0,
+    preference: Preference = "dpo",
+    quality: Quality = "bco",
+    generation: Generation = "sft",
+    label_smoothing: float = 0.0,
+    rejected_lengths: Tensor | None = None,
+    num_pairs: int | Tensor | None = None,
+    num_chosen_tokens: int | Tensor | None = None,
+) -> MPOLoss:
+    """Return the MPO loss of some pairs, its terms and the implicit rewards.
+
+    `num_pairs` and `num_chosen_tokens` describe the whole optimizer step of which these pairs are a part. The losses of
+    the parts then add up to the loss of the step, so that loss and gradient do not depend on how it is split.
+
+    Args:
+        policy_chosen_logps: summed log-probs of the chosen responses under the policy. Shape: (P,)
+        policy_rejected_logps: the same for the rejected responses. Shape: (P,)
+        reference_chosen_logps: the same under the frozen reference; None if no term needs it. Shape: (P,)
+        reference_rejected_logps: the same for the rejected responses. Shape: (P,)
+        chosen_lengths: scored tokens of each chosen response. Shape: (P,)
+        beta: strength of the pull towards the reference; as beta -> 0 the reference stops to matter.
+        weights: (w_p, w_q, w_g).
+        shift: delta of the quality term, see `RewardShift`.
+        preference: formula of the preference term, see `preference_term`.
+        quality: "bco" or "none".
+        generation: "sft" is the paper's mean per response; "sft_token" is one mean over all chosen tokens of the step,
+            as in the original program; "none" leaves it out.
+        label_smoothing: share of pairs believed to be labelled the wrong way round (cdpo, robust_dpo).
+        rejected_lengths: scored tokens of each rejected response, needed by ipo and orpo. Shape: (P,)
+        num_pairs: pairs in the whole step; None means P.
+        num_chosen_tokens: chosen tokens in the whole step (sft_token); None means the sum of `chosen_lengths`.
+
+    Raises:
+        ValueError: unknown variant, missing reference or lengths, or a response without scored tokens.
+    """
+    _check_choice("preference", preference, Preference)
+    _check_choice("quality", quality, Quality)
+    _check_choice("generation", generation, Generation)
+    if bool((chosen_lengths < 1).any()):
+        raise ValueError("a chosen response has no scored token; every response must keep at least one")
+    policy_chosen, policy_rejected = _wide(policy_chosen_logps), _wide(policy_rejected_logps)
+    zeros = torch.zeros_like(policy_chosen)
+
+    if reference_chosen_logps is None or reference_rejected_logps is None:
+        if needs_reference(preference, quality):
+            raise ValueError(f"preference '{preference}' with quality '{quality}' needs reference log-probs")
+        chosen_logratios = rejected_logratios = zeros
+    else:
+        chosen_logratios = policy_chosen - _wide(reference_chosen_logps)  # D_c
+        rejected_logratios = policy_rejected - _wide(reference_rejected_logps)  # D_r
+    chosen_rewards, rejected_rewards = beta * chosen_logratios, beta * rejected_logratios
+
+    preference_losses = zeros
+    if preference != "none":
+        preference_losses = preference_term(
+            preference,
+            chosen_logratios,
+            rejected_logratios,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            policy_logps=(policy_chosen, policy_rejected),
+            lengths=(chosen_lengths, rejected_lengths),
+        )
+    quality_losses = quality_term(chosen_rewards, rejected_rewards, shift) if quality == "bco" else zeros
+
+    step_pairs = len(policy_chosen) if num_pairs is None else num_pairs
+    generation_losses = zeros
+    if generation == "sft":
+        generation_losses = -policy_chosen / chosen_lengths
+    elif generation == "sft_token":  # scaled so that its mean over pairs is the mean over tokens
+        step_tokens = chosen_lengths.sum() if num_chosen_tokens is None else num_chosen_tokens
+        generation_losses = -policy_chosen * step_pairs / step_tokens
+
+    w_p, w_q, w_g = weights
+    per_pair = w_p * preference_losses + w_q * quality_losses + w_g * generation_losses
+    return MPOLoss(
+        loss=per_pair.sum() / step_pairs,
+        preference=preference_losses,
+        quality=quality_losses,
+        generation=generation_losses,
+        chosen_rewards=chosen_rewards.detach(),
+        rejected_rewards=rejected_rewards.detach(),
+    )
+
+
+def needs_reference(preference: Preference, quality: Quality) -> bool:
+    """Say whether a mix of terms compares the policy with a reference; ORPO and plain SFT do not."""
+    return preference not in ("orpo", "none") or quality != "none"
+
+
+def preference_term(
+    kind: Preference,
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    policy_logps: tuple[Tensor, Tensor] | None = None,
+    lengths: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    """Return the preference loss of each pair. Shape: (P,)
+
+    With x = beta (D_c - D_r) and eps = `label_smoothing`:
+
+    - dpo (arXiv 2305.18290): -logsigmoid(x)
+    - cdpo: -(1-eps) logsigmoid(x) - eps logsigmoid(-x)
+    - robust_dpo (arXiv 2403.00409): [-(1-eps) logsigmoid(x) + eps logsigmoid(-x)] / (1 - 2 eps)
+    - rso (arXiv 2309.06657): the hinge max(0, 1 - x)
+    - ipo (arXiv 2310.12036): (D_c/|c| - D_r/|r| - 1/(2 beta))^2, log-ratios per token as in TRL
+    - sppo (arXiv 2405.00675): (D_c - 1/(2 beta))^2 + (D_r + 1/(2 beta))^2
+    - aot (arXiv 2406.05882, paired): DPO between the sorted policy margins and the sorted reference margins. The sort
+      runs over the pairs of one call, so this term alone depends on how a step is split.
+    - orpo (arXiv 2403.07691): -logsigmoid(log odds ratio of the per-token probabilities); no reference
+
+    Args:
+        kind: one of the names above.
+        chosen_logratios: D_c. Shape: (P,)
+        rejected_logratios: D_r. Shape: (P,)
+        beta: as in `mpo_loss`.
+        label_smoothing: as in `mpo_loss`.
+        policy_logps: chosen and rejected log-probs under the policy (aot, orpo). Shape: 2 x (P,)
+        lengths: scored tokens of chosen and rejected (ipo, orpo). Shape: 2 x (P,)
+
+    Raises:
+        ValueError: the kind needs something that was not given, or `label_smoothing` has no meaning for it.
+    """
+    if kind in ("ipo", "orpo") and (lengths is None or lengths[1] is None):
+        raise ValueError(f"preference '{kind}' needs the lengths of both responses")
+    if kind == "robust_dpo" and not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"robust_dpo divides by 1 - 2 * label_smoothing, so {label_smoothing} must be below 0.5")
+    margins = beta * (chosen_logratios - rejected_logratios)
+    match kind:
+        case "dpo":
+            return -F.logsigmoid(margins)
+        case "cdpo":
+            return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+        case "robust_dpo":
+            kept, flipped = F.logsigmoid(margins), F.logsigmoid(-margins)
+            return (-(1 - label_smoothing) * kept + label_smoothing * flipped) / (1 - 2 * label_smoothing)
+        case "rso":
+            return F.relu(1 - margins)
+        case "ipo":
+            per_token = chosen_logratios / lengths[0] - rejected_logratios / lengths[1]
+            return (per_token - 1 / (2 * beta)) ** 2
+        case "sppo":
+            return (chosen_logratios - 1 / (2 * beta)) ** 2 + (rejected_logratios + 1 / (2 * beta)) ** 2
+        case "aot":
+            policy_margins = policy_logps[0] - policy_logps[1]
+            reference_margins = policy_margins - (chosen_logratios - rejected_logratios)
+            gaps = policy_margins.sort().values - reference_margins.detach().sort().values
+            return -F.logsigmoid(beta * gaps)
+        case "orpo":
+            chosen, rejected = policy_logps[0] / lengths[0], policy_logps[1] / lengths[1]
+            return -F.logsigmoid((chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected)))
+        case _:
+            raise ValueError(f"unknown preference '{kind}'")
+
+
+def quality_term(chosen_rewards: Tensor, rejected_rewards: Tensor, shift: float | Tensor) -> Tensor:
+    """Return the BCO loss of each pair (arXiv 2404.04656): a classifier of good and bad around `shift`. Shape: (P,)"""
+    return -F.logsigmoid(chosen_rewards - shift) - F.logsigmoid(-(rejected_rewards - shift))
+
+
+class RewardShift:
+    """delta of the quality term: a running mean of rewards that goes into the loss as a constant.
+
+    Modes:
+
+    - previous (default, the paper's "moving average of previous rewards"): mean over the rewards of all pairs of
+      earlier optimizer steps. Call `update` once after each optimizer step, with the rewards of the step.
+    - inclusive (the original program): each micro-batch of each rank contributes the mean of its rewards with equal
+      weight, however many pairs it has. Call `update` with each micro-batch **before** its loss is computed.
+    - ema (as in NeMo-RL): exponential moving average of the mean reward of earlier steps, starting at the first one.
+    - none (TRL since 0.29): always 0.
+
+    When torch.distributed is initialised, `update` is a collective and the value is equal on all ranks.
+    """
+
+    def __init__(self, mode: ShiftMode = "previous", momentum: float = 0.99):
+        """Start at 0.
+
+        Args:
+            mode: see the class.
+            momentum: weight of the past in mode ema.
+
+        Raises:
+            ValueError: unknown mode, or a momentum outside [0, 1).
+        """
+        _check_choice("reward shift", mode, ShiftMode)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}, expected 0 <= momentum < 1")
+        self.mode = mode
+        self.momentum = momentum
+        self.total = 0.0  # sum of contributions (previous, inclusive) or the average itself (ema)
+        self.count = 0.0
+
+    @property
+    def value(self) -> float:
+        """The shift to use now."""
+        if self.count == 0 or self.mode == "none":
+            return 0.0
+        return self.total if self.mode == "ema" else self.total / self.count
+
+    def update(self, rewards: Tensor, all_reduce: Callable[[Tensor], Any] | None = None) -> float:
+        """Take rewards in and return the new value.
+
+        Args:
+            rewards: rewards of chosen and rejected responses of this rank, in any order; may be empty except in
+                mode inclusive. Any shape.
+            all_reduce: sums a float64 tensor over the ranks in place; None uses torch.distributed where it is
+                initialised.
+        """
+        if self.mode == "none":
+            return 0.0
+        rewards = rewards.detach().double()
+        if self.mode == "inclusive":
+            sums = torch.stack([rewards.mean(), rewards.new_ones(())])
+        else:
+            sums = torch.stack([rewards.sum(), rewards.new_tensor(float(rewards.numel()))])
+        if all_reduce is not None:
+            all_reduce(sums)
+        elif torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        total, count = sums.tolist()
+        if count == 0:
+            return self.value
+        if self.mode == "ema":
+            mean = total / count
+            self.total = mean if self.count == 0 else self.momentum * self.total + (1 - self.momentum) * mean
+        else:
+            self.total += total
+        self.count += count
+        return self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs; JSON-able, and exact to the last bit after a round trip."""
+        return {"mode": self.mode, "momentum": self.momentum, "total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`.
+
+        Raises:
+            ValueError: the state is of another mode.
+        """
+        if state["mode"] != self.mode:
+            raise ValueError(f"the saved reward shift is of mode '{state['mode']}', this run uses '{self.mode}'")
+        self.momentum, self.total, self.count = state["momentum"], state["total"], state["count"]
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Half precision to float32; wider types stay."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _log1mexp(values: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, accurate at both ends; exactly 0 is kept finite."""
+    values = values.clamp(max=-torch.finfo(values.dtype).eps)
+    near_zero = values > -0.6931  # log 2: where the two forms swap accuracy
+    return torch.where(near_zero, torch.log(-torch.expm1(values)), torch.log1p(-torch.exp(values)))
+
+
+def _check_choice(what: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"unknown {what} '{value}', expected one of {', '.join(get_args(choices))}")

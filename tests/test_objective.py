@@ -1,0 +1,292 @@
+"""The objective against hand-made sums, a float64 closed form, and losses that other trainers computed.
+
+pytest tests/test_objective.py
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from internvl_mpo.objective import RewardShift, mpo_loss, preference_term
+
+GOLDENS = Path(__file__).resolve().parent.parent.parent / "shared" / "oracle" / "mpo" / "mpo_losses.json"
+
+
+def closed_form(policy_chosen, policy_rejected, reference_chosen, reference_rejected, lengths, beta, weights, shift):
+    """MPO with Python floats, one pair at a time: (loss, gradient by chosen logp, gradient by rejected logp)."""
+
+    def softplus(x):  # -logsigmoid(-x)
+        return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+    w_p, w_q, w_g = weights
+    count, loss, chosen_gradient, rejected_gradient = len(lengths), 0.0, [], []
+    for pc, pr, rc, rr, length in zip(
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected, lengths, strict=True
+    ):
+        margin, chosen, rejected = beta * ((pc - rc) - (pr - rr)), beta * (pc - rc) - shift, beta * (pr - rr) - shift
+        loss += w_p * softplus(-margin) + w_q * (softplus(-chosen) + softplus(rejected)) - w_g * pc / length
+        chosen_gradient.append((-beta * (w_p * sigmoid(-margin) + w_q * sigmoid(-chosen)) - w_g / length) / count)
+        rejected_gradient.append(beta * (w_p * sigmoid(-margin) + w_q * sigmoid(rejected)) / count)
+    return loss / count, chosen_gradient, rejected_gradient
+
+
+def random_pairs(num_pairs: int, seed: int, spread: float = 5.0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 400, (num_pairs,), generator=generator)
+    reference = [-lengths.double() * torch.rand(num_pairs, generator=generator, dtype=torch.float64) for _ in range(2)]
+    policy = [r + spread * torch.randn(num_pairs, generator=generator, dtype=torch.float64) for r in reference]
+    return policy[0], policy[1], reference[0], reference[1], lengths
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("spread", [0.1, 5.0, 3000.0])
+@pytest.mark.parametrize("weights", [(0.8, 0.2, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.5)])
+def test_loss_and_gradient_equal_the_closed_form(seed, spread, weights):
+    pc, pr, rc, rr, lengths = random_pairs(7, seed, spread)
+    pc.requires_grad_(), pr.requires_grad_()
+    out = mpo_loss(pc, pr, rc, rr, lengths, beta=0.1, weights=weights, shift=-0.3)
+    out.loss.backward()
+    columns = [t.tolist() for t in (pc, pr, rc, rr, lengths)]
+    loss, chosen_gradient, rejected_gradient = closed_form(*columns, 0.1, weights, -0.3)
+    assert out.loss.item() == pytest.approx(loss, rel=1e-12)
+    assert pc.grad.tolist() == pytest.approx(chosen_gradient, rel=1e-9, abs=1e-15)
+    assert pr.grad.tolist() == pytest.approx(rejected_gradient, rel=1e-9, abs=1e-15)
+
+
+def test_first_loss_is_0_832_plus_nll():
+    logps = torch.tensor([-30.0, -60.0])
+    out = mpo_loss(logps, logps, logps, logps, torch.tensor([30, 30]), beta=0.1, weights=(0.8, 0.2, 1.0), shift=0.0)
+    assert out.loss.item() == pytest.approx(1.2 * math.log(2) + 1.5)  # 0.8 ln 2 + 0.2 * 2 ln 2, and NLL (1 + 2) / 2
+    assert out.chosen_rewards.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 8])
+@pytest.mark.parametrize("generation", ["sft", "sft_token"])
+def test_splitting_a_step_leaves_loss_and_gradient_unchanged(num_parts, generation):
+    pc, pr, rc, rr, lengths = random_pairs(24, seed=3)
+    kinds = {"beta": 0.1, "weights": (0.8, 0.2, 1.0), "shift": 0.2, "generation": generation}
+    whole = [t.clone().requires_grad_() for t in (pc, pr)]
+    expected = mpo_loss(*whole, rc, rr, lengths, **kinds).loss
+    expected.backward()
+
+    parts = [t.clone().requires_grad_() for t in (pc, pr)]
+    total = 0.0
+    # uneven on purpose: 24 pairs in 8 parts of 1, 5, 1, 5, ... pairs
+    sizes = [24] if num_parts == 1 else [24 // num_parts + (-2 if i % 2 == 0 else 2) for i in range(num_parts)]
+    start = 0
+    for size in sizes:
+        cut = slice(start, start + size)
+        loss = mpo_loss(
+            *(t[cut] for t in (*parts, rc, rr, lengths)), num_pairs=24, num_chosen_tokens=int(lengths.sum()), **kinds
+        ).loss
+        loss.backward()
+        total += loss.item()
+        start += size
+    assert start == 24
+    assert total == pytest.approx(expected.item(), rel=1e-12)
+    for part, reference in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part.grad, reference.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_sft_is_a_mean_over_responses_and_sft_token_a_mean_over_tokens():
+    logps, lengths = torch.tensor([-10.0, -90.0]), torch.tensor([10, 30])
+    zeros = torch.zeros(2)
+    common = {"beta": 0.1, "weights": (0.0, 0.0, 1.0), "shift": 0.0}
+    assert mpo_loss(logps, zeros, zeros, zeros, lengths, generation="sft", **common).loss.item() == pytest.approx(2.0)
+    token = mpo_loss(logps, zeros, zeros, zeros, lengths, generation="sft_token", **common)
+    assert token.loss.item() == pytest.approx(2.5)
+    assert token.generation.mean().item() == pytest.approx(2.5)
+
+
+def test_half_precision_logps_are_compared_in_float32():
+    chosen, rejected = torch.tensor([-1000.0]), torch.tensor([-1001.0])
+    half = [t.bfloat16() for t in (chosen, rejected)]
+    out = mpo_loss(*half, chosen, rejected, torch.tensor([500]), beta=0.1, weights=(1, 0, 0), shift=0.0)
+    assert out.loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # D_c = 2, D_r = -1, beta = 0.5 -> x = 1.5
+        ("dpo", math.log1p(math.exp(-1.5))),
+        ("cdpo", 0.9 * math.log1p(math.exp(-1.5)) + 0.1 * math.log1p(math.exp(1.5))),
+        ("robust_dpo", (0.9 * math.log1p(math.exp(-1.5)) - 0.1 * math.log1p(math.exp(1.5))) / 0.8),
+        ("rso", 0.0),
+        ("ipo", (2 / 4 - (-1) / 5 - 1) ** 2),
+        ("sppo", (2 - 1) ** 2 + (-1 + 1) ** 2),
+        ("aot", math.log1p(math.exp(-1.5))),  # with one pair there is nothing to sort
+        (
+            "orpo",
+            math.log1p(math.exp(-((-1.5 + 2.6) - (math.log1p(-math.exp(-1.5)) - math.log1p(-math.exp(-2.6)))))),
+        ),
+    ],
+)
+def test_preference_terms_by_hand(kind, expected):
+    loss = preference_term(
+        kind,
+        torch.tensor([2.0], dtype=torch.float64),
+        torch.tensor([-1.0], dtype=torch.float64),
+        beta=0.5,
+        label_smoothing=0.1,
+        policy_logps=(torch.tensor([-6.0], dtype=torch.float64), torch.tensor([-13.0], dtype=torch.float64)),
+        lengths=(torch.tensor([4]), torch.tensor([5])),
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_aot_compares_quantiles_of_the_margins():
+    # policy margins 3, 0 and reference margins 1, 2: sorted they differ by -1 and 1, pair by pair by 2 and -2
+    policy = (torch.tensor([3.0, 0.0]), torch.tensor([0.0, 0.0]))
+    logratios = (torch.tensor([2.0, -2.0]), torch.tensor([0.0, 0.0]))
+    loss = preference_term("aot", *logratios, beta=1.0, policy_logps=policy)
+    assert loss.tolist() == pytest.approx([math.log1p(math.exp(1.0)), math.log1p(math.exp(-1.0))])
+
+
+def test_orpo_near_probability_one_has_a_finite_gradient():
+    chosen = torch.tensor([-1e-9, 0.0, -50.0], requires_grad=True)
+    rejected = torch.tensor([-3.0, -1.0, 0.0])
+    lengths = torch.tensor([1, 1, 1])
+    out = mpo_loss(
+        chosen, rejected, None, None, lengths,
+        beta=0.1, weights=(1, 0, 0), preference="orpo", quality="none", rejected_lengths=lengths,
+    )  # fmt: skip
+    out.loss.backward()
+    assert torch.isfinite(out.loss)
+    assert torch.isfinite(chosen.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"preference": "dop"}, "unknown preference 'dop'"),
+        ({"preference": "ipo"}, "needs the lengths of both"),
+        ({"preference": "robust_dpo", "label_smoothing": 0.5}, "below 0.5"),
+        ({"chosen_lengths": torch.tensor([0])}, "no scored token"),
+        ({"reference_chosen_logps": None}, "needs reference"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_by_name(changes, words):
+    logps = torch.tensor([-3.0])
+    arguments = {
+        "policy_chosen_logps": logps,
+        "policy_rejected_logps": logps,
+        "reference_chosen_logps": logps,
+        "reference_rejected_logps": logps,
+        "chosen_lengths": torch.tensor([3]),
+    }
+    with pytest.raises(ValueError, match=words):
+        mpo_loss(**{**arguments, **changes})
+
+
+# --- the reward shift -------------------------------------------------------------------------------------------------
+
+
+def test_previous_shift_never_contains_the_current_step():
+    shift = RewardShift("previous")
+    assert shift.value == 0.0
+    shift.update(torch.tensor([1.0, 3.0]))
+    assert shift.value == 2.0
+    shift.update(torch.tensor([5.0, 5.0, 5.0, 5.0]))
+    assert shift.value == pytest.approx(4.0)  # all six rewards count the same
+
+
+def test_inclusive_shift_weighs_micro_batches_equally():
+    shift = RewardShift("inclusive")
+    shift.update(torch.tensor([1.0, 3.0]))
+    assert shift.update(torch.tensor([5.0, 5.0, 5.0, 5.0])) == pytest.approx(3.5)
+
+
+def test_ema_shift_starts_at_the_first_step_and_forgets():
+    shift = RewardShift("ema", momentum=0.9)
+    shift.update(torch.tensor([1.0]))
+    assert shift.value == 1.0
+    shift.update(torch.tensor([2.0]))
+    assert shift.value == pytest.approx(1.1)
+
+
+def test_no_shift_stays_zero():
+    assert RewardShift("none").update(torch.tensor([7.0])) == 0.0
+
+
+@pytest.mark.parametrize("mode", ["previous", "inclusive", "ema"])
+def test_shift_is_exact_after_a_json_round_trip(mode):
+    generator = torch.Generator().manual_seed(0)
+    rewards = [torch.randn(3, generator=generator) for _ in range(20)]
+    unbroken, first = RewardShift(mode), RewardShift(mode)
+    for r in rewards[:10]:
+        unbroken.update(r), first.update(r)
+    resumed = RewardShift(mode)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for r in rewards[10:]:
+        assert unbroken.update(r) == resumed.update(r)
+
+
+def test_shift_of_another_mode_is_not_loaded():
+    with pytest.raises(ValueError, match="mode 'ema'"):
+        RewardShift("previous").load_state_dict(RewardShift("ema").state_dict())
+
+
+def test_ranks_are_summed_before_the_mean():
+    def other_rank_adds(sums):  # rank 1 saw four rewards of 10
+        sums += torch.tensor([40.0, 4.0])
+
+    assert RewardShift("previous").update(torch.tensor([4.0, 4.0]), other_rank_adds) == pytest.approx(48 / 6)
+
+
+def golden_scenarios():
+    if not GOLDENS.exists():
+        pytest.skip("no stored losses of other trainers (../shared/oracle/mpo) beside this checkout")
+    return json.loads(GOLDENS.read_text())
+
+
+@pytest.mark.parametrize("name", ["one_pair_per_step", "four_pairs_per_step", "two_ranks"])
+@pytest.mark.parametrize(
+    ("key", "mode", "tolerance"),
+    [
+        ("trl_1_16", "none", 1e-9),
+        ("original", "inclusive", 1e-6),
+        ("alt_pair_weighted_delta", "pairs", 1e-9),
+        ("alt_delta_before_update", "previous", 1e-9),
+        ("alt_sequence_mean_sft", "inclusive", 1e-9),
+    ],
+)
+def test_losses_and_gradients_of_other_trainers(name, key, mode, tolerance):
+    data = golden_scenarios()
+    scenario = next(s for s in data["scenarios"] if s["name"] == name)
+    shift = RewardShift("previous" if mode == "pairs" else mode)
+    generation = "sft" if key == "alt_sequence_mean_sft" else "sft_token"
+    for step, ranks in enumerate(scenario["steps"]):
+        columns = []
+        for rank in ranks:
+            keys = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+            columns.append([torch.tensor(rank[k], dtype=torch.float64) for k in keys])
+        rewards = [0.1 * torch.cat([pc - rc, pr - rr]) for pc, pr, rc, rr in columns]
+        if mode == "inclusive":
+            sums = torch.stack([torch.stack([r.mean() for r in rewards]).sum(), torch.tensor(float(len(rewards)))])
+            shift.update(rewards[0], lambda own, sums=sums: own.copy_(sums))
+        elif mode == "pairs":
+            shift.update(torch.cat(rewards))
+        for number, (pc, pr, rc, rr) in enumerate(columns):
+            pc.requires_grad_(), pr.requires_grad_()
+            lengths = torch.tensor(ranks[number]["chosen_len"])
+            out = mpo_loss(
+                pc, pr, rc, rr, lengths,
+                beta=0.1, weights=(0.8, 0.2, 1.0), shift=shift.value, generation=generation,
+            )  # fmt: skip
+            out.loss.backward()
+            expected = scenario["expected"][key][step]["per_rank"][number]
+            assert out.preference.mean().item() == pytest.approx(expected["dpo"], rel=tolerance)
+            assert out.quality.mean().item() == pytest.approx(expected["bco"], rel=tolerance)
+            assert out.generation.mean().item() == pytest.approx(expected["sft"], rel=tolerance)
+            assert out.loss.item() == pytest.approx(expected["total"], rel=tolerance)
+            for tensor, side in ((pc, "policy_chosen_logps"), (pr, "policy_rejected_logps")):
+                assert tensor.grad.tolist() == pytest.approx(expected["grad"]["total"][side], rel=1e-5, abs=1e-9)
+        if mode == "previous":
+            shift.update(torch.cat(rewards))
