@@ -1,0 +1,157 @@
+r"""Build preference pairs from sampled responses: right over wrong answers, and right over unparsable ones.
+
+Reads Response rows (sample_responses.py) and writes PreferencePair rows, rule "correctness" or "format", with a table
+of what was found. Questions without a single right answer go to a file of their own, to be asked of a stronger model.
+
+    python dataset_scripts/build_correctness_pairs.py --responses responses.jsonl --output pairs_correctness.jsonl \
+        --pairs_per_question 4 --seed 0
+
+The same responses and seed give the same bytes whatever the order of the rows, the memory limit or the workers.
+"""
+
+import json
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
+
+from tqdm import tqdm
+
+from internvl_mpo.answers import FORMATS
+from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.pairing import PairRules, Statistics, correctness_pairs, group_key
+from internvl_mpo.records import Response, Row, atomic_writer, iter_jsonl
+from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
+
+
+@dataclass
+class Settings:
+    """Settings of the program; `--help` prints them."""
+
+    responses: list[str] = setting(help="JSONL files of Response rows, separated by commas")
+    output: str = setting(help="JSONL file of PreferencePair rows to write")
+    all_wrong: str | None = setting(None, help="JSONL file of the questions without a right answer; empty is beside it")
+    pairs_per_question: int = setting(15, help="most right-wrong pairs of one question")
+    format_pairs_per_question: int | None = setting(None, help="most right-unparsable pairs; empty is the same number")
+    seed: int = setting(0, help="of the choice among possible pairs")
+    min_pass_rate: float = setting(0.0, help="leave out questions with a smaller share of right answers")
+    max_pass_rate: float = setting(1.0, help="leave out questions with a larger share of right answers")
+    max_length_ratio: float = setting(0.0, help="longest over shortest text of a pair, at most; 0 is off")
+    max_similarity: float = setting(0.9, help="responses that share this much of their word triples count as one")
+    answer_format: str = setting("", help=f"where answers stand ({', '.join(FORMATS)}); empty is by prompt style")
+    keep_truncated: bool = setting(False, help="let responses cut at the token limit be chosen")
+    workers: int = setting(1, help="processes")
+    bucket_mb: int = setting(32, help="rows held in memory at a time per process, in MB of JSON")
+
+    def __post_init__(self) -> None:
+        if self.answer_format and self.answer_format not in FORMATS:
+            raise BadInputError(f"answer_format is '{self.answer_format}'; expected one of {', '.join(FORMATS)}")
+        if not 0 <= self.min_pass_rate <= self.max_pass_rate <= 1:
+            raise BadInputError(
+                f"pass rates {self.min_pass_rate} to {self.max_pass_rate} are no band; give 0 <= min <= max <= 1"
+            )
+        if self.pairs_per_question < 0 or self.workers < 1 or self.bucket_mb < 1:
+            raise BadInputError("pairs_per_question must be at least 0, workers and bucket_mb at least 1")
+
+
+def main(argv: list[str]) -> int:
+    """Run the program; see the module's text."""
+    settings = parse_settings(Settings, argv, program="dataset_scripts/build_correctness_pairs.py", about=__doc__)
+    print(show_settings(settings, "Building correctness pairs"))
+    write_settings(settings, f"{settings.output}.settings.yaml")
+    rules = PairRules(
+        pairs_per_question=settings.pairs_per_question,
+        format_pairs_per_question=settings.pairs_per_question
+        if settings.format_pairs_per_question is None
+        else settings.format_pairs_per_question,
+        seed=settings.seed,
+        min_pass_rate=settings.min_pass_rate,
+        max_pass_rate=settings.max_pass_rate,
+        max_length_ratio=settings.max_length_ratio,
+        max_similarity=settings.max_similarity,
+        answer_format=settings.answer_format,
+        keep_truncated=settings.keep_truncated,
+    )
+    output = Path(settings.output)
+    all_wrong = Path(settings.all_wrong or output.with_name(f"{output.stem}.all_wrong.jsonl"))
+    stats = Statistics()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        buckets = partition(settings.responses, Path(folder), settings.bucket_mb << 20)
+        work = partial(build_bucket, rules=rules)
+        with atomic_writer(output) as pairs_out, atomic_writer(all_wrong) as wrong_out:
+            for pairs, wrong, counted in tqdm(_map(work, buckets, settings.workers), total=len(buckets), unit="part"):
+                pairs_out.write(pairs)
+                wrong_out.write(wrong)
+                stats.merge(counted)
+    print(stats.table())
+    print(f"pairs -> {output}\nquestions without a right answer -> {all_wrong}")
+    return 0
+
+
+def partition(paths: list[str], folder: Path, bucket_bytes: int) -> list[Path]:
+    """Spread rows over files by the hash of their question, so that each fits in memory and holds whole questions.
+
+    Returns:
+        The files in hash order; concatenating what is built from them, each sorted, is sorted.
+    """
+    size = 0
+    for path in paths:
+        if not Path(path).is_file():
+            raise BadInputError(f"cannot read {path}: no such file")
+        size += Path(path).stat().st_size
+    count = min(512, -(-size // bucket_bytes))
+    if count <= 1 and len(paths) == 1:
+        return [Path(paths[0])]
+    buckets = [folder / f"{number:03d}.jsonl" for number in range(max(1, count))]
+    files = [open(bucket, "w", encoding="utf-8") for bucket in buckets]  # noqa: SIM115 - closed below
+    try:
+        for path in tqdm(paths, desc="sorting", unit="file"):
+            for _, row in iter_jsonl(path):
+                number = int(group_key(row)[:8], 16) * len(files) >> 32
+                files[number].write(json.dumps(row, ensure_ascii=False) + "\n")
+    finally:
+        for file in files:
+            file.close()
+    return buckets
+
+
+def build_bucket(path: Path, rules: PairRules) -> tuple[str, str, Statistics]:
+    """Return the pairs and the unanswered questions of one file as JSONL text, and the counts."""
+    groups: dict[str, list[Response]] = {}
+    stats = Statistics()
+    for where, row in iter_jsonl(path):
+        response = Response.from_json(row, where=where)
+        if not (response.answer or "").strip():
+            stats.add(response.source, "drop responses without ground truth")
+            continue
+        groups.setdefault(group_key(row), []).append(response)
+    pairs: list[str] = []
+    wrong: list[str] = []
+    for key in sorted(groups):
+        built, question = correctness_pairs(groups[key], rules, stats)
+        pairs += _lines(built)
+        wrong += _lines([question] if question else [])
+    return "".join(pairs), "".join(wrong), stats
+
+
+def _lines(rows: Iterable[Row]) -> Iterator[str]:
+    return (json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _map(work: partial, buckets: list[Path], workers: int) -> Iterator[tuple[str, str, Statistics]]:
+    if workers == 1 or len(buckets) == 1:
+        yield from map(work, buckets)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(work, buckets)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

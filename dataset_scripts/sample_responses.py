@@ -1,0 +1,177 @@
+r"""Sample responses of a model to questions: the first stage of both halves of MMPR.
+
+Reads Question rows (JSONL with image, question, answer: MMPR's prompt files are read as they are) and writes Response
+rows in the order of the questions. A killed run goes on where it stopped and ends in the same file.
+
+    # candidates for correctness pairs: 8 chain-of-thought answers to each question
+    python dataset_scripts/sample_responses.py --model outputs/mini/start --questions questions.jsonl \
+        --image_root images --output responses.jsonl --style cot --num_samples 8 --temperature 1.0 --top_k 50
+
+    # chosen responses for Dropout-NTP: one greedy answer to each open question
+    python dataset_scripts/sample_responses.py --model outputs/mini/start --questions open_questions.jsonl \
+        --image_root images --output open_responses.jsonl --style plain --num_samples 1 --temperature 0
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
+
+from internvl_mpo.engines import Engine, Reply, Request, Sampling
+from internvl_mpo.engines.journal import Journal, collect_replies, report_missing, sample_seed
+from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.prompts import STYLES, ask, language_of, style_for
+from internvl_mpo.records import Question, Response, content_id, read_rows
+from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
+
+
+@dataclass
+class Settings:
+    """Settings of the program; `--help` prints them."""
+
+    model: str = setting(help="folder or Hub id of the model that answers")
+    questions: list[str] = setting(help="JSONL files with image, question, answer, separated by commas")
+    output: str = setting(help="JSONL file of Response rows to write")
+    image_root: str = setting("", help="folder the image paths of the questions are relative to")
+    style: list[str] = setting(["cot"], help=f"how to ask: {', '.join(STYLES)}, by_source, or several with commas")
+    language: Literal["auto", "en", "zh"] = setting("auto", help="language of the prompt; auto is the question's own")
+    num_samples: int = setting(8, help="responses per question")
+    temperature: float = setting(1.0, help="0 is greedy")
+    top_k: int = setting(50, help="draw from the k likeliest tokens; 0 is all")
+    top_p: float = setting(1.0, help="draw from the likeliest tokens up to this probability")
+    max_new_tokens: int = setting(4096, help="longest response in tokens")
+    seed: int = setting(0, help="with the question's id and the sample's number it fixes every draw")
+    limit: int | None = setting(None, help="take only the first questions")
+    batch_size: int = setting(64, help="responses generated at the same time")
+    max_tiles: int | None = setting(None, help="most 448x448 crops per picture; empty keeps the model's limit")
+    device: str = setting("auto", help="torch device")
+    dtype: str = setting("auto", help="auto, float32, bfloat16 or float16")
+
+    def __post_init__(self) -> None:
+        for style in self.style:
+            if style not in STYLES and style != "by_source":
+                raise BadInputError(f"unknown style '{style}'; expected by_source, {', '.join(STYLES)}")
+        if self.num_samples < 1:
+            raise BadInputError(f"num_samples is {self.num_samples}; give at least 1")
+        if self.temperature == 0 and self.num_samples > 1:
+            raise BadInputError("temperature 0 gives equal samples; set --num_samples 1 or a temperature above 0")
+
+
+def main(argv: list[str]) -> int:
+    """Run the program; see the module's text."""
+    settings = parse_settings(Settings, argv, program="dataset_scripts/sample_responses.py", about=__doc__)
+    sampling = Sampling(
+        temperature=settings.temperature,
+        top_k=settings.top_k if settings.temperature else 0,
+        top_p=settings.top_p if settings.temperature else 1.0,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    print(show_settings(settings, "Sampling responses"))
+    write_settings(settings, f"{settings.output}.settings.yaml")
+    questions = load_questions(settings)
+    engine = load_engine(settings)
+    plan = Plan(settings, sampling, questions, engine)
+    with Journal(settings.output, reply_of=reply_of) as journal:
+        missing = collect_replies(engine, plan.requests(), plan.total, journal)
+        count = journal.finish(plan.rows(journal))
+    print(f"{count} responses to {len(questions)} questions -> {settings.output}")
+    return report_missing(missing, settings.output)
+
+
+def load_questions(settings: Settings) -> list[Question]:
+    """Read the questions; equal ones count once, rows without a source get the name of their file."""
+    rows: dict[str, Question] = {}
+    num_read = 0
+    for path in settings.questions:
+        for row in read_rows(path, Question, source=Path(path).stem):
+            num_read += 1
+            rows.setdefault(row.id, row)
+    if not rows:
+        raise BadInputError(f"no questions in {', '.join(settings.questions)}")
+    if len(rows) < num_read:
+        print(f"{num_read - len(rows)} repeated questions are asked once")
+    return list(rows.values())[: settings.limit]
+
+
+def load_engine(settings: Settings) -> Engine:
+    """Import and build the engine the settings ask for."""
+    from internvl_mpo.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        batch_size=settings.batch_size,
+        max_tiles=settings.max_tiles,
+    )
+
+
+class Plan:
+    """Every sample of the run, in the order of the output: question after question, sample after sample."""
+
+    def __init__(self, settings: Settings, sampling: Sampling, questions: list[Question], engine: Engine):
+        self.settings, self.sampling, self.questions, self.engine = settings, sampling, questions, engine
+        self.total = len(questions) * settings.num_samples
+
+    def samples(self) -> Iterator[tuple[Question, str, int, dict[str, Any], str]]:
+        """Yield (question, text as asked, seed, provenance, id of the sample)."""
+        settings = self.settings
+        made_by = {"engine": self.engine.name, "model": self.engine.model_id, "revision": self.engine.revision}
+        sampler = {
+            "temperature": self.sampling.temperature,
+            "top_k": self.sampling.top_k,
+            "top_p": self.sampling.top_p,
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "max_tiles": settings.max_tiles,
+        }
+        for question in self.questions:
+            style = style_for(question.id, question.source, settings.style, settings.seed)
+            language = language_of(question.question) if settings.language == "auto" else settings.language
+            asked = ask(question.question, style, language)
+            for number in range(settings.num_samples):
+                seed = sample_seed(settings.seed, question.id, number)
+                provenance = {**made_by, "style": style, "language": language, **sampler, "seed": seed}
+                provenance["sample"] = number
+                yield question, asked, seed, provenance, content_id(question.id, asked, provenance)
+
+    def requests(self) -> Iterator[Request]:
+        """Yield what the engine is asked."""
+        root = Path(self.settings.image_root)
+        for question, asked, seed, _, id in self.samples():
+            images = tuple(str(root / image) for image in question.images)
+            yield Request(id=id, question=asked, images=images, seed=seed, sampling=self.sampling)
+
+    def rows(self, journal: Journal) -> Iterator[dict[str, Any]]:
+        """Yield the output rows of all replies that came."""
+        for question, asked, _, provenance, id in self.samples():
+            if id not in journal:
+                continue
+            reply = journal[id]
+            yield Response(
+                id=id,
+                question_id=question.id,
+                images=question.images,
+                question=asked,
+                answer=question.answer,
+                source=question.source,
+                response=reply.text,
+                provenance={
+                    **provenance,
+                    "original_question": question.question,
+                    "finish_reason": reply.finish_reason,
+                    "num_tokens": reply.num_tokens,
+                },
+            ).to_json()
+
+
+def reply_of(row: dict[str, Any]) -> Reply:
+    """Return the reply inside a Response row of an earlier run."""
+    made = row["provenance"]
+    return Reply(id=row["id"], text=row["response"], finish_reason=made["finish_reason"], num_tokens=made["num_tokens"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

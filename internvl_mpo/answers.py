@@ -1,0 +1,703 @@
+r"""Find the final answer in a response and compare it with the ground truth. Text in, verdict out.
+
+    verdict = judge_response("3 + 9 = 12.\nFinal answer: 12", "12", answer_format="marker", source="geometry3k")
+    verdict.outcome, verdict.rule      # Outcome.RIGHT, "number"
+
+Three outcomes: right, wrong, and unparsable (no final answer could be found, which is not a wrong answer). A wrong
+"right" poisons the chosen side of the training data, so every rule is exact unless a source is known to need more:
+`RULES_OF_SOURCE` is the whole policy. Nothing from the data is ever evaluated as code; formulas go to math-verify in a
+child process with a time limit.
+"""
+
+import enum
+import re
+import unicodedata
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+FORMATS = ("marker", "boxed", "think", "text")
+MIN_REASONING_CHARS = 20
+
+
+class Outcome(enum.StrEnum):
+    """What comparing a response with the ground truth can come to."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    UNPARSABLE = "unparsable"
+
+
+class ParsedAnswer(NamedTuple):
+    """The final answer of a response, or None and why there is none."""
+
+    answer: str | None
+    reason: str
+
+
+class Verdict(NamedTuple):
+    """The outcome, the answer that was found, the rule that decided, and why in a few words."""
+
+    outcome: Outcome
+    answer: str | None
+    rule: str
+    reason: str
+
+
+# First match wins. `relaxed` (5 %) is for charts alone, where values are read off an axis; counts in charts that are
+# synthetic or integer-only stay exact. `anls` is for transcribed text. Everything else is exact.
+EXACT_RULES = ("choice", "yes_no", "number", "date", "text", "list", "math")
+RULES_OF_SOURCE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"chartqa|plotqa", ("choice", "yes_no", "relaxed", "number", "date", "text", "list")),
+    (r"docvqa|infographic|infovqa|sroie|ocrvqa|textvqa|stvqa", (*EXACT_RULES, "anls")),
+    (r"", EXACT_RULES),
+)
+
+# ---------------------------------------------------------------------------------------------- finding the answer
+
+_MARKER = re.compile(r"(?:final\s+answer|答案)\s*(?:is\s*)?[*_]*\s*[:：]", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"(?im)^[\s*_#]*(?:the\s+)?answer\s*[*_]*\s*[:：]\s*(.+)$")
+_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+
+
+def parse_answer(response: str, answer_format: str) -> ParsedAnswer:
+    r"""Return the final answer of a response.
+
+    Args:
+        response: the model's whole text.
+        answer_format: where the answer stands. "marker": on one line after the last `Final answer:` or `答案:`, with
+            reasoning before it; "boxed": in the last `\boxed{}`; "think": boxed, after exactly one think block;
+            "text": the response itself, or what follows `Answer:`.
+
+    Raises:
+        ValueError: unknown format.
+    """
+    if answer_format == "marker":
+        return _parse_marker(response)
+    if answer_format == "boxed":
+        return _parse_boxed(response, response)
+    if answer_format == "think":
+        blocks = _THINK.findall(response)
+        if len(blocks) != 1 or response.count("<think>") != 1 or response.count("</think>") != 1:
+            return ParsedAnswer(None, f"{len(blocks)} think blocks, expected one")
+        if len(blocks[0].strip()) < MIN_REASONING_CHARS:
+            return ParsedAnswer(None, "the think block is empty")
+        return _parse_boxed(response.split("</think>")[1], blocks[0])
+    if answer_format == "text":
+        text = response.strip()
+        lines = _ANSWER_LINE.findall(text)
+        text = lines[-1].strip() if lines else text
+        if not text:
+            return ParsedAnswer(None, "empty response")
+        if "\n" in text:
+            return ParsedAnswer(None, "several lines and no answer line")
+        return ParsedAnswer(text, "whole text")
+    raise ValueError(f"answer_format is '{answer_format}', expected one of {', '.join(FORMATS)}")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return the content of the last `\boxed{}` with balanced braces, or None."""
+    start = text.rfind("\\boxed{")
+    while start >= 0:
+        depth = 0
+        for position in range(start + 6, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[start + 7 : position].strip()
+        start = text.rfind("\\boxed{", 0, start)
+    return None
+
+
+def _parse_marker(response: str) -> ParsedAnswer:
+    markers = list(_MARKER.finditer(response))
+    if not markers:
+        return ParsedAnswer(None, "no 'Final answer:'")
+    if len(markers) > 2:
+        return ParsedAnswer(None, f"'Final answer:' occurs {len(markers)} times")
+    if not response[: markers[0].start()].strip(" \t\r\n*#_"):
+        return ParsedAnswer(None, "no reasoning before the final answer")
+    answer = response[markers[-1].end() :].strip().strip("*_").strip()
+    if not answer:
+        return ParsedAnswer(None, "nothing follows 'Final answer:'")
+    if "\n" in answer:
+        return ParsedAnswer(None, "the final answer is not on one line")
+    return ParsedAnswer(answer, "after the marker")
+
+
+def _parse_boxed(tail: str, reasoning: str) -> ParsedAnswer:
+    answer = last_boxed(tail)
+    if answer is None:
+        return ParsedAnswer(None, "no \\boxed{}")
+    if not answer:
+        return ParsedAnswer(None, "empty \\boxed{}")
+    if len(reasoning.strip()) <= MIN_REASONING_CHARS:
+        return ParsedAnswer(None, "no reasoning before the box")
+    return ParsedAnswer(answer, "in the last box")
+
+
+# ------------------------------------------------------------------------------------------- comparing two answers
+
+
+def judge_response(
+    response: str, gold: str, *, answer_format: str = "marker", source: str = "", question: str = ""
+) -> Verdict:
+    """Parse a response and compare its final answer with the ground truth; see `parse_answer`, `compare_answers`."""
+    parsed = parse_answer(response, answer_format)
+    if parsed.answer is None:
+        return Verdict(Outcome.UNPARSABLE, None, "parse", parsed.reason)
+    return compare_answers(parsed.answer, gold, source=source, question=question)
+
+
+def compare_answers(prediction: str, gold: str, *, source: str = "", question: str = "") -> Verdict:
+    """Compare a final answer with the ground truth.
+
+    Args:
+        prediction: the answer alone, as `parse_answer` finds it.
+        gold: the ground truth.
+        source: data set name; `rules_of_source` says which rules it gets.
+        question: where options A, B, ... are listed, if any.
+
+    Returns:
+        RIGHT or WRONG; UNPARSABLE when nothing is left of the prediction after clean-up.
+    """
+    clean = clean_answer(prediction)
+    wanted = clean_answer(gold)
+    if not clean:
+        return Verdict(Outcome.UNPARSABLE, prediction, "parse", "the answer is empty")
+    if clean == wanted:
+        return Verdict(Outcome.RIGHT, clean, "same", "same text")
+    options = parse_options(question)
+    for rule in rules_of_source(source):
+        decided = _RULES[rule](clean, wanted, options)
+        if decided is not None:
+            right, reason = decided
+            return Verdict(Outcome.RIGHT if right else Outcome.WRONG, clean, rule, reason)
+    return Verdict(Outcome.WRONG, clean, "none", f"no rule finds '{clean[:40]}' equal to '{wanted[:40]}'")
+
+
+@lru_cache(maxsize=4096)
+def rules_of_source(source: str) -> tuple[str, ...]:
+    """Return the rules for a data set by its name: the first row of `RULES_OF_SOURCE` that matches."""
+    return next(rules for pattern, rules in RULES_OF_SOURCE if re.search(pattern, source.lower()))
+
+
+_LEAD = re.compile(
+    r"^(?:so|thus|therefore|hence)?[,\s]*(?:the\s+)?(?:(?:final|correct|right)\s+)?(?:answer|option|choice)\s*"
+    r"(?:is|should\s+be|would\s+be|=|:|：)+\s*(?:that\s+)?|^(?:it\s+is|it's|that\s+is)\s+|^答案(?:是|为|:|：)\s*",
+    re.IGNORECASE,
+)
+_HEDGE = re.compile(r"^(?:about|approximately|approx\.?|around|roughly|nearly|~|≈|\\approx)\s*", re.IGNORECASE)
+_TEXT_MACRO = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|textit|operatorname|rm)\s*\{([^{}]*)\}")
+_FULLWIDTH = str.maketrans({chr(0xFF01 + i): chr(0x21 + i) for i in range(94)} | {"\u3000": " ", "。": ".", "−": "-"})
+
+
+@lru_cache(maxsize=65536)
+def clean_answer(text: str) -> str:
+    """Return an answer without what carries no meaning: lead-in, hedge, markdown, `$`, full-width forms, end point."""
+    text = text.translate(_FULLWIDTH).strip()
+    if "\\" in text:
+        boxed = last_boxed(text)
+        text = boxed if boxed is not None else text
+        text = _TEXT_MACRO.sub(r" \1 ", text)
+        text = re.sub(r"\\[()\[\]]|\\[,;:! ]|\\quad", " ", text).replace("\\%", "%").replace("\\$", "$").strip()
+    text = text.strip("*_`").strip()
+    if len(text) > 1 and text[0] == "$" and text[-1] == "$":
+        text = text.strip("$").strip()
+    for pattern in (_LEAD, _HEDGE):
+        text = pattern.sub("", text).strip()
+    text = text.strip("*_`").strip()
+    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip()
+    text = text.rstrip(".;,").rstrip() or text
+    return re.sub(r"\s+", " ", text)
+
+
+# Every rule takes (prediction, gold, options) and returns (right, reason), or None where it has nothing to say.
+Decision = tuple[bool, str] | None
+Options = dict[str, str]
+
+# -- choice
+
+_OPTION = re.compile(r"(?:^|\n)\s*\(?([A-H])[.):：]\s*(.+?)\s*(?=\n|$)")
+_INLINE_OPTION = re.compile(r"\(([A-H])\)\s*(.+?)\s*(?=\([A-H]\)|\n|$)")
+_LETTER = re.compile(r"^(?:option|choice|answer)?\s*[(\[]?\s*([A-Ha-h])\s*(?:[)\].:,]|$)\s*(.*)$", re.IGNORECASE)
+
+
+@lru_cache(maxsize=1024)
+def parse_options(question: str) -> Options:
+    """Return letter -> text of the options a question lists, `A. ...` or `(A) ...`; empty where there are none."""
+    for pattern in (_OPTION, _INLINE_OPTION):
+        found = pattern.findall(question)
+        letters = [letter for letter, _ in found]
+        if len(letters) > 1 and letters == [chr(65 + i) for i in range(len(letters))]:
+            return dict(found)
+    return {}
+
+
+def option_letter(text: str, options: Options) -> str | None:
+    """Return the letter an answer names: `B`, `(B)`, `B. blue`, or the text of exactly one option; else None.
+
+    A letter followed by the text of another option names nothing.
+    """
+    match = _LETTER.match(text)
+    if match:
+        letter, rest = match.group(1).upper(), match.group(2).strip()
+        if text[match.start(1)].islower() and rest and not options:
+            return None  # "a. dog" may be an article
+        if not options:
+            return letter if not rest or not re.match(r"^(?:and|or|,|&|/)", rest) else None
+        if letter in options:
+            if not rest:
+                return letter
+            named = _option_by_text(rest, options)
+            return letter if named == letter or (named is None and _starts_alike(rest, options[letter])) else None
+    return _option_by_text(text, options)
+
+
+def _option_by_text(text: str, options: Options) -> str | None:
+    key = plain_text(text)
+    same = [letter for letter, option in options.items() if plain_text(option) == key]
+    if not same:
+        value = parse_number(text)
+        if value is not None:
+            same = [letter for letter, option in options.items() if _equal_numbers(value, parse_number(option))]
+    return same[0] if len(same) == 1 else None
+
+
+def _starts_alike(text: str, option: str) -> bool:
+    return plain_text(text).startswith(plain_text(option)) and bool(plain_text(option))
+
+
+def _choice(prediction: str, gold: str, options: Options) -> Decision:
+    wanted = re.fullmatch(r"\(?([A-H])\)?\.?", gold)
+    letter = wanted.group(1) if wanted else _option_by_text(gold, options)
+    if letter is None or (options and letter not in options):
+        return None
+    if not wanted and not options:
+        return None
+    given = option_letter(prediction, options)
+    if given is None:
+        return (False, f"names no option, expected {letter}")
+    return (given == letter, f"option {given}, expected {letter}")
+
+
+# -- yes or no
+
+_YES_NO = {
+    **dict.fromkeys(("yes", "true", "是", "对", "正确", "是的", "对的"), "yes"),
+    **dict.fromkeys(("no", "false", "否", "不是", "错", "错误", "不对", "不"), "no"),
+}
+
+
+def yes_or_no(text: str) -> str | None:
+    """Return "yes" or "no" where an answer is one of them or opens with it as a word of its own; else None."""
+    words = re.findall(r"[a-z]+|[\u4e00-\u9fff]+", text.lower())
+    if not words or words[0] not in _YES_NO:
+        return None
+    first = _YES_NO[words[0]]
+    if len(words) > 1 and not re.match(r"^\W*\w+\s*[,.;:!-]", text):
+        return None  # "no one", "true north"
+    if any(_YES_NO.get(word, first) != first for word in words if word in ("yes", "no", "true", "false")):
+        return None
+    return first
+
+
+def _yes_no(prediction: str, gold: str, options: Options) -> Decision:
+    wanted = _YES_NO.get(gold.lower())
+    if wanted is None:
+        return None
+    given = yes_or_no(prediction)
+    return (given == wanted, f"says {given or 'neither yes nor no'}, expected {wanted}")
+
+
+# -- numbers
+
+
+class Number(NamedTuple):
+    """A number as written: exact value, unit in one spelling, and how many decimals the writer gave (None: exact)."""
+
+    value: Fraction
+    unit: str
+    decimals: int | None
+
+
+_BELOW_TWENTY = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_TENS = "ten twenty thirty forty fifty sixty seventy eighty ninety"
+_WORDS = {word: 10 * tens for tens, word in enumerate(_TENS.split(), start=1)}
+_WORDS |= {word: value for value, word in enumerate(_BELOW_TWENTY.split())}
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_CURRENCIES = {
+    "$": "$",
+    "usd": "$",
+    "dollar": "$",
+    "us$": "$",
+    "€": "€",
+    "eur": "€",
+    "euro": "€",
+    "£": "£",
+    "pound": "£",
+}
+_CURRENCIES |= {"¥": "¥", "yuan": "¥", "rmb": "¥", "元": "¥", "₹": "₹", "rs": "₹", "rm": "RM"}
+# unit -> (dimension, how many base units)
+_UNITS: dict[str, tuple[str, Fraction]] = {
+    name: (dimension, Fraction(size))
+    for dimension, table in {
+        "length": {"mm": "1/1000", "cm": "1/100", "m": 1, "km": 1000, "厘米": "1/100", "米": 1}
+        | {"millimeter": "1/1000", "centimeter": "1/100", "meter": 1, "metre": 1, "kilometer": 1000},
+        "mass": {"mg": "1/1000", "g": 1, "kg": 1000, "gram": 1, "kilogram": 1000, "克": 1, "千克": 1000},
+        "time": {"ms": "1/1000", "s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hr": 3600}
+        | {"hour": 3600, "秒": 1, "分钟": 60, "小时": 3600},
+        "volume": {"ml": "1/1000", "l": 1, "liter": 1, "litre": 1, "milliliter": "1/1000"},
+        "angle": {"°": 1, "degree": 1, "deg": 1, "^\\circ": 1, "^{\\circ}": 1, "度": 1},
+        "percent": {"%": 1, "percent": 1, "pct": 1},
+    }.items()
+    for name, size in table.items()
+}
+_PERCENT = ("%", "percent", "pct")
+_DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(
+    rf"""^(?P<sign>[+-]?)\s*(?P<currency>us\$|rm|rs\.?|[$€£¥₹])?\s*(?P<sign2>-?)
+    (?:(?P<whole>\d+)\s+(?P<wn>\d+)/(?P<wd>\d+)
+      |\\[dt]?frac\s*\{{\s*(?P<fn>-?\d+)\s*\}}\s*\{{\s*(?P<fd>\d+)\s*\}}
+      |(?P<n>{_DIGITS})(?:\s*/\s*(?P<d>\d+(?:\.\d+)?))?
+      |(?P<word>[a-z]+(?:[ -][a-z]+)?))
+    (?:\s*(?:e|(?:x|×|\*|\\times|\\cdot)\s*10\s*\^?\s*)\{{?(?P<exp>[+-]?\d{{1,3}})\}}?)?
+    \s*(?P<scale>hundred|thousand|million|billion|trillion)?
+    \s*(?P<unit>[^\d].*)?$""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_ASSIGNED = re.compile(r"^(?:\\?[A-Za-z]\w{0,2}|\\?angle\s*[A-Z]{1,3}|∠\s*[A-Z]{1,3})\s*=\s*(?=[^=]+$)")
+
+
+@lru_cache(maxsize=65536)
+def parse_number(text: str) -> Number | None:
+    """Return the number an answer consists of, or None.
+
+    Understands thousands separators, signs, fractions and mixed numbers, powers of ten, number words up to ninety-nine,
+    hundred to trillion, currency, percent and units; a text that only contains a number is not one.
+    """
+    text = _ASSIGNED.sub("", text.strip())
+    match = _NUMBER.match(text)
+    if match is None:
+        return None
+    part = match.groupdict()
+    decimals: int | None = None
+    if part["whole"]:
+        if int(part["wd"]) == 0:
+            return None
+        value = int(part["whole"]) + Fraction(int(part["wn"]), int(part["wd"]))
+    elif part["fn"]:
+        if int(part["fd"]) == 0:
+            return None
+        value = Fraction(int(part["fn"]), int(part["fd"]))
+    elif part["n"]:
+        digits = part["n"].replace(",", "").replace(" ", "")
+        value = Fraction(digits if not digits.startswith(".") else "0" + digits)
+        decimals = len(digits.partition(".")[2])
+        if part["d"]:
+            if Fraction(part["d"]) == 0:
+                return None
+            value, decimals = value / Fraction(part["d"]), None
+    else:
+        words = re.split(r"[ -]", part["word"].lower())
+        unit_word = ""
+        if len(words) == 2 and words[0] in _WORDS and (words[1] not in _WORDS or _WORDS[words[0]] < 20):
+            unit_word = words.pop()
+            if unit_word in _SCALES:
+                part["scale"], unit_word = unit_word, ""
+        if not all(word in _WORDS for word in words) or (len(words) == 2 and not 0 < _WORDS[words[1]] < 10):
+            return None
+        value, decimals = Fraction(sum(_WORDS[word] for word in words)), 0
+        if unit_word:
+            part["unit"] = f"{unit_word} {part['unit'] or ''}".strip()
+    if part["exp"]:
+        exponent = int(part["exp"])
+        value *= Fraction(10) ** exponent
+        decimals = None if decimals is None else max(0, decimals - exponent)
+    if part["scale"]:
+        value *= _SCALES[part["scale"].lower()]
+        decimals = None if decimals is None else decimals - len(str(_SCALES[part["scale"].lower()])) + 1
+    if "-" in (part["sign"], part["sign2"]):
+        value = -value
+    unit = _unit(part["currency"], part["unit"])
+    if unit is None:
+        return None
+    if unit in _PERCENT:
+        unit = "percent"
+    return Number(value, unit, decimals)
+
+
+def _unit(currency: str | None, unit: str | None) -> str | None:
+    """One spelling for a unit; None where what follows the number is no unit."""
+    unit = (unit or "").strip().rstrip(".").strip()
+    if currency:
+        name = _CURRENCIES[currency.lower().rstrip(".")]
+        return name if not unit or _CURRENCIES.get(_singular(unit.lower())) == name else None
+    if not unit:
+        return ""
+    lowered = _singular(unit.lower().strip("()[] "))
+    if lowered in _CURRENCIES:
+        return _CURRENCIES[lowered]
+    if unit in _UNITS or lowered in _UNITS:
+        return unit if unit in _UNITS else lowered
+    # words only: "5 red cubes" has the unit "red cube", "5 - 3" and "5 or 6" have none
+    if re.fullmatch(r"[A-Za-z°%²³/^{}\\ \u4e00-\u9fff\d]*", unit) and not re.search(
+        r"(?i)\b(?:or|and|to|x|y|n|a)\b", unit
+    ):
+        return re.sub(r"\s+", " ", lowered.replace("²", "^2").replace("³", "^3").replace("square ", "sq ")) or None
+    return None
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def _equal_numbers(given: Number | None, wanted: Number | None) -> bool:
+    """Whether two numbers say the same: equal, or the finer one rounds to the coarser one."""
+    if given is None or wanted is None:
+        return False
+    if given.unit != wanted.unit and given.unit and wanted.unit:
+        (one, size), (other, other_size) = (_UNITS.get(number.unit, (number.unit, 1)) for number in (given, wanted))
+        return one == other and given.value * size == wanted.value * other_size
+    if "percent" in (given.unit, wanted.unit) and given.unit != wanted.unit:
+        plain, percent = (given, wanted) if wanted.unit == "percent" else (wanted, given)
+        if plain.value == percent.value / 100:
+            return True
+    if given.value == wanted.value:
+        return True
+    if wanted.decimals is None or wanted.decimals > 0:
+        # an exact third may be given as 0.33, never as 0.3 or as a whole number
+        if wanted.decimals is None and given.decimals is not None and given.decimals >= 2:
+            return _rounds_to(wanted.value, given)
+        if wanted.decimals is not None and (given.decimals is None or given.decimals >= wanted.decimals):
+            return _rounds_to(given.value, wanted)
+        if given.decimals is not None and given.decimals >= 2:
+            return _rounds_to(wanted.value, given)
+    return False
+
+
+def _rounds_to(fine: Fraction, coarse: Number) -> bool:
+    return abs(fine - coarse.value) <= Fraction(1, 2) / Fraction(10) ** (coarse.decimals or 0)
+
+
+_HEDGED = re.compile(r"(?i)\b(?:not|than|least|most|over|under|between|from|or|and|to|except|n't)\b|n't|[<>≤≥]")
+_LONE_NUMBER = re.compile(rf"(?<![\w.,/-])-?[$€£¥]?(?:{_DIGITS})(?:\s?%|°)?(?![\w/]|[.,]\d)")
+
+
+def number_in_sentence(text: str) -> Number | None:
+    """Return the only number of a sentence such as "There are 5 cats"; None where it is hedged or not alone."""
+    if " " not in text or _HEDGED.search(text):
+        return None
+    found = _LONE_NUMBER.findall(text)
+    words = [word for word in re.findall(r"[a-z]+", text.lower()) if word in _WORDS and word != "one"]
+    if len(found) + len(words) != 1:
+        return None
+    return parse_number((found or words)[0])
+
+
+def _number(prediction: str, gold: str, options: Options) -> Decision:
+    wanted = parse_number(gold)
+    if wanted is None:
+        return None
+    given = parse_number(prediction) or number_in_sentence(prediction)
+    if given is None:
+        if re.search(r"[\\^√π=]|sqrt|pi\b", prediction) and not _HEDGED.search(prediction):
+            return None  # may be a formula with this value: left to `math`
+        return (False, f"no number, expected {gold[:40]}")
+    return (_equal_numbers(given, wanted), f"{float(given.value):.12g}, expected {gold[:40]}")
+
+
+def _relaxed(prediction: str, gold: str, options: Options) -> Decision:
+    """ChartQA's relaxed accuracy: 5 % of the gold value; years and zero are exact."""
+    wanted, given = parse_number(gold), parse_number(prediction) or number_in_sentence(prediction)
+    if wanted is None or given is None:
+        return None
+    if given.unit and wanted.unit and given.unit != wanted.unit:
+        return None
+    is_year = wanted.decimals == 0 and not wanted.unit and 1900 <= wanted.value <= 2099
+    if wanted.value == 0 or is_year:
+        return (given.value == wanted.value, "exact for a year or zero")
+    error = abs(given.value - wanted.value) / abs(wanted.value)
+    return (error <= Fraction(1, 20), f"off by {float(error):.1%}, 5 % allowed")
+
+
+# -- dates
+
+_MONTH_NAMES = (
+    "january jan|february feb|march mar|april apr|may|june jun|july jul|august aug|september sep sept|october oct|"
+    "november nov|december dec"
+)
+_MONTHS = {name: number for number, names in enumerate(_MONTH_NAMES.split("|"), start=1) for name in names.split()}
+_DATE_FORMS = (
+    (re.compile(r"^(\d{4})[-/.年](\d{1,2})[-/.月](\d{1,2})日?$"), "ymd"),
+    (re.compile(r"^(\d{1,2})(?:st|nd|rd|th)?[ -](?:of )?([a-z]+)\.?,?[ -](\d{4})$"), "dmy"),
+    (re.compile(r"^([a-z]+)\.? (\d{1,2})(?:st|nd|rd|th)?,? (\d{4})$"), "mdy"),
+    (re.compile(r"^([a-z]+)\.?,? (\d{4})$"), "my"),
+    (re.compile(r"^([a-z]+)\.? (\d{1,2})(?:st|nd|rd|th)?$"), "md"),
+    (re.compile(r"^(\d{1,2})(?:st|nd|rd|th)? (?:of )?([a-z]+)\.?$"), "dm"),
+    (re.compile(r"^(\d{1,2})[-/.](\d{1,2})[-/.](\d{4}|\d{2})$"), "??y"),
+)
+
+
+def parse_date(text: str) -> tuple[str, ...] | None:
+    """Return a date as (year, month, day), missing parts empty, or None.
+
+    Two numbers below 13 may be day and month either way round: they stay in the order written, marked "?".
+    """
+    text = re.sub(r"^(?:on |(?:mon|tues|wednes|thurs|fri|satur|sun)day,? )+", "", text.lower().strip())
+    for pattern, order in _DATE_FORMS:
+        match = pattern.match(text)
+        if match is None:
+            continue
+        part = dict(zip(order, match.groups(), strict=True)) if "?" not in order else {}
+        if order == "??y":
+            first, second, year = (int(group) for group in match.groups())
+            if first > 12 >= second:
+                part = {"d": first, "m": second, "y": year}
+            elif second > 12 >= first:
+                part = {"m": first, "d": second, "y": year}
+            else:
+                return ("?", str(first), str(second), str(year))
+        month = part.get("m", "")
+        if isinstance(month, str) and month and not month.isdigit():
+            if month not in _MONTHS:
+                return None
+            month = _MONTHS[month]
+        return tuple(str(int(value)) if value != "" else "" for value in (part.get("y", ""), month, part.get("d", "")))
+    return None
+
+
+def _date(prediction: str, gold: str, options: Options) -> Decision:
+    wanted = parse_date(gold)
+    if wanted is None:
+        return None
+    given = parse_date(prediction)
+    if given is None:
+        return None
+    return (given == wanted, f"date {'-'.join(given)}, expected {'-'.join(wanted)}")
+
+
+# -- text
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_PUNCTUATION = re.compile(r"[^\w\s%$€£¥°+<>=/\\^-]|(?<!\d)[-/]|[-/](?!\d)|_")
+
+
+@lru_cache(maxsize=65536)
+def plain_text(text: str) -> str:
+    """Return text for comparison: lower case, compatible characters, no articles, no punctuation, single spaces.
+
+    What would become empty ("A", "the") stays as it is.
+    """
+    lowered = unicodedata.normalize("NFKC", text).lower().replace("'", "").replace("’", "")
+    bare = _PUNCTUATION.sub(" ", lowered)
+    short = " ".join(_ARTICLES.sub(" ", bare).split())
+    return short or " ".join(bare.split()) or lowered.strip()
+
+
+_COPULA = re.compile(r"\b(?:is|are|was|were)\s+(.+)$", re.IGNORECASE)
+
+
+def _text(prediction: str, gold: str, options: Options) -> Decision:
+    wanted = plain_text(gold)
+    if not wanted:
+        return None
+    if plain_text(prediction) == wanted:
+        return (True, "same words")
+    rest = prediction
+    while match := _COPULA.search(rest):  # "The car is red": what is said of the subject
+        rest = match.group(1)
+        if plain_text(rest) == wanted:
+            return (True, "the sentence says so")
+    return None
+
+
+# -- lists
+
+_SEPARATOR = re.compile(r"\s*(?:,\s*and\b|;|,|、|\band\b|&|和)\s*")
+
+
+def _list(prediction: str, gold: str, options: Options) -> Decision:
+    """Several items: numbers in order (in any order inside braces), words in any order."""
+    wanted, given = _items(gold), _items(prediction)
+    if len(wanted) < 2:
+        return None
+    if len(wanted) != len(given):
+        return None
+    any_order = gold.strip().startswith(("{", "\\{")) or not any(parse_number(item) for item in wanted)
+    pairs = _matching(given, wanted) if any_order else zip(given, wanted, strict=True)
+    right = pairs is not None and all(_same_item(a, b) for a, b in pairs)
+    return (True, "same items") if right else None
+
+
+def _items(text: str) -> list[str]:
+    text = text.strip().removeprefix("\\{").removesuffix("\\}").strip("{}()[] ")
+    return [item for item in _SEPARATOR.split(text) if item]
+
+
+def _same_item(given: str, wanted: str) -> bool:
+    number = parse_number(wanted)
+    return _equal_numbers(parse_number(given), number) if number else plain_text(given) == plain_text(wanted)
+
+
+def _matching(given: list[str], wanted: list[str]) -> list[tuple[str, str]] | None:
+    left = list(given)
+    pairs = []
+    for item in wanted:
+        found = next((other for other in left if _same_item(other, item)), None)
+        if found is None:
+            return None
+        left.remove(found)
+        pairs.append((found, item))
+    return pairs
+
+
+# -- transcribed text
+
+
+def anls(prediction: str, gold: str) -> float:
+    """Return the normalised Levenshtein similarity, 1 - distance / longer length: 1 is equal, 0 has nothing in common.
+
+    This is the similarity of DocVQA's ANLS before its 0.5 threshold.
+    """
+    a, b = " ".join(prediction.lower().split()), " ".join(gold.lower().split())
+    if a == b:
+        return 1.0
+    if not a or not b:
+        return 0.0
+    previous = list(range(len(b) + 1))
+    for i, char in enumerate(a, start=1):
+        current = [i]
+        for j, other in enumerate(b, start=1):
+            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (char != other)))
+        previous = current
+    return 1 - previous[-1] / max(len(a), len(b))
+
+
+def _anls(prediction: str, gold: str, options: Options) -> Decision:
+    """Text read off a page: a slip of a letter in ten is forgiven, a digit never."""
+    if len(prediction) > 2 * len(gold) or re.findall(r"\d", prediction) != re.findall(r"\d", gold):
+        return None
+    similarity = anls(prediction, gold)
+    return (True, f"ANLS {similarity:.2f}") if similarity > 0.9 else None
+
+
+def _math(prediction: str, gold: str, options: Options) -> Decision:
+    return None
+
+
+_RULES: dict[str, Callable[[str, str, Options], Decision]] = {
+    "choice": _choice,
+    "yes_no": _yes_no,
+    "number": _number,
+    "relaxed": _relaxed,
+    "date": _date,
+    "text": _text,
+    "list": _list,
+    "math": _math,
+    "anls": _anls,
+}

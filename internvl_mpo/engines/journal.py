@@ -1,0 +1,137 @@
+"""Replies survive a killed process: every reply is appended to a file as it comes, and read back on the next run.
+
+The journal of `responses.jsonl` is `responses.jsonl.part`. It holds one reply per line in order of arrival; the last
+line may be torn. A finished program writes its output in the planned order and removes the journal.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from internvl_mpo.engines import Engine, Reply, Request
+from internvl_mpo.records import atomic_writer, iter_jsonl
+
+
+class Journal:
+    """Replies by id, on disk; memory holds one number per reply.
+
+    Args:
+        output: the file the replies will end up in.
+        reply_of: finds the reply in a row of a finished `output`, or None; so that a finished file can be extended.
+    """
+
+    def __init__(self, output: str | Path, reply_of: Callable[[Mapping[str, Any]], Reply | None] = lambda row: None):
+        self.output = Path(output)
+        self.path = self.output.with_name(self.output.name + ".part")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b")  # noqa: SIM115 - closed by `close`
+        self._offsets: dict[str, int] = {}
+        self._read_back()
+        if self.output.exists():
+            for _, row in iter_jsonl(self.output):
+                reply = reply_of(row)
+                if reply is not None and reply.id not in self._offsets:
+                    self.append(reply)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def append(self, reply: Reply) -> None:
+        """Keep a reply; it is on its way to disk when this returns."""
+        line = json.dumps(dataclasses.asdict(reply), ensure_ascii=False).encode("utf-8", "surrogatepass")
+        self._file.seek(0, os.SEEK_END)
+        self._offsets[reply.id] = self._file.tell()
+        self._file.write(line + b"\n")
+        self._file.flush()
+
+    def __getitem__(self, id: str) -> Reply:
+        self._file.seek(self._offsets[id])
+        return Reply(**json.loads(self._file.readline()))
+
+    def finish(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Write the output in the given order, remove the journal, and return the number of rows."""
+        count = 0
+        with atomic_writer(self.output) as out:
+            for row in rows:
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        self._file.close()
+        self.path.unlink()
+        return count
+
+    def _read_back(self) -> None:
+        """Index whole lines and cut a torn last one."""
+        self._file.seek(0)
+        offset = 0
+        for line in self._file:
+            try:
+                if not line.endswith(b"\n"):
+                    break
+                self._offsets[json.loads(line)["id"]] = offset
+            except (ValueError, KeyError, TypeError):
+                break
+            offset += len(line)
+        self._file.truncate(offset)
+
+
+def collect_replies(engine: Engine, requests: Iterable[Request], total: int, journal: Journal) -> dict[str, str]:
+    """Ask for every reply the journal does not hold yet, and keep it there.
+
+    Args:
+        engine: who answers.
+        requests: all requests of the run, answered ones too; see `Engine.generate`.
+        total: their number, for the progress bar.
+        journal: where replies go.
+
+    Returns:
+        Why a reply is missing, by request id; empty when all came.
+    """
+    missing: dict[str, str] = {}
+    with tqdm(total=total, initial=len(journal), unit="reply", desc=engine.name, smoothing=0.05) as bar:
+        for reply in engine.generate(requests, done=journal):
+            if reply.error is None:
+                journal.append(reply)
+            else:
+                missing[reply.id] = reply.error
+            bar.update()
+    return missing
+
+
+def sample_seed(seed: int, id: str, number: int) -> int:
+    """Return the seed of the n-th reply to the row with this id, below 2**31 as servers want it."""
+    digest = hashlib.sha256(f"{seed}/{id}/{number}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def report_missing(missing: dict[str, str], output: str) -> int:
+    """Name the replies that did not come in `OUTPUT.missing.jsonl` and return the exit code."""
+    path = Path(f"{output}.missing.jsonl")
+    if not missing:
+        path.unlink(missing_ok=True)
+        return 0
+    with atomic_writer(path) as out:
+        for id, reason in missing.items():
+            out.write(json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n")
+    first = next(iter(missing.values()))
+    print(
+        f"{len(missing)} replies are missing, named in {path} (first reason: {first}); the same command asks again",
+        file=sys.stderr,
+    )
+    return 1

@@ -1,0 +1,318 @@
+"""The engine in this process: a model of the InternVL family on one device, batched.
+
+A prompt is run once, pictures included, however many replies it gets: its keys and values are copied to as many rows
+as there are samples. Rows that end leave the batch. Each reply is drawn from its own seed, one uniform number per
+token, so neither its neighbours nor the batch size choose its words.
+
+    prompts   P rows, left-padded        one forward with pictures
+    rows      R >= P, row r continues prompt `parent[r]`
+"""
+
+import hashlib
+import itertools
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+
+import modeling_internvl_mpo  # noqa: F401 - registers the InternVL classes with the Auto classes
+from internvl_mpo.engines import Reply, Request, Sampling
+from internvl_mpo.errors import BadInputError
+
+# Requests looked at together when batches are formed: enough to sort by length, few enough to keep in memory.
+WINDOW = 4096
+# Grounding tags are special tokens in InternVL's vocabulary and ordinary words of its answers.
+_SPOKEN = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+_TURN_ENDS = ("<|im_end|>", "<|end|>", "<|endoftext|>", "</s>")
+_IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
+
+Prompt = tuple[str, tuple[Any, ...], str]
+
+
+class TransformersEngine:
+    """Answers requests with a model loaded here.
+
+    Args:
+        model_path: model folder or Hub id.
+        device: "auto" (CUDA where there is one), or a torch device.
+        dtype: "auto" (as the config says on CUDA, float32 elsewhere), or a torch dtype name.
+        batch_size: replies generated at the same time.
+        max_tiles: most 448x448 crops per picture; None keeps the model's own limit.
+        trust_remote_code: run the model code inside the folder; ours serves every InternVL without it.
+
+    Raises:
+        BadInputError: the folder holds no model, or the device does not exist.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int = 32,
+        max_tiles: int | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.model_id = str(model_path)
+        self.batch_size = batch_size
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        if dtype == "auto":
+            wanted: Any = "auto" if self.device.type == "cuda" else torch.float32
+        else:
+            wanted = getattr(torch, dtype, None)
+            if not isinstance(wanted, torch.dtype):
+                raise BadInputError(f"dtype is '{dtype}'; give auto, float32, bfloat16 or float16")
+        try:
+            self.processor = AutoProcessor.from_pretrained(self.model_id, trust_remote_code=trust_remote_code)
+            model = AutoModelForImageTextToText.from_pretrained(
+                self.model_id, dtype=wanted, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise BadInputError(f"cannot load a model from {self.model_id}: {str(error).splitlines()[0]}") from error
+        self.model = model.to(self.device).eval()
+        self.revision = getattr(model.config, "_commit_hash", None) or folder_fingerprint(self.model_id)
+        if max_tiles is not None:
+            self.processor.image_processor.max_tiles = max_tiles
+        self.tokenizer = self.processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        vocab = self.tokenizer.get_vocab()
+        self.stop_ids = self._stop_ids(vocab)
+        self.suppressed = self._suppressed(vocab)
+
+    def generate(self, requests: Iterable[Request], done: Collection[str] = ()) -> Iterator[Reply]:
+        """Yield replies batch by batch; see `Engine.generate`."""
+        stream = iter(requests)
+        while window := list(itertools.islice(stream, WINDOW)):
+            for batch in self._batches(window):
+                if all(request.id in done for request in batch):
+                    continue
+                for reply in self._answer(batch):
+                    if reply.id not in done:
+                        yield reply
+
+    def render(self, question: str, num_images: int, prefix: str = "") -> str:
+        """Return the prompt as text, `<image>` placeholders unexpanded; `prefix` opens the assistant's turn."""
+        if num_images and "<image>" not in question:
+            question = "<image>\n" * num_images + question
+        messages = [{"role": "user", "content": question}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + prefix
+
+    def _batches(self, window: list[Request]) -> list[list[Request]]:
+        """Requests of like length side by side, all samples of a prompt together, one `Sampling` per batch."""
+        prompts: dict[tuple[Sampling, Prompt], list[Request]] = {}
+        for request in window:
+            prompts.setdefault((request.sampling, _prompt(request)), []).append(request)
+        batches: list[list[Request]] = []
+        by_sampling = itertools.groupby(
+            sorted(prompts.items(), key=lambda item: (repr(item[0][0]), -_length(item[0][1]))),
+            key=lambda item: item[0][0],
+        )
+        for _, items in by_sampling:
+            rows = [request for _, group in items for request in group]
+            batches += [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        return batches
+
+    def _answer(self, batch: list[Request]) -> list[Reply]:
+        """Replies to one batch; a broken picture costs only its own requests, lack of memory halves the batch."""
+        replies, usable, pictures = [], [], {}
+        for request in batch:
+            prompt = _prompt(request)
+            if prompt not in pictures:
+                try:
+                    pictures[prompt] = [_load(image) for image in request.images]
+                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                    pictures[prompt] = f"unreadable image: {error}"
+            if isinstance(pictures[prompt], str):
+                replies.append(Reply(id=request.id, error=pictures[prompt]))
+            else:
+                usable.append(request)
+        if usable:
+            try:
+                replies += self._run(usable, pictures)
+            except torch.OutOfMemoryError:
+                if len(usable) == 1:
+                    replies.append(Reply(id=usable[0].id, error="out of memory with a single request"))
+                else:
+                    torch.cuda.empty_cache()
+                    half = len(usable) // 2
+                    replies += self._answer(usable[:half]) + self._answer(usable[half:])
+        return replies
+
+    @torch.inference_mode()
+    def _run(self, rows: list[Request], pictures: dict[Prompt, list[Image.Image]]) -> list[Reply]:
+        sampling = rows[0].sampling
+        prompts = list(dict.fromkeys(_prompt(request) for request in rows))
+        inputs = self._inputs(prompts, pictures)
+        parent = torch.tensor([prompts.index(_prompt(request)) for request in rows], device=self.device)
+
+        cache = DynamicCache()
+        mask = inputs.pop("attention_mask")
+        position = mask.long().cumsum(-1).sub(1).clamp(min=0)
+        logits = self.model(
+            **inputs,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        cache.batch_select_indices(parent)
+        logits, mask, position = logits[parent], mask[parent], position[parent, -1:]
+
+        num_rows, limit = len(rows), sampling.max_new_tokens
+        uniforms = None
+        if sampling.temperature > 0:
+            draws = [torch.rand(limit, generator=torch.Generator().manual_seed(request.seed)) for request in rows]
+            uniforms = torch.stack(draws).to(self.device)
+        output = torch.full((num_rows, limit), -1, dtype=torch.long, device=self.device)
+        live = torch.arange(num_rows, device=self.device)
+        for step in range(limit):
+            logits = logits.float().masked_fill(self.suppressed[: logits.shape[-1]], float("-inf"))
+            tokens = draw_tokens(logits, sampling, None if uniforms is None else uniforms[live, step])
+            output[live, step] = tokens
+            running = ~torch.isin(tokens, self.stop_ids)
+            if not running.all():
+                keep = running.nonzero().squeeze(-1)
+                if not len(keep):
+                    break
+                cache.batch_select_indices(keep)
+                live, tokens, mask, position = live[keep], tokens[keep], mask[keep], position[keep]
+            if step + 1 == limit:
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            position = position + 1
+            logits = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        prompt_ids = inputs["input_ids"]
+        return [self._reply(request, prompt_ids[parent[row]], output[row].tolist()) for row, request in enumerate(rows)]
+
+    def _inputs(self, prompts: list[Prompt], pictures: dict[Prompt, list[Image.Image]]) -> dict[str, torch.Tensor]:
+        texts = [self.render(question, len(images), prefix) for question, images, prefix in prompts]
+        images = [pictures[prompt] for prompt in prompts]
+        inputs = self.processor(
+            text=texts, images=images if any(images) else None, padding=True, return_tensors="pt"
+        ).to(self.device)
+        wanted = ("input_ids", "attention_mask", "pixel_values", "image_flags")
+        inputs = {key: inputs[key] for key in wanted if key in inputs}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return inputs
+
+    def _reply(self, request: Request, prompt_ids: torch.Tensor, output: list[int]) -> Reply:
+        tokens = [token for token in output if token >= 0]
+        stopped = bool(tokens) and tokens[-1] in self.stop_ids
+        words = tokens[:-1] if stopped else tokens
+        if request.prefix:
+            # Tokenizers of the SentencePiece family drop the space before the first decoded word; decoding the last
+            # tokens of the prefix with it keeps the join as the model wrote it.
+            tail = prompt_ids[-8:].tolist()
+            before, both = self.tokenizer.decode(tail), self.tokenizer.decode(tail + words)
+            text = both[len(before) :] if both.startswith(before) else self.tokenizer.decode(words)
+        else:
+            text = self.tokenizer.decode(words).strip()
+        return Reply(id=request.id, text=text, finish_reason="stop" if stopped else "length", num_tokens=len(tokens))
+
+    def _stop_ids(self, vocab: dict[str, int]) -> torch.Tensor:
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = {vocab[token] for token in _TURN_ENDS if token in vocab}
+        ids |= {self.tokenizer.eos_token_id} if self.tokenizer.eos_token_id is not None else set()
+        ids |= set(configured) if isinstance(configured, list) else ({configured} if configured is not None else set())
+        return torch.tensor(sorted(ids), device=self.device)
+
+    def _suppressed(self, vocab: dict[str, int]) -> torch.Tensor:
+        """True for ids no reply may hold: control tokens, image tokens, and rows of the head beyond the vocabulary."""
+        size = self.model.get_output_embeddings().weight.shape[0]
+        suppressed = torch.zeros(size, dtype=torch.bool)
+        suppressed[max(vocab.values()) + 1 :] = True
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(self.tokenizer.all_special_tokens) | set(_IMAGE_TOKENS)
+        for token in special - set(_SPOKEN):
+            if token in vocab:
+                suppressed[vocab[token]] = True
+        suppressed = suppressed.to(self.device)
+        suppressed[self.stop_ids] = False
+        return suppressed
+
+
+def draw_tokens(logits_RV: torch.Tensor, sampling: Sampling, uniform_R: torch.Tensor | None) -> torch.Tensor:
+    """Return one token per row by inverting the cumulative distribution at a given uniform number.
+
+    Args:
+        logits_RV: (rows, vocabulary).
+        sampling: temperature 0 takes the likeliest token.
+        uniform_R: (rows,) numbers in [0, 1); unused for greedy.
+
+    Returns:
+        Token ids, (rows,).
+    """
+    if sampling.temperature == 0:
+        return logits_RV.argmax(-1)
+    k = min(sampling.top_k or logits_RV.shape[-1], logits_RV.shape[-1])
+    values, ids = (logits_RV / sampling.temperature).topk(k, dim=-1)
+    probs = values.softmax(-1)
+    if sampling.top_p < 1:
+        before = probs.cumsum(-1) - probs
+        probs = probs.masked_fill(before >= sampling.top_p, 0.0)
+    cumulative = probs.cumsum(-1)
+    target = uniform_R[:, None].to(cumulative.dtype) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=k - 1)
+    return ids.gather(-1, index).squeeze(-1)
+
+
+def folder_fingerprint(model_path: str) -> str | None:
+    """Return a short hash of a model folder (names, sizes, both ends of every file), or None for a Hub id.
+
+    Whole weights are not read: 16 GB would take longer than answering.
+    """
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".model")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def _prompt(request: Request) -> Prompt:
+    # PIL images have no value to compare by; the same object is the same picture
+    images = tuple(image if isinstance(image, (str, Path)) else id(image) for image in request.images)
+    return request.question, images, request.prefix
+
+
+def _length(prompt: Prompt) -> int:
+    """A stand-in for the number of tokens: pictures count by their area, text by its characters."""
+    question, images, prefix = prompt
+    total = len(question) + len(prefix)
+    for image in images:
+        if isinstance(image, (str, Path)):
+            try:
+                with Image.open(image) as opened:
+                    width, height = opened.size
+                total += min(12, max(1, round(max(width, height) / max(1, min(width, height))))) * 1024
+            except (OSError, Image.DecompressionBombError):
+                continue
+    return total
+
+
+def _load(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    with Image.open(image) as opened:
+        return opened.convert("RGB")

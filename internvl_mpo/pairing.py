@@ -1,0 +1,401 @@
+"""From responses to preference pairs: by correctness of the final answer, and by Dropout-NTP.
+
+Nothing here depends on the order in which responses arrive: groups are keyed by content, everything inside a group is
+sorted, and every choice is drawn from a hash of the seed and the content. So the same responses and the same seed give
+the same bytes on any number of workers.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from internvl_mpo.answers import Outcome, Verdict, judge_response
+from internvl_mpo.prompts import STYLES, language_of
+from internvl_mpo.records import PreferencePair, Question, Response, atomic_writer
+
+# How far ahead in the diverse order a pair may be preferred because its lengths balance the pairs taken before.
+BALANCE_WINDOW = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRules:
+    """What makes a pair.
+
+    Attributes:
+        pairs_per_question: most right-wrong pairs of one question; the original's 15.
+        format_pairs_per_question: most right-unparsable pairs of one question.
+        seed: of every draw.
+        min_pass_rate, max_pass_rate: share of right answers a question must have; outside it is too hard or too easy.
+        max_length_ratio: most a pair's longer text may exceed the shorter one; 0 is off.
+        max_similarity: two chosen (or two rejected) of one question that share this much of their word triples count as
+            one; 1 removes exact copies only.
+        answer_format: where the final answer stands; empty takes it from the response's prompt style.
+        keep_truncated: whether a response cut at the token limit may be chosen.
+    """
+
+    pairs_per_question: int = 15
+    format_pairs_per_question: int = 15
+    seed: int = 0
+    min_pass_rate: float = 0.0
+    max_pass_rate: float = 1.0
+    max_length_ratio: float = 0.0
+    max_similarity: float = 0.9
+    answer_format: str = ""
+    keep_truncated: bool = False
+
+
+@dataclass
+class Statistics:
+    """Counts by source, mergeable; `table` prints them."""
+
+    counts: dict[str, Counter] = field(default_factory=dict)
+
+    def add(self, source: str, key: str, amount: float = 1) -> None:
+        """Add to one count."""
+        self.counts.setdefault(source, Counter())[key] += amount
+
+    def merge(self, other: "Statistics") -> None:
+        """Add all counts of another."""
+        for source, counts in other.counts.items():
+            self.counts.setdefault(source, Counter()).update(counts)
+
+    def table(self) -> str:
+        """Return one line per source, and below it why candidates were left out."""
+        columns = ("questions", "responses", "right", "wrong", "unparsable", "all wrong", "correctness", "format")
+        total = Counter()
+        for counts in self.counts.values():
+            total.update(counts)
+        width = max([len("source"), *(len(source) for source in self.counts)])
+        lines = ["  ".join([f"{'source':<{width}}", *(f"{c:>11}" for c in columns), "length c/r", "pass rate"])]
+        for source, counts in [*sorted(self.counts.items()), ("total", total)]:
+            cells = [f"{counts[column]:>11}" for column in columns]
+            pairs = counts["correctness"] + counts["format"]
+            ratio = math.exp(counts["log length ratio"] / pairs) if pairs else float("nan")
+            rate = counts["right"] / counts["responses"] if counts["responses"] else float("nan")
+            lines.append("  ".join([f"{source:<{width}}", *cells, f"{ratio:>10.2f}", f"{rate:>9.2f}"]))
+        dropped = {key[5:]: total[key] for key in sorted(total) if key.startswith("drop ")}
+        if dropped:
+            lines.append("left out: " + ", ".join(f"{amount} {reason}" for reason, amount in dropped.items()))
+        return "\n".join(lines)
+
+
+class Judged(NamedTuple):
+    """A response and what its answer is worth."""
+
+    response: Response
+    verdict: Verdict
+
+
+# --------------------------------------------------------------------------------------------------- correctness
+
+
+def correctness_pairs(
+    responses: Iterable[Response], rules: PairRules, stats: Statistics
+) -> tuple[list[PreferencePair], Question | None]:
+    """Return the pairs of one question: right over wrong, and right over unparsable.
+
+    Args:
+        responses: all responses to one prompt with one ground truth, in any order.
+        rules: caps and filters.
+        stats: counted into.
+
+    Returns:
+        The pairs, and the question where no response was right, to be asked of a stronger model.
+    """
+    unique = {response.id: response for response in responses}
+    judged = [_judge(response, rules) for response in unique.values()]
+    first = judged[0].response
+    source = first.source
+    by_outcome: dict[Outcome, list[Judged]] = {outcome: [] for outcome in Outcome}
+    for item in judged:
+        by_outcome[item.verdict.outcome].append(item)
+        stats.add(source, item.verdict.outcome.value)
+    stats.add(source, "questions")
+    stats.add(source, "responses", len(judged))
+    rights = by_outcome[Outcome.RIGHT]
+    if not rights:
+        stats.add(source, "all wrong")
+        return [], _question(judged)
+    rate = len(rights) / len(judged)
+    if not rules.min_pass_rate <= rate <= rules.max_pass_rate:
+        stats.add(source, "drop questions outside the pass-rate band")
+        return [], None
+    chosen = _diverse(rights, rules, stats, lambda response: _unfit(response, rules))
+    pairs = []
+    for rule, outcome, cap in (
+        ("correctness", Outcome.WRONG, rules.pairs_per_question),
+        ("format", Outcome.UNPARSABLE, rules.format_pairs_per_question),
+    ):
+        rejected = _diverse(by_outcome[outcome], rules, stats, lambda response: None)
+        for right, other in _choose(chosen, rejected, cap, rules, stats):
+            pairs.append(_pair(right, other, rule, rate))
+            stats.add(source, rule)
+            stats.add(source, "log length ratio", _log_ratio(right, other))
+    return pairs, None
+
+
+def _question(judged: list[Judged]) -> Question:
+    """The question as it was before a prompt style was put around it."""
+    asked = min((item.response for item in judged), key=lambda response: response.id)
+    return Question(
+        id=asked.question_id,
+        images=asked.images,
+        question=asked.provenance.get("original_question", asked.question),
+        answer=asked.answer,
+        source=asked.source,
+        provenance={"responses": len(judged)},
+    )
+
+
+def _judge(response: Response, rules: PairRules) -> Judged:
+    style = STYLES.get(str(response.provenance.get("style", "")))
+    answer_format = rules.answer_format or (style.answer_format if style else "marker")
+    verdict = judge_response(
+        response.response,
+        response.answer or "",
+        answer_format=answer_format,
+        source=response.source,
+        question=response.question,
+    )
+    return Judged(response, verdict)
+
+
+def _unfit(response: Response, rules: PairRules) -> str | None:
+    """Why a response may not be chosen, or None."""
+    if response.provenance.get("finish_reason") == "length" and not rules.keep_truncated:
+        return "chosen cut at the token limit"
+    if is_repetitive(response.response):
+        return "chosen that repeat themselves"
+    if language_of(response.response) != language_of(response.question):
+        return "chosen in another language than the question"
+    return None
+
+
+def is_repetitive(text: str) -> bool:
+    """Return whether a text loops: fewer than half of its runs of four words (or of eight characters) are distinct."""
+    words = text.split()
+    if len(words) >= 24:
+        runs = [*zip(words, words[1:], words[2:], words[3:], strict=False)]
+        return len(set(runs)) < 0.5 * len(runs)
+    if len(text) >= 96:
+        runs = [text[start : start + 8] for start in range(len(text) - 7)]
+        return len(set(runs)) < 0.35 * len(runs)
+    return False
+
+
+def _diverse(
+    items: list[Judged], rules: PairRules, stats: Statistics, unfit: Callable[[Response], str | None]
+) -> list[Judged]:
+    """Usable responses without near copies, in a seeded order in which different answers come first."""
+    ordered = sorted(items, key=lambda item: _draw(rules.seed, item.response.response, item.response.id))
+    kept: list[Judged] = []
+    texts: set[str] = set()
+    shingles: list[frozenset] = []
+    for item in ordered:
+        text = item.response.response
+        if not text.strip():
+            continue
+        reason = unfit(item.response)
+        if reason is not None:
+            stats.add(item.response.source, f"drop {reason}")
+            continue
+        if text in texts:
+            stats.add(item.response.source, "drop copies")
+            continue
+        if rules.max_similarity < 1:
+            mine = _shingles(text)
+            if any(_similar(mine, other, rules.max_similarity) for other in shingles):
+                stats.add(item.response.source, "drop near copies")
+                continue
+            shingles.append(mine)
+        texts.add(text)
+        kept.append(item)
+    rank: Counter = Counter()
+    turns = []
+    for item in kept:
+        turns.append(rank[item.verdict.answer])
+        rank[item.verdict.answer] += 1
+    return [item for _, item in sorted(zip(turns, kept, strict=True), key=lambda turn: turn[0])]
+
+
+def _shingles(text: str) -> frozenset:
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset(words)
+
+
+def _similar(a: frozenset, b: frozenset, limit: float) -> bool:
+    small, large = sorted((len(a), len(b)))
+    if small < limit * large:
+        return False
+    common = len(a & b)
+    return common >= limit * (small + large - common)
+
+
+def _choose(
+    chosen: list[Judged], rejected: list[Judged], cap: int, rules: PairRules, stats: Statistics
+) -> list[tuple[Judged, Judged]]:
+    """Take up to `cap` pairs: every response is used once before one is used twice, and lengths are kept in balance."""
+    waiting: list[tuple[Judged, Judged]] = []
+    taken: list[tuple[Judged, Judged]] = []
+    balance = 0.0
+    candidates = _diagonal(chosen, rejected)
+    while len(taken) < cap:
+        while len(waiting) < BALANCE_WINDOW:
+            pair = next(candidates, None)
+            if pair is None:
+                break
+            reason = _unfit_pair(*pair, rules)
+            if reason is None:
+                waiting.append(pair)
+            else:
+                stats.add(pair[0].response.source, f"drop {reason}")
+        if not waiting:
+            break
+        best = min(range(len(waiting)), key=lambda i: abs(balance + _log_ratio(*waiting[i])))
+        pair = waiting.pop(best)
+        balance += _log_ratio(*pair)
+        taken.append(pair)
+    return taken
+
+
+def _diagonal(rows: list[Judged], columns: list[Judged]) -> Iterator[tuple[Judged, Judged]]:
+    """Every pair once, running through both lists side by side before any combination repeats a member."""
+    if not rows or not columns:
+        return
+    common = math.lcm(len(rows), len(columns))
+    for k in range(len(rows) * len(columns)):
+        yield rows[k % len(rows)], columns[(k + k // common) % len(columns)]
+
+
+def _unfit_pair(right: Judged, other: Judged, rules: PairRules) -> str | None:
+    if right.response.response == other.response.response:
+        return "pairs of equal texts"
+    if other.verdict.answer is not None and entails(other.verdict.answer, right.verdict.answer or ""):
+        return "pairs whose wrong answer contains the right one"
+    ratio = math.exp(abs(_log_ratio(right, other)))
+    if rules.max_length_ratio and ratio > rules.max_length_ratio:
+        return "pairs of too different lengths"
+    return None
+
+
+def entails(answer: str, part: str) -> bool:
+    """Return whether `part` occurs in `answer` as whole words, so that calling `answer` wrong would be unsafe.
+
+    "12" does not contain "1", and "none" does not contain "no".
+    """
+    words, wanted = _answer_words(answer), _answer_words(part)
+    if not wanted:
+        return False
+    return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
+
+
+def _answer_words(text: str) -> list[str]:
+    return re.findall(r"-?\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]", text.lower().strip(" ."))
+
+
+def _log_ratio(right: Judged, other: Judged) -> float:
+    return math.log(len(right.response.response) / max(1, len(other.response.response)))
+
+
+def _pair(right: Judged, other: Judged, rule: str, pass_rate: float) -> PreferencePair:
+    response, made = right.response, right.response.provenance
+    kept = ("engine", "model", "revision", "style", "language", "temperature", "top_k", "top_p", "max_tiles")
+    return PreferencePair(
+        images=response.images,
+        question=response.question,
+        chosen=response.response,
+        rejected=other.response.response,
+        answer=response.answer,
+        source=response.source,
+        rule=rule,
+        provenance={
+            **{key: made[key] for key in kept if key in made},
+            "pass_rate": round(pass_rate, 4),
+            "chosen_response": _origin(right),
+            "rejected_response": _origin(other),
+        },
+    )
+
+
+def _origin(item: Judged) -> dict[str, Any]:
+    origin = {"id": item.response.id, "answer": item.verdict.answer, "rule": item.verdict.rule}
+    if "seed" in item.response.provenance:
+        origin["seed"] = item.response.provenance["seed"]
+    return origin
+
+
+def _draw(seed: int, *parts: str) -> bytes:
+    return hashlib.blake2b("\x1f".join([str(seed), *parts]).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def group_key(row: Mapping[str, Any]) -> str:
+    """Return the key of a Response row as read: pictures, prompt and ground truth, hashed to 16 digits."""
+    images = row.get("image", row.get("images")) or ""
+    parts = [images] if isinstance(images, str) else list(images)
+    parts += ["", str(row.get("question")), str(row.get("answer_gt", row.get("answer")))]
+    return hashlib.blake2b("\x1f".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------- Dropout-NTP
+
+_UNIT = re.compile(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]|[^\s\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
+_IMAGE_LINE = re.compile(r"(?:(?:Image|图)-?\d+\s*[:：]\s*)?<image>[ \t]*\n?")
+
+
+def cut_prefix(text: str, ratio: float) -> str:
+    """Return the first `ratio` of a text, counted in words, in Chinese in characters, without trailing space.
+
+    At most all but the last word: something must be left to continue.
+    """
+    units = list(_UNIT.finditer(text))
+    count = min(math.floor(len(units) * ratio), len(units) - 1)
+    return text[: units[count - 1].end()] if count > 0 else ""
+
+
+def without_images(question: str) -> str:
+    """Return the question without its `<image>` placeholders and their numbering."""
+    return _IMAGE_LINE.sub("", question).strip()
+
+
+# ---------------------------------------------------------------------------------------------------- MMPR layout
+
+
+def subset_name(source: str, rule: str, *, ratio: float = 0.5, with_image: bool = False) -> str:
+    """Return the name of a file in MMPR's suffix grammar, e.g. `m3cot_train_pairs_vqa_correctness_rules`."""
+    base = re.sub(r"[^\w.+-]", "_", source) or "unnamed"
+    if rule in ("correctness", "format", "direct"):
+        return f"{base}_pairs_vqa_{rule}_rules"
+    if rule in ("dropout_ntp", "prefix_with_image"):
+        return f"{base}_prefix_pair_sr{ratio}_{'with' if with_image else 'wo'}_image"
+    return f"{base}_{rule}"
+
+
+def write_meta(path: str | Path, subsets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write MMPR's meta.json.
+
+    Args:
+        path: the file to write.
+        subsets: name -> {"root": image folder, "annotation": jsonl file, and any of "data_augment", "repeat_time",
+            "length", "max_dynamic_patch"}. Paths are given as this process sees them and written relative to the
+            folder of `path`, so that the release can be moved. A missing length is counted.
+    """
+    folder = Path(path).resolve().parent
+    meta = {}
+    for name, subset in subsets.items():
+        entry = {"data_augment": False, "repeat_time": 1, **subset}
+        for key in ("root", "annotation"):
+            entry[key] = Path(os.path.relpath(Path(subset[key]).resolve(), folder)).as_posix()
+        if "length" not in entry:
+            with open(subset["annotation"], encoding="utf-8") as lines:
+                entry["length"] = sum(1 for line in lines if line.strip())
+        meta[name] = {key: entry[key] for key in ("root", "annotation", *sorted(entry)) if key in entry}
+    with atomic_writer(path) as out:
+        json.dump(meta, out, ensure_ascii=False, indent=2)
+        out.write("\n")
