@@ -1,0 +1,202 @@
+"""What the benchmarks share: `Example` in, `Score` out, the contract every benchmark file answers, and the summary.
+
+A benchmark file reads top to bottom as: where it comes from; `examples(source)`; `prompt(example, mode)`;
+`score(example, answer, rule)`; `summarise(scores)`. Scoring is text in, verdict out: no model, no network, no clock.
+A missing answer is an outcome of its own (`extracted` is None); a verdict nobody gave is another (`value` is None).
+"""
+
+import io
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+from PIL import Image
+
+from internvl_mpo.errors import BadInputError
+
+Mode = Literal["direct", "cot"]
+Rule = Literal["ours", "official", "vlmevalkit", "internvl"]
+T = TypeVar("T")
+
+NUM_RESAMPLES = 1000
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One question of a benchmark.
+
+    Attributes:
+        id: unique within the benchmark.
+        question: the question's own text, without options or instructions.
+        answer: gold answer as the benchmark states it; for multiple choice the letter. None where a judge decides.
+        images: paths or encoded bytes, opened by `open_image` only when a model needs them.
+        choices: option texts, A first; empty for open questions.
+        groups: breakdowns, name -> the values this question counts under ("skill" -> two skills).
+        details: what only this benchmark knows (answer type, precision, hint, reference answer, ...).
+    """
+
+    id: str
+    question: str
+    answer: str | None = None
+    images: tuple[Path | bytes, ...] = ()
+    choices: tuple[str, ...] = ()
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The verdict on one answer.
+
+    Attributes:
+        id: the example's id.
+        value: 0 to 1 (MMHal-Bench: 0 to 6); None means unscored: no answer was generated or no judge reply parsed.
+        extracted: what was taken from the answer as its final answer; None means unanswered.
+        reason: which step of the rule decided, in a few words.
+        groups: the example's breakdowns.
+        details: what `summarise` needs beyond the value (label, question of a rotation, scores per judge run).
+    """
+
+    id: str
+    value: float | None
+    extracted: str | None
+    reason: str
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Benchmark(Protocol):
+    """What a benchmark's module provides."""
+
+    NAME: str
+    TITLE: str
+    HUB_ID: str | None  # data set on the Hub, with a split after a colon; None: local data only
+    RULES: tuple[Rule, ...]
+    MAX_NEW_TOKENS: Mapping[Mode, int]  # per mode the benchmark is asked in
+
+    def examples(self, source: "Source", image_root: str | Path | None = None) -> list[Example]:
+        """Return the questions of a local copy, a Hub data set, or rows already read.
+
+        Args:
+            source: see `internvl_mpo.benchmarks.sources.read_rows`.
+            image_root: folder of the pictures where it is not the folder of the rows.
+        """
+
+    def prompt(self, example: Example, mode: Mode) -> str:
+        """Return the user's text for a model, without image placeholders."""
+
+    def score(self, example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot") -> Score:
+        """Return the verdict on a model's raw answer, which was asked for in `mode`. Never raises."""
+
+    def summarise(self, scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
+        """Return the numbers the paper reports, in per cent where the paper does so, with breakdowns.
+
+        `headline` names the key that stands in the table, `interval` is its 95 % bootstrap interval.
+        """
+
+
+Source = str | Path | Iterable[Mapping[str, Any]]
+
+
+def plain_text(answer: str | None) -> str:
+    """Return the answer as text; None is the empty answer."""
+    return "" if answer is None else str(answer)
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """Return an RGB picture from a path or encoded bytes.
+
+    Raises:
+        BadInputError: it is missing or no picture.
+    """
+    name = f"picture {source}" if isinstance(source, Path) else f"an embedded picture of {len(source)} bytes"
+    try:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInputError(f"cannot open {name}: {error}") from error
+
+
+# The chain-of-thought prompt's own rule (OpenGVLab/InternVL `extract_answer`, VLMEvalKit `mpo_post_processing`):
+# the rest of the line after the *first* marker. A self-corrected answer is therefore scored on what it discarded.
+_FIRST_MARKER = re.compile(r"(?:final answer:|answer:)\s*(.*)", re.IGNORECASE)
+
+
+def first_marked_answer(text: str) -> str:
+    """Return what upstream extracts from a chain of thought: the line after the first marker, else the whole text."""
+    match = _FIRST_MARKER.search(text)
+    return match.group(1).strip() if match else text
+
+
+def percent(values: Sequence[float]) -> float | None:
+    """Return the mean in per cent; None for no values."""
+    return 100 * sum(values) / len(values) if values else None
+
+
+def bootstrap_interval(
+    items: Sequence[T], statistic: Callable[[Sequence[T]], float | None], *, seed: int = 0
+) -> list[float] | None:
+    """Return the 95 % percentile interval of a statistic under resampling of questions.
+
+    Args:
+        items: one outcome per question, resampled with replacement.
+        statistic: a sample's number, None where undefined (such samples are left out).
+        seed: equal seeds give equal intervals.
+
+    Returns:
+        `[low, high]`, or None where fewer than two questions or no sample gave a number.
+    """
+    if len(items) < 2:
+        return None
+    draw = random.Random(seed)
+    samples = (statistic(draw.choices(items, k=len(items))) for _ in range(NUM_RESAMPLES))
+    numbers = sorted(number for number in samples if number is not None)
+    if not numbers:
+        return None
+    return [numbers[int(0.025 * (len(numbers) - 1))], numbers[round(0.975 * (len(numbers) - 1))]]
+
+
+def summarise_accuracy(scores: Sequence[Score]) -> dict[str, Any]:
+    """Return accuracy in per cent with its interval, the unanswered share, and the breakdowns of `Score.groups`.
+
+    Unscored questions are counted and left out of every mean.
+    """
+    scored = [score for score in scores if score.value is not None]
+    values = [score.value for score in scored]
+    summary: dict[str, Any] = {
+        "headline": "accuracy",
+        "accuracy": percent(values),
+        "interval": bootstrap_interval(values, percent),
+        **count_outcomes(scores),
+    }
+    summary["breakdown"] = breakdown(scored, lambda part: percent([score.value for score in part]))
+    return summary
+
+
+def count_outcomes(scores: Sequence[Score]) -> dict[str, Any]:
+    """Return how many questions there were, how many nobody scored, and the share without an answer (per cent)."""
+    scored = [score for score in scores if score.value is not None]
+    return {
+        "num_examples": len(scores),
+        "num_unscored": len(scores) - len(scored),
+        "unanswered": percent([score.extracted is None for score in scored]),
+    }
+
+
+def breakdown(
+    scores: Sequence[Score], statistic: Callable[[Sequence[Score]], float | None]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return group -> value -> {"score", "num_examples"}; a question counts under each of its values."""
+    parts: dict[str, dict[str, list[Score]]] = {}
+    for score in scores:
+        for name, values in score.groups.items():
+            for value in values:
+                parts.setdefault(name, {}).setdefault(value, []).append(score)
+    return {
+        name: {value: {"score": statistic(part), "num_examples": len(part)} for value, part in sorted(by_value.items())}
+        for name, by_value in parts.items()
+    }

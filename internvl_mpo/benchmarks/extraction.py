@@ -1,0 +1,137 @@
+"""Taking the final answer out of free text: the strict way (`ours`), and VLMEvalKit's.
+
+Strict means: an answer that names no option, or several, or one that does not exist is unanswered; nothing is guessed.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from internvl_mpo.benchmarks.common import LETTERS
+
+# A reply beyond this length has run into a loop; what it says last is at its end.
+MAX_CHARS = 50_000
+
+# Quantifiers are possessive or bounded: replies of one repeated character must not cost more than one pass.
+_MARKER = re.compile(
+    r"""(?:
+        \b(?:final\s{1,3}|correct\s{1,3}|best\s{1,3}|right\s{1,3})?answers?+[*_\s]{0,4}+
+            (?:[:：=]|\b(?:is|are|would\ be|should\ be|will\ be)\b[*_\s]{0,4}+[:：]?+)
+      | \bfinal\s{1,3}answer\b(?=[*_\s]{0,4}+(?:\n|\\boxed))
+      | (?:最终|正确)?(?:答案|选项)(?:应该|应)?[*_\s]{0,4}+(?:[:：]|是|为|选)[:：]?
+    )[*_\s]{0,8}+""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_BOXED = re.compile(r"\\?boxed\s{0,3}+\{")
+_DRESSING = re.compile(r"\\(?:text|mathrm|mathbf|mbox|rm)\s{0,3}+\{([^{}]{0,200})\}")
+_PARENTHESISED = re.compile(r"[(（\[]\s?([A-Za-z])\s?[)）\]]")
+_LONE = re.compile(r"(?:the\s)?(?:option|choice|letter)?\W{0,8}([A-Za-z])\W{0,8}", re.IGNORECASE)
+_STANDING = re.compile(r"(?<![A-Za-z0-9'’])([A-Z])(?![A-Za-z0-9'’])(\s?[.):：,、;]|\s[a-z])?")
+
+
+def last_marked_answer(text: str) -> str:
+    """Return the line after the last "Final answer:", "the answer is" or the like; the whole text without one."""
+    text = text[-MAX_CHARS:]
+    last = None
+    for last in _MARKER.finditer(text):  # noqa: B007 - the last match is wanted
+        pass
+    if last is None:
+        return text.strip()
+    rest = text[last.end() :].lstrip()
+    return rest.split("\n", 1)[0].strip().strip("*_").strip()
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return the content of the last `\boxed{...}`, with braces matched; None without a closed one."""
+    text = text[-MAX_CHARS:]
+    for opening in reversed(list(_BOXED.finditer(text))):
+        depth = 1
+        for position in range(opening.end(), min(len(text), opening.end() + 2000)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[opening.end() : position].strip()
+    return None
+
+
+def choose_option(text: str, choices: Sequence[str]) -> tuple[str | None, str]:
+    """Return the letter of the option a reply settles on, or None, and why.
+
+    In order: the last marked or boxed answer, as a lone letter, as "(B)", as a letter standing on its own, as the text
+    of exactly one option. "A" before a lower-case word is an article.
+    """
+    marked = last_marked_answer(text)
+    boxed = last_boxed(marked) or last_boxed(text)
+    said = _DRESSING.sub(r"\1", boxed if boxed is not None else marked).strip(" \t\r\n$*_`\"'“”")
+    valid = LETTERS[: len(choices)]
+
+    def settle(letters: set[str], how: str) -> tuple[str | None, str]:
+        if len(letters) > 1:
+            return None, f"several options: {', '.join(sorted(letters))}"
+        letter = letters.pop()
+        return (letter, how) if letter in valid else (None, f"no option {letter}")
+
+    lone = _LONE.fullmatch(said)
+    if lone:
+        return settle({lone.group(1).upper()}, "letter")
+    parenthesised = {letter.upper() for letter in _PARENTHESISED.findall(said)}
+    if parenthesised:
+        return settle(parenthesised, "letter in parentheses")
+    whole = [letter for letter, choice in zip(valid, choices, strict=False) if _plain(choice) == _plain(said)]
+    if len(whole) == 1:
+        return whole[0], "text of the option"
+    standing = {
+        letter
+        for letter, after in _STANDING.findall(said[:2000])
+        if letter in valid and not (letter in "AI" and after[:1].isspace() and after[1:].islower())
+    }
+    if standing:
+        return settle(standing, "letter on its own")
+    named = _options_named(said, choices)
+    if len(named) == 1:
+        return named[0], "text of one option in the answer"
+    return None, "several options in the answer" if named else "no option in the answer"
+
+
+def _options_named(text: str, choices: Sequence[str]) -> list[str]:
+    """Letters of the options whose text occurs in whole words; one inside another named option does not count."""
+    padded = f" {_plain(text)} "
+    found = [(LETTERS[i], _plain(choice)) for i, choice in enumerate(choices[: len(LETTERS)]) if _plain(choice)]
+    found = [(letter, choice) for letter, choice in found if f" {choice} " in padded]
+    return [
+        letter
+        for letter, choice in found
+        if not any(choice != other and f" {choice} " in f" {other} " for _, other in found)
+    ]
+
+
+def _plain(text: str) -> str:
+    """Lower-case words and numbers only, single spaces."""
+    return " ".join(re.findall(r"[\w.%/+-]*\w%?", str(text).casefold()))
+
+
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_NO_REPLY = "Failed to obtain answer via API"
+_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+
+
+def vlmevalkit_option(text: str, choices: Mapping[str, str]) -> str | None:
+    """Return the letter VLMEvalKit infers without a judge (`can_infer` of November 2024), "Z" for a refusal, or None.
+
+    Exactly one option letter stands between spaces and punctuation; otherwise exactly one option's text occurs.
+    """
+    if _NO_REPLY not in text:
+        if any(refusal in text for refusal in _REFUSALS):
+            return "Z"
+        words = set(text.translate(_SPACES).split())
+        letters = [letter for letter in choices if letter in words]
+        if len(letters) == 1:
+            return letters[0]
+        if not letters and "Z" in words:
+            return "Z"
+    lowered = text.lower()
+    named = [letter for letter, choice in choices.items() if str(choice).lower() in lowered]
+    return named[0] if len(named) == 1 else None

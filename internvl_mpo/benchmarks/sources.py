@@ -1,0 +1,136 @@
+"""Rows of a benchmark, from wherever a user has it: official JSON and JSONL, VLMEvalKit TSV, the Hub, or memory."""
+
+import base64
+import binascii
+import csv
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from internvl_mpo.benchmarks.common import Source
+from internvl_mpo.errors import BadInputError
+
+HUB_PREFIX = "hub:"
+
+
+def read_rows(source: Source, *names: str) -> tuple[list[dict[str, Any]], Path | None]:
+    """Return the rows of a source and the folder its picture paths are relative to.
+
+    Args:
+        source: a file; a folder that holds one of `names`; `hub:OWNER/NAME[@REVISION][:SPLIT]`; or rows.
+        names: file names looked for in a folder, best first; `*` matches.
+
+    Raises:
+        BadInputError: nothing there, or it is not what its name says.
+    """
+    if not isinstance(source, (str, Path)):
+        return [dict(row) for row in source], None
+    if str(source).startswith(HUB_PREFIX):
+        return _hub_rows(str(source).removeprefix(HUB_PREFIX)), None
+    path = find_file(source, *names)
+    if path.suffix in (".tsv", ".csv"):
+        return _table_rows(path), path.parent
+    return _json_rows(path), path.parent
+
+
+def find_file(source: str | Path, *names: str) -> Path:
+    """Return `source` if it is a file, else the first match of `names` in the folder.
+
+    Raises:
+        BadInputError: there is neither.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise BadInputError(
+            f"no file or folder at {path}; give a local copy with --data or a data set as hub:OWNER/NAME"
+        )
+    for name in names:
+        found = sorted(path.glob(name))
+        if found:
+            return found[0]
+    raise BadInputError(f"{path} holds none of {', '.join(names)}")
+
+
+def read_json_file(path: Path) -> Any:
+    """Return the content of a JSON file; one object per line is read as a list, whatever the file is called.
+
+    Raises:
+        BadInputError: it is neither, or cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"cannot read {path}: {error}") from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise BadInputError(f"{path}:{number} is not valid JSON ({error.msg})") from error
+    return rows
+
+
+def image_source(value: Any, root: Path | None) -> Path | bytes:
+    """Return a picture as rows hold it (a path, base64 text, bytes, or the Hub's `{"bytes", "path"}`) unopened."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (bytes, Path)):
+        return value
+    if not isinstance(value, str) or not value:
+        raise BadInputError(f"a picture must be a path, base64 text or bytes, found {type(value).__name__}")
+    if len(value) > 256:
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise BadInputError(f"a picture of {len(value)} characters is not base64 text") from error
+    return (root or Path()) / value
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    content = read_json_file(path)
+    if isinstance(content, Mapping):  # {id: row}, the form of MathVista and MM-Vet
+        content = [{"id": key, **row} for key, row in content.items() if isinstance(row, Mapping)]
+    if not isinstance(content, list) or not content or not all(isinstance(row, Mapping) for row in content):
+        raise BadInputError(f"{path} must hold rows: a list of objects, one object per line, or an object of objects")
+    return [dict(row) for row in content]
+
+
+def _table_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a VLMEvalKit table; an image cell may name the index of the row that holds the picture."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with open(path, encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
+    if not rows:
+        raise BadInputError(f"{path} holds no rows")
+    pictures = {row.get("index"): row.get("image") for row in rows}
+    for row in rows:
+        if row.get("image") in pictures:
+            row["image"] = pictures[row["image"]]
+    return [{key: value for key, value in row.items() if value not in (None, "")} for row in rows]
+
+
+def _hub_rows(name: str) -> list[dict[str, Any]]:
+    import datasets  # only here: everything else reads local copies without it
+
+    name, _, split = name.partition(":")
+    name, _, revision = name.partition("@")
+    split = split or "test"
+    try:
+        table = datasets.load_dataset(name, split=split, revision=revision or None)
+    except Exception as error:  # the Hub client raises dozens of types
+        raise BadInputError(
+            f"cannot load split {split} of {name} from the Hub: {error}; give a local copy with --data"
+        ) from error
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return list(table)
