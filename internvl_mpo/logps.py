@@ -1,0 +1,229 @@
+"""Log-probs of the responses in a pack, without logits for the whole pack.
+
+    attach_scoring(model)                       # once, before DDP, DeepSpeed or peft wrap the model
+    logps_R = response_logps(wrapped, pack)     # goes through wrapped(pack=pack), so gradient hooks work
+
+`attach_scoring` makes the model's own `forward` answer `model(pack=pack)` with the log-probs of the responses; all
+other calls stay as they are, and so do parameter names, `save_pretrained` and `generate`. Because scoring is a call of
+the outermost module, backward runs through the wrapper's hooks. Because the head is a module that owns its weight and
+computes log-probs in its own `forward`, ZeRO-3 gathers the weight for it.
+
+The head runs on the positions that predict a scored token only, a chunk at a time, and again in the backward pass:
+logits exist for one chunk and are never kept. Letters as in `packing.py`, and V for the vocabulary, D for the width.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from internvl_mpo.packed_attention import use_packed_attention
+from internvl_mpo.packing import Group, Pack
+
+CHUNK_SIZE = 512
+
+
+def attach_scoring(model: nn.Module, *, attention: str = "auto") -> nn.Module:
+    """Teach a model to answer `model(pack=pack)` with log-probs; see the top of this file.
+
+    Args:
+        model: an InternVL chat model or a causal language model of transformers, not wrapped yet.
+        attention: back end for packs, see `use_packed_attention`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the output head is not a plain linear layer (leave it out of LoRA's targets), or the back end is
+            unknown.
+    """
+    use_packed_attention(model, attention)
+    head = model.get_output_embeddings()
+    if isinstance(head, ScoringHead):
+        return model
+    if type(head) is not nn.Linear:
+        raise ValueError(f"the output head is a {type(head).__name__}; scoring needs a plain nn.Linear")
+    model.set_output_embeddings(ScoringHead(head))
+    plain_forward = model.forward
+
+    @functools.wraps(plain_forward)
+    def forward(*args: Any, pack: Pack | None = None, **kwargs: Any) -> Any:
+        return plain_forward(*args, **kwargs) if pack is None else _score(model, pack, **kwargs)
+
+    model.forward = forward
+    return model
+
+
+def response_logps(model: nn.Module, pack: Pack, *, chunk_size: int = CHUNK_SIZE, temperature: float = 1.0) -> Tensor:
+    """Return the summed log-prob of each response of a pack, differentiable. Shape: (R,)
+
+    Args:
+        model: a model that went through `attach_scoring`, wrapped or not.
+        pack: on the model's device.
+        chunk_size: scored positions for which logits exist at a time.
+        temperature: divides the logits.
+
+    Returns:
+        float32, or float64 for a float64 model.
+    """
+    return model(pack=pack, chunk_size=chunk_size, temperature=temperature)
+
+
+def pair_logps(model: nn.Module, pack: Pack, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return the log-probs of the chosen and of the rejected response of each pair. Shape: 2 x (P,)
+
+    Args:
+        model: as in `response_logps`.
+        pack: as in `response_logps`.
+        options: `chunk_size` and `temperature` of `response_logps`.
+    """
+    logps_R = response_logps(model, pack, **options)
+    return logps_R[pack.chosen_index_P], logps_R[pack.rejected_index_P]
+
+
+def _score(model: nn.Module, pack: Pack, *, chunk_size: int, temperature: float) -> Tensor:
+    hidden_TD = trunk(model, pack)
+    head = model.get_output_embeddings()
+    logps_S = head(hidden_TD[pack.predict_index_S], pack.target_ids_S, chunk_size=chunk_size, temperature=temperature)
+    zeros_R = logps_S.new_zeros(pack.num_responses)
+    return zeros_R.index_add(0, pack.entry_response_E, logps_S[pack.entry_scored_E])
+
+
+def trunk(model: nn.Module, pack: Pack) -> Tensor:
+    """Return the last hidden states of a pack, after the final norm. Shape: (T, D)"""
+    images = {} if pack.pixel_values is None else {"pixel_values": pack.pixel_values.to(model.dtype)}
+    # A ready 4-D mask is handed on as it is; with none, transformers would build a dense one from the positions.
+    no_mask = torch.empty(1, 1, 1, 0, dtype=torch.bool, device=pack.input_ids.device)
+    output = model.base_model(
+        input_ids=pack.input_ids,
+        position_ids=pack.position_ids,
+        attention_mask=no_mask,
+        pack_layout=pack.layout,
+        use_cache=False,
+        **images,
+    )
+    return output.last_hidden_state[0]
+
+
+class ScoringHead(nn.Linear):
+    """An output head that also computes log-probs of given tokens without keeping logits.
+
+    It takes over weight and bias of an existing head, so tied weights stay tied and checkpoints keep their keys.
+    """
+
+    def __init__(self, head: nn.Linear):
+        """Take over the parameters of `head`."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = head.in_features, head.out_features
+        self.weight, self.bias = head.weight, head.bias
+        self.train(head.training)
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, *, chunk_size: int = CHUNK_SIZE, temperature: float = 1.0
+    ) -> Tensor:
+        """Return logits, or log-probs of `targets` if they are given.
+
+        Args:
+            hidden: Shape: (..., D), with targets (S, D)
+            targets: token ids. Shape: (S,)
+            chunk_size: rows for which logits exist at a time.
+            temperature: divides the logits.
+
+        Returns:
+            Logits of shape (..., V), or log-probs of shape (S,), at least float32.
+        """
+        if targets is None:
+            return super().forward(hidden)
+        return _TargetLogps.apply(hidden, self.weight, self.bias, targets, chunk_size, temperature)
+
+
+class _TargetLogps(torch.autograd.Function):
+    """log softmax(hidden weight^T + bias)[target], with one chunk of logits alive at a time.
+
+    Kept for the backward pass: the inputs and one logsumexp a row. With p the probabilities and g the incoming
+    gradient, the gradient of a row's logits is g (onehot(target) - p); the logits are computed again to get p.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden_SD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_S: Tensor,
+        chunk_size: int,
+        temperature: float,
+    ) -> Tensor:
+        logps, logsumexps = [], []
+        for hidden, targets in zip(hidden_SD.split(chunk_size), targets_S.split(chunk_size), strict=True):
+            logits = _logits(hidden, weight_VD, bias_V, temperature)
+            logsumexps.append(logits.logsumexp(dim=1))
+            logps.append(logits.gather(1, targets[:, None])[:, 0] - logsumexps[-1])
+        ctx.save_for_backward(hidden_SD, weight_VD, bias_V, targets_S, torch.cat(logsumexps))
+        ctx.chunk_size, ctx.temperature = chunk_size, temperature
+        return torch.cat(logps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_S: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_SD, weight_VD, bias_V, targets_S, logsumexp_S = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_SD) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
+        for start in range(0, len(hidden_SD), ctx.chunk_size):
+            rows = slice(start, start + ctx.chunk_size)
+            hidden = hidden_SD[rows]
+            logits = _logits(hidden, weight_VD, bias_V, ctx.temperature)
+            grad_logits = logits.sub_(logsumexp_S[rows, None]).exp_().mul_(-grad_S[rows, None])
+            grad_logits.scatter_add_(1, targets_S[rows, None], grad_S[rows, None])
+            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight_VD, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, hidden)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """Logits of a chunk in at least float32, so that sums over a large vocabulary stay exact."""
+    logits = nn.functional.linear(hidden, weight, bias)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def twin_logps(model: nn.Module, groups: Sequence[Group], *, temperature: float = 1.0) -> Tensor:
+    """Return what `response_logps` returns for the pack of `groups`, the plain way. Shape: (R,)
+
+    Every response is a padded sequence of its own that starts with the prompt and brings its own copy of the tiles, and
+    all logits exist at once: the form of the original program with two responses, and the measure of the packed form.
+
+    Args:
+        model: any causal language model of transformers, wrapped or not; `attach_scoring` is not needed.
+        groups: the groups of the pack, in order.
+        temperature: divides the logits.
+    """
+    device = next(model.parameters()).device
+    return torch.cat([_twin_group(model, group, temperature, device) for group in groups])
+
+
+def _twin_group(model: nn.Module, group: Group, temperature: float, device: torch.device) -> Tensor:
+    rows = [torch.tensor(group.prompt_ids + response) for response in group.responses]
+    lengths_R = torch.tensor([len(row) for row in rows], device=device)
+    input_ids_RL = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    place_L = torch.arange(input_ids_RL.shape[1], device=device)
+    real_RL = place_L < lengths_R[:, None]
+    images = {}
+    if group.tiles is not None:
+        images = {"pixel_values": group.tiles.to(device).repeat(len(rows), 1, 1, 1)}
+    logits_RLV = model(input_ids=input_ids_RL, attention_mask=real_RL.long(), use_cache=False, **images).logits[:, :-1]
+    if logits_RLV.dtype in (torch.float16, torch.bfloat16):
+        logits_RLV = logits_RLV.float()
+    logps_RL = (logits_RLV / temperature).log_softmax(-1).gather(2, input_ids_RL[:, 1:, None])[..., 0]
+    scored_RL = (real_RL & (place_L >= len(group.prompt_ids)))[:, 1:]
+    return (logps_RL * scored_RL).sum(1)

@@ -1,0 +1,225 @@
+"""Attention over a pack, registered with transformers so that no model code knows about it.
+
+`use_packed_attention(model)` selects it for the language model. A forward pass that is given `pack_layout=` (a
+`packing.Layout`) attends along the tree of the pack; any other forward pass, such as `generate`, is plain SDPA.
+
+Two back ends compute the same thing:
+
+- segments: each prompt attends to itself, each branch to its path and itself, as a handful of SDPA calls. Segments of
+  like size share a call. Works on every device and does no work on masked blocks.
+- flex: FlexAttention with a block mask; one kernel for the pack. CUDA only, since it has no backward pass on the CPU.
+
+Letters: T tokens of a pack, B segments in one call, Q and K query and key tokens of a call, H heads, N key-value heads.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from internvl_mpo.packing import Layout, Segment
+
+# What one more SDPA call costs, in query x key cells; measured on a CPU with 4 heads of 16 and with 8 heads of 64.
+CALL_COST = 4096
+
+
+def use_packed_attention(model: PreTrainedModel, backend: str = "auto") -> None:
+    """Let the language model of `model` attend to packs.
+
+    Args:
+        model: an InternVL chat model or a bare language model.
+        backend: "segments", "flex", or "auto", which takes flex on CUDA and segments elsewhere.
+
+    Raises:
+        ValueError: unknown back end.
+    """
+    if f"packed_{backend}" not in _BACKENDS:
+        names = ", ".join(name.removeprefix("packed_") for name in _BACKENDS)
+        raise ValueError(f"unknown packed attention '{backend}', expected one of {names}")
+    getattr(model, "language_model", model).set_attn_implementation(f"packed_{backend}")
+
+
+def segment_attention(layout: Layout, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Attend along the tree of a pack with SDPA.
+
+    Args:
+        layout: who may see whom.
+        query: Shape: (1, H, T, head_dim)
+        key: Shape: (1, N, T, head_dim)
+        value: Shape: (1, N, T, head_dim)
+        scaling: factor on the scores; None means head_dim ** -0.5.
+
+    Returns:
+        Shape: (1, T, H, head_dim)
+    """
+    plan = layout.plan.get("segments")
+    if plan is None:
+        plan = layout.plan["segments"] = _plan(layout)
+    query_rows = _rows(query)[plan.query_index].split(plan.query_sizes)
+    key_rows = _rows(key)[plan.key_index].split(plan.key_sizes)
+    value_rows = _rows(value)[plan.key_index].split(plan.key_sizes)
+    outputs = []
+    for call, q, k, v in zip(plan.calls, query_rows, key_rows, value_rows, strict=True):
+        out_BHQD = F.scaled_dot_product_attention(
+            q.view(call.num_segments, -1, query.shape[1], query.shape[3]).transpose(1, 2),
+            k.view(call.num_segments, -1, key.shape[1], key.shape[3]).transpose(1, 2),
+            v.view(call.num_segments, -1, value.shape[1], value.shape[3]).transpose(1, 2),
+            attn_mask=call.mask,
+            is_causal=call.mask is None,
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        outputs.append(out_BHQD.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[plan.output_index][None]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One SDPA call over segments padded to one size; `mask` None means causal. Mask shape: (B, 1, Q, K)"""
+
+    num_segments: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Every SDPA call of one layer: rows to gather for all calls, and where each token's output ends up."""
+
+    calls: list[_Call]
+    query_index: Tensor
+    query_sizes: list[int]
+    key_index: Tensor
+    key_sizes: list[int]
+    output_index: Tensor
+
+
+def _plan(layout: Layout) -> _Plan:
+    segments, device = layout.segments, layout.visible_until_T.device
+    prompts = [index for index, segment in enumerate(segments) if segment.parent < 0]
+    branches = [index for index, segment in enumerate(segments) if segment.parent >= 0]
+    paths = _paths(segments)
+    calls, query_index, query_sizes, key_index, key_sizes = [], [], [], [], []
+    output_index = torch.empty(len(layout.visible_until_T), dtype=torch.long)
+    num_rows = 0
+    for batch in _batches(segments, paths, prompts) + _batches(segments, paths, branches):
+        longest_query = max(segments[index].stop - segments[index].start for index in batch)
+        longest_key = max(len(paths[index]) for index in batch)
+        # Padding repeats the last token, which keeps every row of the mask non-empty.
+        query_BQ = torch.tensor([_pad(range(*segments[index][:2]), longest_query) for index in batch])
+        key_BK = torch.tensor([_pad(paths[index], longest_key) for index in batch])
+        mask = None
+        if segments[batch[0]].parent >= 0:
+            lengths_B = torch.tensor([len(paths[index]) for index in batch])
+            real_BK = torch.arange(longest_key) < lengths_B[:, None]
+            mask = ((key_BK[:, None] <= query_BQ[:, :, None]) & real_BK[:, None])[:, None].to(device)
+        for row, index in enumerate(batch):
+            start, stop = segments[index][:2]
+            first = num_rows + row * longest_query
+            output_index[start:stop] = torch.arange(first, first + stop - start)
+        calls.append(_Call(len(batch), mask))
+        query_index.append(query_BQ.flatten())
+        key_index.append(key_BK.flatten())
+        query_sizes.append(query_BQ.numel())
+        key_sizes.append(key_BK.numel())
+        num_rows += query_BQ.numel()
+    return _Plan(
+        calls,
+        torch.cat(query_index).to(device),
+        query_sizes,
+        torch.cat(key_index).to(device),
+        key_sizes,
+        output_index.to(device),
+    )
+
+
+def _paths(segments: list[Segment]) -> list[list[int]]:
+    """Indices of all tokens from the start of the prompt to the end of each segment."""
+    paths: list[list[int]] = []
+    for segment in segments:
+        before = paths[segment.parent] if segment.parent >= 0 else []
+        paths.append([*before, *range(segment.start, segment.stop)])
+    return paths
+
+
+def _batches(segments: list[Segment], paths: list[list[int]], members: list[int]) -> list[list[int]]:
+    """Put segments of like size into one call wherever padding costs less than one more call."""
+
+    def sizes(index: int) -> tuple[int, int]:
+        return segments[index].stop - segments[index].start, len(paths[index])
+
+    batches: list[list[int]] = []
+    cells, widest = 0, (0, 0)  # of the open batch
+    for index in sorted(members, key=sizes, reverse=True):
+        queries, keys = sizes(index)
+        wider = (max(widest[0], queries), max(widest[1], keys))
+        merged = (len(batches[-1]) + 1) * wider[0] * wider[1] if batches else 0
+        if batches and merged <= cells + queries * keys + CALL_COST:
+            batches[-1].append(index)
+            cells, widest = merged, wider
+        else:
+            batches.append([index])
+            cells, widest = queries * keys, (queries, keys)
+    return batches
+
+
+def _pad(indices: range | list[int], length: int) -> list[int]:
+    return [*indices, *[indices[-1]] * (length - len(indices))]
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """(1, H, T, head_dim) -> (T, H * head_dim), so that gathering a token moves one contiguous row."""
+    return heads[0].transpose(0, 1).flatten(1)
+
+
+def flex_attention(layout: Layout, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None):
+    """Attend along the tree of a pack with FlexAttention; arguments and result as in `segment_attention`."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    block_mask = layout.plan.get("flex")
+    if block_mask is None:
+        until_T = layout.visible_until_T
+
+        def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (q < until_T[k])
+
+        block_mask = create_block_mask(sees, None, None, len(until_T), len(until_T), device=until_T.device)
+        layout.plan["flex"] = block_mask
+    return flex_attention_forward(module, query, key, value, block_mask, scaling=scaling)[0]
+
+
+def _packed_attention(
+    backend: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    pack_layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if pack_layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    if dropout:
+        raise ValueError("attention dropout must be 0 where log-probs are compared; set attention_dropout to 0")
+    if backend == "flex" or (backend == "auto" and query.is_cuda):
+        return flex_attention(pack_layout, module, query, key, value, scaling), None
+    return segment_attention(pack_layout, query, key, value, scaling), None
+
+
+_BACKENDS = {
+    f"packed_{backend}": functools.partial(_packed_attention, backend) for backend in ("auto", "segments", "flex")
+}
+for _name, _function in _BACKENDS.items():
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, sdpa_mask)

@@ -1,0 +1,330 @@
+"""Groups of preference pairs -> one row of tokens, and back again.
+
+A group is one prompt with its distinct responses. Responses that begin alike share that stem too, so a group is a tree:
+
+    prompt p0 p1 p2    responses a = (x y z end), b = (x y w end), c = (v end)    pairs (a, b) and (a, c)
+
+    token       p0 p1 p2  x  y  z  w  v | q0 q1 ...    the next group
+    position     0  1  2  3  4  5  5  3 |  0  1        a branch goes on counting where its parent stopped
+    visible to   7  7  7  6  6  5  6  7 |              last token that may see this one, see below
+    predicts     .  .  x  y  z  .  .  . |              and p2 predicts v too, y predicts w, z, w and v their end
+
+- The token that closes a response predicts nothing, so it is scored but never run through the model.
+- The last token of a parent predicts the first token of **each** of its branches.
+- Tokens lie in depth-first order. A token and all that may see it (itself and what grows from it) are one interval, so
+  the whole attention mask is one number per token: `q` sees `k` if and only if `k <= q < visible_until_T[k]`.
+- A stem is scored once; its log-probs count for every response that runs through it.
+
+Letters: T tokens of a pack, S scored tokens (each stem once), E (response, scored token) entries, R responses, P pairs.
+"""
+
+import bisect
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """One encoded prompt with its distinct responses and the preference pairs among them.
+
+    Attributes:
+        prompt_ids: token ids of the prompt, image tokens included.
+        responses: token ids of each distinct response; the end-of-turn token is the last unless it was cut off.
+        pairs: (chosen, rejected) as indices into `responses`.
+        pair_ids: ids of the rows the pairs come from.
+        tiles: pixels of the prompt's images in reading order; None for a text-only prompt. Shape: (I, 3, S, S)
+    """
+
+    prompt_ids: list[int]
+    responses: list[list[int]]
+    pairs: list[tuple[int, int]]
+    pair_ids: list[str]
+    tiles: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Upper bound of the tokens the group adds to a pack: the prompt and every response, stems not shared."""
+        return len(self.prompt_ids) + sum(len(response) - 1 for response in self.responses)
+
+
+class Segment(NamedTuple):
+    """A run of tokens without a fork: a prompt, a stem or a branch.
+
+    Attributes:
+        start: index of its first token in the pack.
+        stop: index after its last token.
+        parent: index of the segment it grows from, -1 for a prompt.
+    """
+
+    start: int
+    stop: int
+    parent: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who may see whom in a pack; all that an attention implementation needs.
+
+    Attributes:
+        segments: parents come before their branches; together they cover the pack in order.
+        visible_until_T: index after the last token that may see this one. Shape: (T,)
+        plan: place where an attention implementation keeps what it derived from the segments.
+    """
+
+    segments: list[Segment]
+    visible_until_T: Tensor
+    plan: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def dense_mask(self) -> Tensor:
+        """Return the whole mask, True where the row's token sees the column's token. Shape: (T, T)"""
+        index_T = torch.arange(len(self.visible_until_T), device=self.visible_until_T.device)
+        earlier_TT = index_T[None, :] <= index_T[:, None]
+        return earlier_TT & (index_T[:, None] < self.visible_until_T[None, :])
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Groups laid out in one row without padding; responses and pairs are numbered through the pack.
+
+    Attributes:
+        input_ids: token ids that run through the model. Shape: (1, T)
+        position_ids: place of each token on its own path. Shape: (1, T)
+        pixel_values: tiles of all groups in order, None if there are none. Shape: (I, 3, S, S)
+        layout: who may see whom.
+        predict_index_S: index of the token whose hidden state predicts each scored token. Shape: (S,)
+        target_ids_S: token ids of the scored tokens. Shape: (S,)
+        entry_scored_E: index into the scored tokens, for each token of each response. Shape: (E,)
+        entry_response_E: index of the response it belongs to. Shape: (E,)
+        lengths_R: number of scored tokens of each response. Shape: (R,)
+        chosen_index_P: chosen response of each pair. Shape: (P,)
+        rejected_index_P: rejected response of each pair. Shape: (P,)
+        pair_ids: ids of the rows the pairs come from.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    pixel_values: Tensor | None
+    layout: Layout
+    predict_index_S: Tensor
+    target_ids_S: Tensor
+    entry_scored_E: Tensor
+    entry_response_E: Tensor
+    lengths_R: Tensor
+    chosen_index_P: Tensor
+    rejected_index_P: Tensor
+    pair_ids: list[str]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that run through the language model."""
+        return self.input_ids.shape[1]
+
+    @property
+    def num_pairs(self) -> int:
+        """Preference pairs in the pack."""
+        return len(self.pair_ids)
+
+    @property
+    def num_responses(self) -> int:
+        """Distinct responses in the pack."""
+        return len(self.lengths_R)
+
+    @property
+    def chosen_lengths_P(self) -> Tensor:
+        """Scored tokens of the chosen response of each pair. Shape: (P,)"""
+        return self.lengths_R[self.chosen_index_P]
+
+    @property
+    def rejected_lengths_P(self) -> Tensor:
+        """Scored tokens of the rejected response of each pair. Shape: (P,)"""
+        return self.lengths_R[self.rejected_index_P]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pack":
+        """Return the pack with every tensor on `device`."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+
+        layout = Layout(self.layout.segments, move(self.layout.visible_until_T))
+        return replace(self, **{name: move(value) for name, value in vars(self).items()} | {"layout": layout})
+
+    def pin_memory(self) -> "Pack":
+        """Return the pack in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
+        pinned = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        layout = Layout(self.layout.segments, self.layout.visible_until_T.pin_memory())
+        return replace(self, **pinned, layout=layout)
+
+
+def pack_groups(groups: Sequence[Group]) -> Pack:
+    """Lay groups out in one row.
+
+    Raises:
+        ValueError: no group, an empty prompt or response, or a pair that names a response which is not there.
+    """
+    if not groups:
+        raise ValueError("a pack needs at least one group")
+    row = _Row()
+    for group in groups:
+        _check(group)
+        row.add(group)
+    tiles = [group.tiles for group in groups if group.tiles is not None]
+    return Pack(
+        input_ids=torch.tensor([row.input_ids]),
+        position_ids=torch.tensor([row.positions]),
+        pixel_values=torch.cat(tiles) if tiles else None,
+        layout=Layout(row.segments, torch.tensor(row.visible_until)),
+        predict_index_S=torch.tensor(row.predict_index),
+        target_ids_S=torch.tensor(row.target_ids),
+        entry_scored_E=torch.tensor(row.entry_scored),
+        entry_response_E=torch.tensor(row.entry_response),
+        lengths_R=torch.tensor(row.lengths),
+        chosen_index_P=torch.tensor(row.chosen_index, dtype=torch.long),
+        rejected_index_P=torch.tensor(row.rejected_index, dtype=torch.long),
+        pair_ids=[pair_id for group in groups for pair_id in group.pair_ids],
+    )
+
+
+def plan_packs(costs: Sequence[float], num_packs: int) -> list[list[int]]:
+    """Split the groups of one optimizer step into exactly `num_packs` packs of nearly equal cost.
+
+    Longest first onto the least loaded pack; equal input gives equal output on every rank.
+
+    Args:
+        costs: cost of each group, usually its tokens.
+        num_packs: number of ranks times gradient accumulation steps.
+
+    Returns:
+        Indices into `costs` for each pack, ascending; no pack is empty.
+
+    Raises:
+        ValueError: fewer groups than packs, so that a rank would have nothing to do.
+    """
+    if len(costs) < num_packs:
+        raise ValueError(f"{len(costs)} groups cannot fill {num_packs} packs; every pack needs at least one group")
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    # An empty pack comes before every other, so that each gets a group even where costs are zero.
+    loads = [(0, 0.0, pack) for pack in range(num_packs)]
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        _, load, pack = loads[0]
+        packs[pack].append(index)
+        heapq.heapreplace(loads, (1, load + costs[index], pack))
+    return [sorted(pack) for pack in packs]
+
+
+def fill_packs(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Pack groups into as few packs of at most `max_tokens` as best-fit-decreasing finds.
+
+    Args:
+        costs: tokens of each group.
+        max_tokens: token budget of a pack.
+
+    Returns:
+        Indices into `costs` for each pack, ascending; packs in order of their first group.
+
+    Raises:
+        ValueError: a group is larger than the budget; the message names it.
+    """
+    free: list[tuple[int, int]] = []  # (tokens left, pack), sorted
+    packs: list[list[int]] = []
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        cost = costs[index]
+        if cost > max_tokens:
+            raise ValueError(f"group {index} has {cost} tokens, more than the budget of {max_tokens} tokens a pack")
+        place = bisect.bisect_left(free, (cost, -1))
+        if place == len(free):
+            packs.append([])
+            left, pack = max_tokens, len(packs) - 1
+        else:
+            left, pack = free.pop(place)
+        packs[pack].append(index)
+        bisect.insort(free, (left - cost, pack))
+    return sorted(sorted(pack) for pack in packs)
+
+
+class _Row:
+    """The growing row of a pack, as plain lists."""
+
+    def __init__(self) -> None:
+        self.input_ids: list[int] = []
+        self.positions: list[int] = []
+        self.visible_until: list[int] = []
+        self.segments: list[Segment] = []
+        self.predict_index: list[int] = []
+        self.target_ids: list[int] = []
+        self.entry_scored: list[int] = []
+        self.entry_response: list[int] = []
+        self.lengths: list[int] = []
+        self.chosen_index: list[int] = []
+        self.rejected_index: list[int] = []
+
+    def add(self, group: Group) -> None:
+        """Append the prompt and the tree of responses of one group."""
+        first = len(self.lengths)
+        self.chosen_index += [first + chosen for chosen, _ in group.pairs]
+        self.rejected_index += [first + rejected for _, rejected in group.pairs]
+        self.lengths += [len(response) for response in group.responses]
+        self._grow(group, list(range(len(group.responses))), depth=0, parent=-1, first=first)
+
+    def _grow(self, group: Group, through: list[int], *, depth: int, parent: int, first: int) -> None:
+        """Append the segment on which some responses agree, then everything that grows from it.
+
+        Args:
+            group: the group that is laid out.
+            through: the responses that run through this segment; each has more than `depth` tokens.
+            depth: response tokens that lie on the path before this segment.
+            parent: segment it grows from, -1 for the prompt.
+            first: number of the group's first response in the pack.
+        """
+        going_on, end = through, depth
+        while going_on and len({group.responses[index][end] for index in going_on}) == 1:
+            longest, end = going_on[0], end + 1
+            going_on = [index for index in going_on if len(group.responses[index]) > end]
+        scored = group.responses[longest][depth:end] if end > depth else []
+        run = scored if going_on else scored[:-1]
+
+        prompt = group.prompt_ids if parent < 0 else []
+        start = len(self.input_ids)
+        stop = start + len(prompt) + len(run)
+        before = start + len(prompt) - 1 if parent < 0 else self.segments[parent].stop - 1
+        path = len(group.prompt_ids) + depth - len(prompt)  # tokens on the path before this segment
+        self.input_ids += prompt + run
+        self.positions += range(path, path + stop - start)
+
+        first_scored = len(self.target_ids)
+        self.target_ids += scored
+        inside = range(start + len(prompt), start + len(prompt) + len(scored) - 1)
+        self.predict_index += [before, *inside][: len(scored)]
+        for index in through:
+            taken = min(len(group.responses[index]), end) - depth
+            self.entry_scored += range(first_scored, first_scored + taken)
+            self.entry_response += [first + index] * taken
+
+        number = parent
+        if stop > start:
+            number = len(self.segments)
+            self.segments.append(Segment(start, stop, parent))
+            self.visible_until += [0] * (stop - start)
+        branches: dict[int, list[int]] = {}
+        for index in going_on:
+            branches.setdefault(group.responses[index][end], []).append(index)
+        for branch in branches.values():
+            self._grow(group, branch, depth=end, parent=number, first=first)
+        self.visible_until[start:stop] = [len(self.input_ids)] * (stop - start)
+
+
+def _check(group: Group) -> None:
+    """Refuse a group that cannot be laid out; `encode_group` never makes one."""
+    name = group.pair_ids[0] if group.pair_ids else "without pairs"
+    if not group.prompt_ids:
+        raise ValueError(f"the prompt of group {name} is empty")
+    if not group.responses or not all(group.responses):
+        raise ValueError(f"group {name} has an empty response or none at all")
+    if len(group.pairs) != len(group.pair_ids):
+        raise ValueError(f"group {name} has {len(group.pairs)} pairs but {len(group.pair_ids)} pair ids")
+    if any(not 0 <= index < len(group.responses) for pair in group.pairs for index in pair):
+        raise ValueError(f"a pair of group {name} names a response that is not among its {len(group.responses)}")
