@@ -1,0 +1,45 @@
+"""InternVL chat models on current transformers: configuration, model, image processor, processor.
+
+Importing this package registers the classes with transformers' Auto classes, so that official InternVL folders load
+without remote code. The same files travel beside the weights of a published model (`trust_remote_code=True`).
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+from .configuration_internvl_mpo import InternLM2Config, InternVisionConfig, InternVLChatConfig
+from .conversation_internvl_mpo import CONVERSATIONS, Conversation, get_conversation
+from .image_processing_internvl_mpo import InternVLImageProcessor, dynamic_preprocess, load_image
+from .modeling_intern_vit import InternVisionModel
+from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
+from .modeling_internvl_mpo import InternVLChatModel
+from .processing_internvl_mpo import InternVLProcessor
+
+__all__ = [
+    "CONVERSATIONS",
+    "Conversation",
+    "InternLM2Config",
+    "InternLM2ForCausalLM",
+    "InternLM2Model",
+    "InternVLChatConfig",
+    "InternVLChatModel",
+    "InternVLImageProcessor",
+    "InternVLProcessor",
+    "InternVisionConfig",
+    "InternVisionModel",
+    "dynamic_preprocess",
+    "get_conversation",
+    "load_image",
+]
+
+AutoConfig.register("internvl_chat", InternVLChatConfig)
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    _auto_class.register(InternVLChatConfig, InternVLChatModel)
+AutoImageProcessor.register(InternVLChatConfig, slow_image_processor_class=InternVLImageProcessor)
+AutoProcessor.register(InternVLChatConfig, InternVLProcessor)

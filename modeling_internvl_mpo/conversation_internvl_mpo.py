@@ -1,0 +1,141 @@
+"""The conversation templates of InternVL, as plain strings and as jinja.
+
+`render` is what `chat` sends to the model; `chat_template` gives the jinja text that makes
+`processor.apply_chat_template` produce the same bytes.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+IMAGE_PLACEHOLDER = "<image>"
+IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+
+_SYSTEM_V2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+_SYSTEM_V2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """How turns become one prompt: system text + sep, then role + message + sep per turn.
+
+    `sep` also ends an answer. A turn without a message renders as its role alone, which is how a prompt asks for an
+    answer (and how the original renders an empty answer in a history).
+    """
+
+    name: str
+    system_prefix: str
+    system_message: str
+    user: str
+    assistant: str
+    sep: str
+
+    def render(self, messages: Sequence[tuple[str, str | None]], system_message: str | None = None) -> str:
+        """Return the prompt.
+
+        Args:
+            messages: (role, text) pairs; role is "user" or "assistant".
+            system_message: replaces the template's own; None keeps it.
+        """
+        system = self.system_message if system_message is None else system_message
+        roles = {"user": self.user, "assistant": self.assistant}
+        turns = [roles[role] + (text + self.sep if text else "") for role, text in messages]
+        return self.system_prefix + system + self.sep + "".join(turns)
+
+    def chat_template(self, system_message: str | None = None) -> str:
+        """Return a jinja chat template that renders as `render` does.
+
+        Content may be a string or a list of `{"type": "text"}` and `{"type": "image"}` items. An image becomes
+        `<image>` followed by a newline, unless it is the last item or the next text brings its own newline. A first
+        message of role "system" replaces the system message.
+        """
+        system = self.system_message if system_message is None else system_message
+        quote = json.dumps
+        return _JINJA.format(
+            prefix=quote(self.system_prefix, ensure_ascii=False),
+            system=quote(system, ensure_ascii=False),
+            sep=quote(self.sep, ensure_ascii=False),
+            user=quote(self.user, ensure_ascii=False),
+            assistant=quote(self.assistant, ensure_ascii=False),
+            image=quote(IMAGE_PLACEHOLDER),
+        )
+
+
+_JINJA = """\
+{{%- macro content_of(content) -%}}
+    {{%- if content is string -%}}
+        {{{{- content -}}}}
+    {{%- else -%}}
+        {{%- for item in content -%}}
+            {{%- if item.type == "image" -%}}
+                {{{{- {image} -}}}}
+                {{%- if loop.nextitem is defined and not (loop.nextitem.text or "").startswith("\\n") -%}}
+                    {{{{- "\\n" -}}}}
+                {{%- endif -%}}
+            {{%- elif item.type == "text" -%}}
+                {{{{- item.text -}}}}
+            {{%- else -%}}
+                {{{{- raise_exception("content of type '" ~ item.type ~ "' is not known; give text and image items") -}}}}
+            {{%- endif -%}}
+        {{%- endfor -%}}
+    {{%- endif -%}}
+{{%- endmacro -%}}
+{{%- set sep = {sep} -%}}
+{{%- set roles = {{"user": {user}, "assistant": {assistant}}} -%}}
+{{%- set turns = namespace(rest=messages) -%}}
+{{%- set system = {system} -%}}
+{{%- if messages and messages[0].role == "system" -%}}
+    {{%- set system = content_of(messages[0].content) -%}}
+    {{%- set turns.rest = messages[1:] -%}}
+{{%- endif -%}}
+{{{{- {prefix} ~ system ~ sep -}}}}
+{{%- for message in turns.rest -%}}
+    {{%- if message.role not in roles -%}}
+        {{{{- raise_exception("role '" ~ message.role ~ "' is not known; give user, assistant, or a first system") -}}}}
+    {{%- endif -%}}
+    {{{{- roles[message.role] -}}}}
+    {{%- set text = content_of(message.content or "") -%}}
+    {{%- if text -%}}
+        {{{{- text ~ sep -}}}}
+    {{%- endif -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}
+    {{{{- roles["assistant"] -}}}}
+{{%- endif -%}}
+"""
+
+
+def _chatml(name: str, system_message: str, sep: str) -> Conversation:
+    return Conversation(
+        name, "<|im_start|>system\n", system_message, "<|im_start|>user\n", "<|im_start|>assistant\n", sep
+    )
+
+
+# The first three render as their names say, without a newline after `sep`; only internvl2_5 has one. The templates
+# that the vendor's tokenizer_config.json files carry differ from what the models were trained on.
+CONVERSATIONS = {
+    conversation.name: conversation
+    for conversation in (
+        _chatml("internlm2-chat", _SYSTEM_V2, "<|im_end|>"),
+        _chatml("Hermes-2", _SYSTEM_V2, "<|im_end|>"),
+        Conversation("phi3-chat", "<|system|>\n", _SYSTEM_V2, "<|user|>\n", "<|assistant|>\n", "<|end|>"),
+        _chatml("internvl2_5", _SYSTEM_V2_5, "<|im_end|>\n"),
+    )
+}
+
+
+def get_conversation(name: str | None) -> Conversation:
+    """Return the conversation template called `name`.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if name not in CONVERSATIONS:
+        raise ValueError(
+            f"conversation template {name!r} is not known; config.template is one of {list(CONVERSATIONS)}"
+        )
+    return CONVERSATIONS[name]

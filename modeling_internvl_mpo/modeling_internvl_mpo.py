@@ -1,0 +1,543 @@
+"""InternVL chat model: vision tower, pixel shuffle, projector, language model.
+
+Works with every InternVL2 checkpoint (and 2.5, 3, 3.5, the MPO ones included) on current transformers, with the
+official state-dict keys `vision_model.`, `mlp1.`, `language_model.`.
+
+Letters: B rows, L tokens, I tiles of all rows, S side of a tile, N image tokens per tile, C width.
+"""
+
+import json
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import cached_file, can_return_tuple
+
+from .configuration_internvl_mpo import InternVLChatConfig
+from .conversation_internvl_mpo import IMAGE_PLACEHOLDER, IMG_CONTEXT, IMG_END, IMG_START, get_conversation
+from .modeling_intern_vit import InternVisionModel
+from .modeling_internlm2 import InternLM2ForCausalLM
+
+
+def pixel_shuffle(x: torch.Tensor, scale_factor: float = 0.5, ps_version: str = "v2") -> torch.Tensor:
+    """Fold neighbouring patches into channels.
+
+    Args:
+        x: (I, rows, columns, C).
+        scale_factor: of the side; 0.5 joins 2 x 2 patches in the order top left, top right, bottom left, bottom right.
+        ps_version: "v2" keeps rows as rows, "v1" returns them transposed.
+
+    Returns:
+        (I, rows * scale, columns * scale, C / scale**2).
+    """
+    num_tiles, rows, columns, width = x.shape
+    fold = round(1 / scale_factor)
+    x = x.view(num_tiles, rows // fold, fold, columns // fold, fold, width)
+    order = (0, 1, 3, 2, 4, 5) if ps_version == "v2" else (0, 3, 1, 2, 4, 5)
+    shape = (rows // fold, columns // fold) if ps_version == "v2" else (columns // fold, rows // fold)
+    return x.permute(order).reshape(num_tiles, *shape, width * fold * fold)
+
+
+class Headless:
+    """The model without its output matrix: what `base_model` means in transformers and TRL.
+
+    A view, not a module: the official checkpoint keys leave no room for a module between the model and its parts.
+    """
+
+    def __init__(self, model: "InternVLChatModel") -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return self._model.encode(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class InternVLChatModel(PreTrainedModel, GenerationMixin):
+    """Text and images in, text out.
+
+    Args:
+        config: an `InternVLChatConfig`.
+        vision_model: used instead of a new tower.
+        language_model: used instead of a new language model.
+        use_flash_attn: accepted because every published example passes it. Attention is chosen by
+            `attn_implementation`; the default, sdpa, needs no extra package.
+    """
+
+    config_class = InternVLChatConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = [
+        "InternVisionEncoderLayer",
+        "InternLM2DecoderLayer",
+        "LlamaDecoderLayer",
+        "Phi3DecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+    ]
+
+    def __init__(
+        self,
+        config: InternVLChatConfig,
+        vision_model: nn.Module | None = None,
+        language_model: nn.Module | None = None,
+        use_flash_attn: bool | None = None,
+    ) -> None:
+        if config.use_backbone_lora or config.use_llm_lora:
+            raise ValueError(
+                "the config asks for LoRA inside the model (use_backbone_lora, use_llm_lora); merge the adapter, "
+                "or set both to 0 and load it with peft"
+            )
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+        self.vision_model = vision_model or InternVisionModel(config.vision_config)
+        self.language_model = language_model or _language_model(config.llm_config)
+        folded = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
+        width = config.llm_config.hidden_size
+        self.mlp1 = nn.Sequential(nn.LayerNorm(folded), nn.Linear(folded, width), nn.GELU(), nn.Linear(width, width))
+        self.select_layer = config.select_layer
+        self.downsample_ratio = config.downsample_ratio
+        self.ps_version = config.ps_version
+        self.template = config.template
+        self.num_image_token = config.num_image_token
+        self.conv_template = None if config.template is None else get_conversation(config.template)
+        self.system_message = config.system_message
+        if self.system_message is None and self.conv_template is not None:
+            self.system_message = self.conv_template.system_message
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder or Hub repository; see transformers. Finds the image token's id if the config has none."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.image_token_id is None:
+            where = {
+                key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs
+            }
+            model.config.image_token_id = find_token_id(pretrained_model_name_or_path, IMG_CONTEXT, **where)
+        return loaded
+
+    @property
+    def base_model(self) -> Headless:
+        """The model without its output matrix; `model.base_model(...)` returns `last_hidden_state` and no logits."""
+        return Headless(self)
+
+    @property
+    def img_context_token_id(self) -> int | None:
+        """Id of `<IMG_CONTEXT>`; the official name of `config.image_token_id`."""
+        return self.config.image_token_id
+
+    @img_context_token_id.setter
+    def img_context_token_id(self, value: int | None) -> None:
+        self.config.image_token_id = value
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The output matrix, under its usual name."""
+        return self.language_model.get_output_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embeddings."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output matrix."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output matrix."""
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def pixel_shuffle(self, x: torch.Tensor, scale_factor: float = 0.5) -> torch.Tensor:
+        """Fold neighbouring patches into channels; see the function of the same name."""
+        return pixel_shuffle(x, scale_factor, self.ps_version)
+
+    def extract_feature(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Turn tiles into image tokens: (I, 3, S, S) to (I, N, C)."""
+        outputs = self.vision_model(pixel_values, output_hidden_states=self.select_layer != -1)
+        if self.select_layer == -1:
+            hidden_states = outputs.last_hidden_state
+        else:
+            hidden_states = outputs.hidden_states[self.select_layer]
+        patches = hidden_states[:, 1:]
+        side = round(patches.shape[1] ** 0.5)
+        patches = patches.reshape(patches.shape[0], side, side, -1)
+        return self.mlp1(self.pixel_shuffle(patches, self.downsample_ratio).flatten(1, 2))
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Return image tokens (I, N, C) as `pooler_output`; the name other libraries look for."""
+        return BaseModelOutputWithPooling(pooler_output=self.extract_feature(pixel_values))
+
+    def embed(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        visual_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed tokens and put the tiles' features at the `<IMG_CONTEXT>` positions.
+
+        Args:
+            input_ids: (B, L).
+            pixel_values: (I, 3, S, S), tiles in reading order over all rows.
+            image_flags: (I,) or (I, 1); tiles whose flag is not 1 are left out.
+            visual_features: (I, N, C), already projected; replaces pixel_values.
+
+        Returns:
+            (B, L, C).
+
+        Raises:
+            ValueError: image tokens and tile features differ in number, or the image token's id is not known.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None and image_flags is not None:
+            pixel_values = pixel_values[image_flags.reshape(-1) == 1]
+        if visual_features is None and pixel_values is not None and len(pixel_values):
+            visual_features = self.extract_feature(pixel_values)
+        if self.config.image_token_id is None:
+            if visual_features is not None:
+                raise ValueError(f"the id of {IMG_CONTEXT} is not known; set model.img_context_token_id")
+            return embeds
+        is_image = input_ids == self.config.image_token_id
+        num_tokens = int(is_image.sum())
+        num_features = 0 if visual_features is None else visual_features.shape[:-1].numel()
+        if num_tokens != num_features:
+            raise ValueError(
+                f"the text has {num_tokens} {IMG_CONTEXT} tokens, the tiles give {num_features} features "
+                f"({self.num_image_token} per tile); check truncation and literal {IMG_CONTEXT} in the text"
+            )
+        if visual_features is not None:
+            return embeds.masked_scatter(is_image.unsqueeze(-1), visual_features.to(embeds.device, embeds.dtype))
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Every rank must run the tower, and before the language model: ZeRO-2 and 3 pair up collectives by order.
+            side = self.config.force_image_size
+            blank = torch.zeros(1, 3, side, side, dtype=embeds.dtype, device=embeds.device)
+            embeds = embeds + 0.0 * self.extract_feature(blank).sum()
+        return embeds
+
+    def encode(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return the language model's hidden states after its final norm, (B, L, C), without logits.
+
+        Arguments are those of `forward`; `model.base_model(...)` calls this.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds")
+            if past_key_values is not None and past_key_values.get_seq_length() > 0 and pixel_values is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            else:
+                inputs_embeds = self.embed(input_ids, pixel_values, image_flags, visual_features)
+        return self.language_model.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_features: torch.Tensor | None = None,
+        loss_weight: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token everywhere.
+
+        Args:
+            input_ids: (B, L).
+            pixel_values: (I, 3, S, S); tiles fill the `<IMG_CONTEXT>` positions in reading order over all rows.
+            attention_mask: (B, total length) of 0 and 1, or a prepared 4-D or block mask.
+            position_ids: (B, L).
+            image_flags: (I,) or (I, 1); tiles whose flag is not 1 are left out.
+            labels: (B, L); -100 is not scored. Token t is predicted at position t - 1.
+            past_key_values: cache of earlier tokens.
+            inputs_embeds: (B, L, C), replaces input_ids and pixel_values.
+            visual_features: (I, N, C), already projected tiles; replaces pixel_values.
+            loss_weight: (B, L), weights of the labels; the loss is sum(weight * cross entropy) / sum(weight).
+            logits_to_keep: number of last positions, or an index into positions; 0 keeps all.
+            **kwargs: go to the language model, and from there to its attention function.
+
+        Returns:
+            `logits` (B, kept, vocabulary); `loss` if labels are given; `past_key_values`.
+
+        Raises:
+            ValueError: image tokens and tile features differ in number.
+        """
+        outputs = self.encode(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            position_ids,
+            image_flags,
+            past_key_values,
+            inputs_embeds,
+            visual_features,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None and loss_weight is not None:
+            loss = _weighted_loss(logits, labels, loss_weight)
+        elif labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.llm_config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        pixel_values: torch.Tensor | None = None,
+        visual_features: torch.Tensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue prompts; see `transformers.GenerationMixin.generate`. Pad on the left.
+
+        Tiles are encoded once and put into the prompt embeddings, so several samples or beams per row share them.
+
+        Args:
+            inputs: (B, L) prompt ids, also accepted as `input_ids`.
+            generation_config: of transformers.
+            pixel_values: (I, 3, S, S), tiles of all rows in reading order.
+            visual_features: (I, N, C), already projected tiles; replaces pixel_values.
+            image_flags: (I,) or (I, 1); tiles whose flag is not 1 are left out.
+            **kwargs: of transformers.
+
+        Returns:
+            (B * num_return_sequences, L + new tokens): prompt and answer, as everywhere in transformers.
+
+        Raises:
+            ValueError: image tokens and tile features differ in number.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        if input_ids is not None and "inputs_embeds" not in kwargs:
+            kwargs["inputs_embeds"] = self.embed(input_ids, pixel_values, image_flags, visual_features)
+            # Without a mask transformers would guess one from pad tokens; pads cannot be told from embeddings.
+            kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+        return super().generate(input_ids=input_ids, generation_config=generation_config, **kwargs)
+
+    def chat(
+        self,
+        tokenizer: Any,
+        pixel_values: torch.Tensor | None,
+        question: str,
+        generation_config: dict[str, Any],
+        history: list[tuple[str, str]] | None = None,
+        return_history: bool = False,
+        num_patches_list: list[int] | None = None,
+        IMG_START_TOKEN: str = IMG_START,
+        IMG_END_TOKEN: str = IMG_END,
+        IMG_CONTEXT_TOKEN: str = IMG_CONTEXT,
+        verbose: bool = False,
+    ) -> str | tuple[str, list[tuple[str, str]]]:
+        """Answer one question; the official signature and behaviour.
+
+        Args:
+            tokenizer: of the checkpoint.
+            pixel_values: (I, 3, S, S) tiles of all images of the whole conversation, or None.
+            question: `<image>\\n` is put in front when there are tiles, no history, and no `<image>` in it.
+            generation_config: keywords of `generate`; its `eos_token_id` is overwritten with the template's.
+            history: earlier (question, answer) pairs; extended in place.
+            return_history: also return the history.
+            num_patches_list: tiles per image; None means that one image has them all.
+            IMG_START_TOKEN: written before an image's tokens.
+            IMG_END_TOKEN: written after them.
+            IMG_CONTEXT_TOKEN: written once per image token.
+            verbose: print prompt and answer.
+
+        Returns:
+            The answer, or (answer, history).
+
+        Raises:
+            ValueError: tiles, `num_patches_list` and `<image>` placeholders do not fit together.
+        """
+        if history is None and pixel_values is not None and IMAGE_PLACEHOLDER not in question:
+            question = f"{IMAGE_PLACEHOLDER}\n{question}"
+        if num_patches_list is None:
+            num_patches_list = [] if pixel_values is None else [len(pixel_values)]
+        _check_tile_counts(pixel_values, num_patches_list)
+        history = [] if history is None else history
+        prompt = self._render([*history, (question, None)])
+        tokens = (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN)
+        expanded = self._expand_images(prompt, num_patches_list, tokens)
+        inputs = tokenizer([expanded], return_tensors="pt")
+        (answer,) = self._answer(tokenizer, inputs, pixel_values, generation_config, IMG_CONTEXT_TOKEN)
+        history.append((question, answer))
+        if verbose:
+            print(prompt, answer)
+        return (answer, history) if return_history else answer
+
+    def batch_chat(
+        self,
+        tokenizer: Any,
+        pixel_values: torch.Tensor | None,
+        questions: list[str],
+        generation_config: dict[str, Any],
+        num_patches_list: list[int] | None = None,
+        history: None = None,
+        return_history: bool = False,
+        IMG_START_TOKEN: str = IMG_START,
+        IMG_END_TOKEN: str = IMG_END,
+        IMG_CONTEXT_TOKEN: str = IMG_CONTEXT,
+        verbose: bool = False,
+        image_counts: list[int] | None = None,
+    ) -> list[str]:
+        """Answer several single-turn questions with one image each (or none at all); the official signature.
+
+        Arguments are those of `chat`; `num_patches_list` has the number of tiles of every question's image and
+        `image_counts` is its former name. Sets `tokenizer.padding_side` to left, as the original does.
+
+        Raises:
+            NotImplementedError: history was given or asked for.
+            ValueError: tiles, `num_patches_list` and questions do not fit together.
+        """
+        if history is not None or return_history:
+            raise NotImplementedError("batch_chat has no history; call chat for conversations of several turns")
+        num_patches_list = image_counts if num_patches_list is None else num_patches_list
+        if pixel_values is not None and num_patches_list is None:
+            raise ValueError("give num_patches_list, the number of tiles of every question's image")
+        if num_patches_list is not None and len(num_patches_list) != len(questions):
+            raise ValueError(f"num_patches_list has {len(num_patches_list)} entries for {len(questions)} questions")
+        _check_tile_counts(pixel_values, num_patches_list or [])
+        tokens = (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN)
+        prompts = []
+        for index, question in enumerate(questions):
+            counts = [] if pixel_values is None else [num_patches_list[index]]
+            if counts and IMAGE_PLACEHOLDER not in question:
+                question = f"{IMAGE_PLACEHOLDER}\n{question}"
+            prompts.append(self._expand_images(self._render([(question, None)]), counts, tokens))
+        tokenizer.padding_side = "left"
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+        answers = self._answer(tokenizer, inputs, pixel_values, generation_config, IMG_CONTEXT_TOKEN)
+        if verbose:
+            for prompt, answer in zip(prompts, answers, strict=True):
+                print(prompt, answer)
+        return answers
+
+    def _render(self, turns: list[tuple[str, str | None]]) -> str:
+        """Return the prompt of (question, answer) turns; the last answer is None."""
+        if self.conv_template is None:
+            raise ValueError("config.template is not set; set it to the conversation template the model was trained on")
+        messages = [message for turn in turns for message in zip(("user", "assistant"), turn, strict=True)]
+        return self.conv_template.render(messages, self.system_message)
+
+    def _expand_images(self, prompt: str, num_tiles: list[int], tokens: tuple[str, str, str]) -> str:
+        """Replace the k-th `<image>` by its image tokens; surplus placeholders stay text, as in the original."""
+        start, context, end = tokens
+        if prompt.count(IMAGE_PLACEHOLDER) < len(num_tiles):
+            raise ValueError(
+                f"{len(num_tiles)} images for {prompt.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} placeholders; "
+                "write one per image into the question"
+            )
+        for count in num_tiles:
+            prompt = prompt.replace(IMAGE_PLACEHOLDER, start + context * self.num_image_token * count + end, 1)
+        return prompt
+
+    def _answer(
+        self,
+        tokenizer: Any,
+        inputs: Any,
+        pixel_values: torch.Tensor | None,
+        generation_config: dict[str, Any],
+        image_token: str,
+    ) -> list[str]:
+        """Generate for tokenised prompts and cut every answer at the template's separator."""
+        sep = self.conv_template.sep.strip()
+        self.img_context_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        generation_config["eos_token_id"] = tokenizer.convert_tokens_to_ids(sep)
+        input_ids = inputs["input_ids"].to(self.device)
+        sequences = self.generate(
+            input_ids=input_ids,
+            attention_mask=inputs["attention_mask"].to(self.device),
+            pixel_values=pixel_values,
+            **generation_config,
+        )
+        answers = tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
+        return [answer.split(sep)[0].strip() for answer in answers]
+
+
+def find_token_id(folder: str | os.PathLike, token: str, **where: Any) -> int | None:
+    """Return the id of an added token from the tokenizer files of a folder or Hub repository, or None."""
+    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        path = cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **where)
+        if path is None:
+            continue
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if name == "added_tokens.json" and token in content:
+            return content[token]
+        added = content.get("added_tokens_decoder", {}).items()
+        added = [(int(key), value) for key, value in added] + [(v["id"], v) for v in content.get("added_tokens", [])]
+        for token_id, value in added:
+            if value["content"] == token:
+                return token_id
+    return None
+
+
+def _language_model(config: Any) -> PreTrainedModel:
+    if config.model_type == "internlm2":
+        return InternLM2ForCausalLM(config)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
+def _weighted_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean of the next-token cross entropies, weighted by the weights of the predicted tokens."""
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device), reduction="none"
+    )
+    weights = weights[:, 1:].flatten().to(losses)
+    return (losses * weights).sum() / weights.sum()
+
+
+def _check_tile_counts(pixel_values: torch.Tensor | None, num_patches_list: list[int]) -> None:
+    num_tiles = 0 if pixel_values is None else len(pixel_values)
+    if sum(num_patches_list) != num_tiles:
+        raise ValueError(f"num_patches_list {num_patches_list} adds up to another number than the {num_tiles} tiles")
