@@ -190,6 +190,24 @@ class InternVLImageProcessor(PilBackend):
             data = {name: value.numpy() for name, value in data.items()}
         return BatchFeature(data)
 
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
+        """Return how many tiles an upright image of this size is cut into; transformers' name for it.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+            images_kwargs: settings that replace the processor's own.
+        """
+        settings = {name: getattr(self, name) for name in self._valid_kwargs_names} | (images_kwargs or {})
+        if not settings["dynamic_image_size"]:
+            return 1
+        if settings["pad2square"]:
+            height = width = max(height, width)
+        side = dict(settings["size"])["height"]
+        limits = settings["min_dynamic_patch"], settings["max_dynamic_patch"]
+        columns, rows = best_grid(width, height, *limits, side)
+        return columns * rows + (settings["use_thumbnail"] and columns * rows > 1)
+
     def _tiles(self, image: Any, settings: dict[str, Any]) -> list[Image.Image]:
         image = to_rgb(image if isinstance(image, Image.Image) else to_pil_image(image))
         side = dict(settings["size"])["height"]

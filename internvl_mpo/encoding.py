@@ -1,0 +1,252 @@
+"""Preference pairs of one question -> token ids and tiles.
+
+Prompt and answers are tokenized as the model meets them when it generates: the prompt is what the processor makes of
+the question, the answer goes on from the assistant header, and the end-of-turn token that the template writes after an
+answer is scored with it. What cannot be trained on is refused with a `RowError` that names the pair.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image
+
+from internvl_mpo.packing import Group
+from internvl_mpo.records import PreferencePair, RowError
+
+PLACEHOLDER = "<image>"
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """What a group costs, found without decoding pixels.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt, image tokens included.
+        response_tokens: scored tokens of each distinct response.
+        tiles: tiles of all images.
+        cut_responses: responses that lose their end to the length limit.
+    """
+
+    prompt_tokens: int
+    response_tokens: tuple[int, ...]
+    tiles: int
+    cut_responses: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Upper bound of the tokens the group adds to a pack; `Group.num_tokens` of the encoded group is the same."""
+        return self.prompt_tokens + sum(length - 1 for length in self.response_tokens)
+
+
+def encode_group(
+    processor: Any,
+    pairs: Sequence[PreferencePair],
+    image_root: str | Path,
+    *,
+    max_tiles: int = 12,
+    max_length: int = 6144,
+) -> Group:
+    """Encode pairs that share images and question.
+
+    Args:
+        processor: `InternVLProcessor` of the model.
+        pairs: at least one; all with the same `group_key`.
+        image_root: folder that image paths are relative to.
+        max_tiles: most tiles of a single image, thumbnail not counted; several images share it, `max_tiles // n` each
+            and at least one, as in the original program.
+        max_length: longest prompt plus response in tokens; longer responses are cut.
+
+    Returns:
+        The group; equal responses of different pairs are one response.
+
+    Raises:
+        RowError: an image cannot be read, images and placeholders differ in number, the prompt leaves no room for a
+            response, a response is empty, or chosen and rejected are equal.
+        ValueError: the pairs do not share images and question.
+    """
+    question, where = _question(pairs)
+    prompt = _render(processor, question)
+    images = [_open(Path(image_root) / name, where) for name in pairs[0].images]
+    inputs: dict[str, Any] = {}
+    if images:
+        limits = {"max_dynamic_patch": _tiles_per_image(max_tiles, len(images))}
+        inputs = {"images": [images], **limits}
+    try:
+        features = processor(text=[prompt], return_num_tiles=True, **inputs)
+    except (ValueError, OSError) as error:
+        raise RowError(f"the prompt cannot be encoded: {error}", where) from error
+    finally:
+        for image in images:
+            image.close()
+    prompt_ids = list(features["input_ids"][0])
+    num_tiles = int(sum(features["num_tiles"])) if images else 0
+    _check_prompt(processor, len(prompt_ids), prompt_ids.count(processor.image_token_id), num_tiles, max_length, where)
+    responses, indices, _ = _responses(processor, pairs, prompt, max_length - len(prompt_ids))
+    return Group(prompt_ids, responses, indices, [pair.id for pair in pairs], features.get("pixel_values"))
+
+
+def measure_group(
+    processor: Any,
+    pairs: Sequence[PreferencePair],
+    image_root: str | Path,
+    *,
+    max_tiles: int = 12,
+    max_length: int = 6144,
+    decode: bool = False,
+) -> GroupSize:
+    """Return the size `encode_group` would give, from image headers and text alone.
+
+    Args:
+        processor: as in `encode_group`.
+        pairs: as in `encode_group`.
+        image_root: as in `encode_group`.
+        max_tiles: as in `encode_group`.
+        max_length: as in `encode_group`.
+        decode: also decode every image, which finds files that were cut off after the header.
+
+    Raises:
+        RowError: whatever `encode_group` would refuse; damage behind an image's header only with `decode`.
+        ValueError: as in `encode_group`.
+    """
+    question, where = _question(pairs)
+    prompt = _render(processor, question)
+    limits = {"max_dynamic_patch": _tiles_per_image(max_tiles, len(pairs[0].images))}
+    num_tiles = 0
+    for name in pairs[0].images:
+        with _open(Path(image_root) / name, where) as image:
+            width, height = _upright_size(image)
+            num_tiles += processor.image_processor.get_number_of_image_patches(height, width, limits)
+            if decode:
+                try:
+                    image.load()
+                except (OSError, SyntaxError, ValueError) as error:
+                    raise RowError(f"image '{name}' cannot be decoded ({error})", where) from error
+    (bare,) = processor.expand_images([prompt], [0] * len(pairs[0].images))
+    bare_ids = processor.tokenizer(bare)["input_ids"]
+    image_tokens = num_tiles * processor.num_image_token
+    prompt_tokens = len(bare_ids) + image_tokens
+    literal = bare_ids.count(processor.image_token_id)
+    _check_prompt(processor, prompt_tokens, literal + image_tokens, num_tiles, max_length, where)
+    responses, _, num_cut = _responses(processor, pairs, prompt, max_length - prompt_tokens)
+    return GroupSize(prompt_tokens, tuple(map(len, responses)), num_tiles, num_cut)
+
+
+def _question(pairs: Sequence[PreferencePair]) -> tuple[str, str]:
+    """Return the question with one placeholder per image, and the words that name the first pair in messages."""
+    if len({pair.group_key for pair in pairs}) != 1:
+        raise ValueError("a group needs pairs with the same images and question")
+    first, where = pairs[0], f"pair {pairs[0].id}"
+    question, num_images = first.question, len(first.images)
+    if num_images == 1 and PLACEHOLDER not in question:
+        question = f"{PLACEHOLDER}\n{question}"
+    if question.count(PLACEHOLDER) != num_images:
+        raise RowError(
+            f"the question has {question.count(PLACEHOLDER)} {PLACEHOLDER} placeholders for {num_images} images", where
+        )
+    return question, where
+
+
+def _render(processor: Any, question: str) -> str:
+    return processor.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+    )
+
+
+def _tiles_per_image(max_tiles: int, num_images: int) -> int:
+    return max(1, max_tiles // max(1, num_images))
+
+
+def _open(path: Path, where: str) -> Image.Image:
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise RowError(f"image '{path}' does not exist", where) from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RowError(f"image '{path}' cannot be read ({error})", where) from error
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after EXIF rotation. A PNG keeps EXIF behind its pixels, so only a header entry counts there."""
+    width, height = image.size
+    if image.format == "PNG" and "exif" not in image.info:
+        return width, height
+    turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    return (height, width) if turned else (width, height)
+
+
+def _check_prompt(
+    processor: Any, num_tokens: int, num_image_tokens: int, num_tiles: int, max_length: int, where: str
+) -> None:
+    if num_image_tokens != num_tiles * processor.num_image_token:
+        raise RowError(
+            f"the prompt has {num_image_tokens} image tokens for {num_tiles} tiles of {processor.num_image_token}; "
+            "the question must not spell out image tokens",
+            where,
+        )
+    if num_tokens >= max_length:
+        raise RowError(f"the prompt has {num_tokens} tokens, no response fits below the limit of {max_length}", where)
+
+
+def _responses(
+    processor: Any, pairs: Sequence[PreferencePair], prompt: str, room: int
+) -> tuple[list[list[int]], list[tuple[int, int]], int]:
+    """Tokenize the responses of all pairs.
+
+    Args:
+        processor: as in `encode_group`.
+        pairs: as in `encode_group`.
+        prompt: the rendered prompt, images not expanded.
+        room: tokens a response may have.
+
+    Returns:
+        Distinct responses, (chosen, rejected) indices of each pair, number of distinct responses that were cut.
+    """
+    tokenizer = processor.tokenizer
+    # A special token is a border that no merge crosses: what comes after the last one is all the context there is.
+    header = prompt[max(prompt.rfind(token) for token in [*tokenizer.all_special_tokens, prompt]) :]
+    header_ids = tokenizer(header, add_special_tokens=False)["input_ids"]
+    end = _end_of_turn(processor)
+    numbers: dict[tuple[int, ...], int] = {}
+    num_cut = 0
+
+    def number(text: str, side: str, where: str) -> int:
+        nonlocal num_cut
+        if not text:
+            raise RowError(f"'{side}' is empty", where)
+        ids = tokenizer(header + text, add_special_tokens=False)["input_ids"]
+        if ids[: len(header_ids)] == header_ids:
+            ids = ids[len(header_ids) :]
+        else:  # the text merges with the header, as a leading newline can; the model starts after the header
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if processor.image_token_id in ids:
+            raise RowError(f"'{side}' spells out the image token", where)
+        kept = (*ids, end)[:room]
+        if kept not in numbers:
+            numbers[kept] = len(numbers)
+            num_cut += len(kept) < len(ids) + 1
+        return numbers[kept]
+
+    indices = []
+    for pair in pairs:
+        where = f"pair {pair.id}"
+        chosen = number(pair.chosen.strip(), "chosen", where)
+        rejected = number(pair.rejected.strip(), "rejected", where)
+        if chosen == rejected:
+            raise RowError(f"chosen and rejected are equal in the {room} tokens that the length limit leaves", where)
+        indices.append((chosen, rejected))
+    return [list(ids) for ids in numbers], indices, num_cut
+
+
+def _end_of_turn(processor: Any) -> int:
+    """Return the id of the token that the chat template writes after an answer."""
+    message = {"role": "assistant", "content": "the answer"}
+    answered = processor.apply_chat_template(
+        [{"role": "user", "content": "a question"}, message], add_generation_prompt=False, tokenize=False
+    )
+    closing = answered.rpartition("the answer")[2]
+    if not closing:
+        raise ValueError("the chat template writes nothing after an answer, so its end cannot be learned")
+    return processor.tokenizer(closing, add_special_tokens=False)["input_ids"][0]
