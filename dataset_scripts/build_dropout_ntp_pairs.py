@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     engine = load_engine(settings)
     plan = Plan(settings, sampling, responses, engine)
     with Journal(settings.output, reply_of=reply_of) as journal:
-        missing = collect_replies(engine, plan.requests(), plan.total, journal)
+        missing = collect_replies(engine, plan.requests, plan.total, journal)
         count = journal.finish(plan.rows(journal, left_out))
     print(f"{count} pairs from {len(responses)} responses -> {settings.output}")
     if count:

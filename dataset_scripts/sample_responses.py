@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     engine = load_engine(settings)
     plan = Plan(settings, sampling, questions, engine)
     with Journal(settings.output, reply_of=reply_of) as journal:
-        missing = collect_replies(engine, plan.requests(), plan.total, journal)
+        missing = collect_replies(engine, plan.requests, plan.total, journal)
         count = journal.finish(plan.rows(journal))
     print(f"{count} responses to {len(questions)} questions -> {settings.output}")
     return report_missing(missing, settings.output)

@@ -110,7 +110,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def _parse_marker(response: str) -> ParsedAnswer:
-    markers = list(_MARKER.finditer(response))
+    start = response.lower().find("final")  # most of a response is reasoning: the pattern is slow there
+    start = min((position for position in (start, response.find("答案")) if position >= 0), default=len(response))
+    markers = list(_MARKER.finditer(response, start))
     if not markers:
         return ParsedAnswer(None, "no 'Final answer:'")
     if len(markers) > 2:

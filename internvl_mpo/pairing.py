@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,16 +55,16 @@ class PairRules:
 class Statistics:
     """Counts by source, mergeable; `table` prints them."""
 
-    counts: dict[str, Counter] = field(default_factory=dict)
+    counts: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
 
     def add(self, source: str, key: str, amount: float = 1) -> None:
         """Add to one count."""
-        self.counts.setdefault(source, Counter())[key] += amount
+        self.counts[source][key] += amount
 
     def merge(self, other: "Statistics") -> None:
         """Add all counts of another."""
         for source, counts in other.counts.items():
-            self.counts.setdefault(source, Counter()).update(counts)
+            self.counts[source].update(counts)
 
     def table(self) -> str:
         """Return one line per source, and below it why candidates were left out."""
@@ -91,6 +91,7 @@ class Judged(NamedTuple):
 
     response: Response
     verdict: Verdict
+    log_length: float
 
 
 # --------------------------------------------------------------------------------------------------- correctness
@@ -116,7 +117,8 @@ def correctness_pairs(
     by_outcome: dict[Outcome, list[Judged]] = {outcome: [] for outcome in Outcome}
     for item in judged:
         by_outcome[item.verdict.outcome].append(item)
-        stats.add(source, item.verdict.outcome.value)
+    for outcome, items in by_outcome.items():
+        stats.add(source, outcome.value, len(items))
     stats.add(source, "questions")
     stats.add(source, "responses", len(judged))
     rights = by_outcome[Outcome.RIGHT]
@@ -164,7 +166,7 @@ def _judge(response: Response, rules: PairRules) -> Judged:
         source=response.source,
         question=response.question,
     )
-    return Judged(response, verdict)
+    return Judged(response, verdict, math.log(max(1, len(response.response))))
 
 
 def _unfit(response: Response, rules: PairRules) -> str | None:
@@ -209,7 +211,7 @@ def _diverse(
         if text in texts:
             stats.add(item.response.source, "drop copies")
             continue
-        if rules.max_similarity < 1:
+        if rules.max_similarity < 1 and len(ordered) > 1:
             mine = _shingles(text)
             if any(_similar(mine, other, rules.max_similarity) for other in shingles):
                 stats.add(item.response.source, "drop near copies")
@@ -226,7 +228,7 @@ def _diverse(
 
 
 def _shingles(text: str) -> frozenset:
-    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    words = text.lower().split()
     return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset(words)
 
 
@@ -279,8 +281,7 @@ def _unfit_pair(right: Judged, other: Judged, rules: PairRules) -> str | None:
         return "pairs of equal texts"
     if other.verdict.answer is not None and entails(other.verdict.answer, right.verdict.answer or ""):
         return "pairs whose wrong answer contains the right one"
-    ratio = math.exp(abs(_log_ratio(right, other)))
-    if rules.max_length_ratio and ratio > rules.max_length_ratio:
+    if rules.max_length_ratio and math.exp(abs(_log_ratio(right, other))) > rules.max_length_ratio:
         return "pairs of too different lengths"
     return None
 
@@ -301,7 +302,7 @@ def _answer_words(text: str) -> list[str]:
 
 
 def _log_ratio(right: Judged, other: Judged) -> float:
-    return math.log(len(right.response.response) / max(1, len(other.response.response)))
+    return right.log_length - other.log_length
 
 
 def _pair(right: Judged, other: Judged, rule: str, pass_rate: float) -> PreferencePair:

@@ -136,6 +136,8 @@ def strip_answer_instruction(question: str) -> str:
 
 def language_of(text: str) -> str:
     """Return "zh" when the text holds more Chinese characters than Latin words, else "en"."""
+    if text.isascii():
+        return "en"
     return "zh" if len(_CJK.findall(text)) > len(_WORD.findall(text)) else "en"
 
 

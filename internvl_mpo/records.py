@@ -9,7 +9,6 @@ On disk a row is one JSON object per line in MMPR's own form, so that official a
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -89,9 +88,9 @@ class Row:
             values["provenance"] = _provenance(row)
             for key in cls._text_keys:
                 values[key] = _text(row, key)
-            if "rule" in {f.name for f in dataclasses.fields(cls)} and row.get("rule"):
+            if "rule" in cls.__dataclass_fields__ and row.get("rule"):
                 values["rule"] = _text(row, "rule")
-            if "question_id" in {f.name for f in dataclasses.fields(cls)}:
+            if "question_id" in cls.__dataclass_fields__:
                 values["question_id"] = _text(row, "question_id")
             return cls(**values)
         except RowError as error:
@@ -246,11 +245,11 @@ def _images(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 _KNOWN = {"id", "image", "images", "question", "answer", "answer_gt", "source", "rule", "question_id"}
+_KNOWN |= {"chosen", "rejected", "response", "provenance"}
 
 
 def _provenance(row: Mapping[str, Any]) -> dict[str, Any]:
-    known = _KNOWN | {"chosen", "rejected", "response", "provenance"}
     given = row.get("provenance") or {}
     if not isinstance(given, dict):
         raise RowError("key 'provenance' must be an object")
-    return {**given, **{key: value for key, value in row.items() if key not in known}}
+    return {**given, **{key: value for key, value in row.items() if key not in _KNOWN}}

@@ -17,6 +17,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from internvl_mpo.engines import Engine, Reply, Request
+from internvl_mpo.errors import BadInputError
 from internvl_mpo.records import atomic_writer, iter_jsonl
 
 
@@ -65,6 +66,19 @@ class Journal:
         self._file.seek(self._offsets[id])
         return Reply(**json.loads(self._file.readline()))
 
+    def check(self, planned: Iterable[str]) -> None:
+        """Refuse to go on with replies of another plan, which `finish` would lose.
+
+        Raises:
+            BadInputError: a reply is kept that the ids of this run do not ask for.
+        """
+        strangers = len(self._offsets) - sum(1 for id in planned if id in self._offsets)
+        if strangers:
+            raise BadInputError(
+                f"{self.output} (or its .part) holds {strangers} replies to other questions or settings; give another "
+                "--output or delete it"
+            )
+
     def finish(self, rows: Iterable[Mapping[str, Any]]) -> int:
         """Write the output in the given order, remove the journal, and return the number of rows."""
         count = 0
@@ -91,21 +105,24 @@ class Journal:
         self._file.truncate(offset)
 
 
-def collect_replies(engine: Engine, requests: Iterable[Request], total: int, journal: Journal) -> dict[str, str]:
+def collect_replies(
+    engine: Engine, requests: Callable[[], Iterable[Request]], total: int, journal: Journal
+) -> dict[str, str]:
     """Ask for every reply the journal does not hold yet, and keep it there.
 
     Args:
         engine: who answers.
-        requests: all requests of the run, answered ones too; see `Engine.generate`.
+        requests: gives all requests of the run, answered ones too (see `Engine.generate`), as often as it is called.
         total: their number, for the progress bar.
         journal: where replies go.
 
     Returns:
         Why a reply is missing, by request id; empty when all came.
     """
+    journal.check(request.id for request in requests())
     missing: dict[str, str] = {}
     with tqdm(total=total, initial=len(journal), unit="reply", desc=engine.name, smoothing=0.05) as bar:
-        for reply in engine.generate(requests, done=journal):
+        for reply in engine.generate(requests(), done=journal):
             if reply.error is None:
                 journal.append(reply)
             else:

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, DynamicCache
 
-import modeling_internvl_mpo  # noqa: F401 - registers the InternVL classes with the Auto classes
 from internvl_mpo.engines import Reply, Request, Sampling
 from internvl_mpo.errors import BadInputError
+from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLProcessor
+from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid, to_rgb
 
 # Requests looked at together when batches are formed: enough to sort by length, few enough to keep in memory.
 WINDOW = 4096
@@ -40,8 +41,8 @@ class TransformersEngine:
         device: "auto" (CUDA where there is one), or a torch device.
         dtype: "auto" (as the config says on CUDA, float32 elsewhere), or a torch dtype name.
         batch_size: replies generated at the same time.
-        max_tiles: most 448x448 crops per picture; None keeps the model's own limit.
-        trust_remote_code: run the model code inside the folder; ours serves every InternVL without it.
+        max_tiles: most crops of all pictures of a request together; None keeps the model's own limit.
+        trust_remote_code: run the model code inside the folder instead of ours, which serves every InternVL 2 and 2.5.
 
     Raises:
         BadInputError: the folder holds no model, or the device does not exist.
@@ -69,16 +70,17 @@ class TransformersEngine:
             if not isinstance(wanted, torch.dtype):
                 raise BadInputError(f"dtype is '{dtype}'; give auto, float32, bfloat16 or float16")
         try:
-            self.processor = AutoProcessor.from_pretrained(self.model_id, trust_remote_code=trust_remote_code)
-            model = AutoModelForImageTextToText.from_pretrained(
-                self.model_id, dtype=wanted, trust_remote_code=trust_remote_code
-            )
+            if trust_remote_code:
+                self.processor = AutoProcessor.from_pretrained(self.model_id, trust_remote_code=True)
+                model = AutoModel.from_pretrained(self.model_id, dtype=wanted, trust_remote_code=True)
+            else:
+                self.processor = load_processor(self.model_id)
+                model = InternVLChatModel.from_pretrained(self.model_id, dtype=wanted)
         except (OSError, ValueError) as error:
             raise BadInputError(f"cannot load a model from {self.model_id}: {str(error).splitlines()[0]}") from error
         self.model = model.to(self.device).eval()
         self.revision = getattr(model.config, "_commit_hash", None) or folder_fingerprint(self.model_id)
-        if max_tiles is not None:
-            self.processor.image_processor.max_tiles = max_tiles
+        self.max_tiles = max_tiles or self.processor.image_processor.max_dynamic_patch
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         vocab = self.tokenizer.get_vocab()
@@ -104,32 +106,50 @@ class TransformersEngine:
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + prefix
 
     def _batches(self, window: list[Request]) -> list[list[Request]]:
-        """Requests of like length side by side, all samples of a prompt together, one `Sampling` per batch."""
-        prompts: dict[tuple[Sampling, Prompt], list[Request]] = {}
+        """Requests of like length side by side, longest first, all samples of a prompt together.
+
+        A batch has one `Sampling` and one number of pictures per request, which decides how many tiles each may have.
+        """
+        kinds: dict[tuple[Sampling, int], dict[Prompt, list[Request]]] = {}
         for request in window:
-            prompts.setdefault((request.sampling, _prompt(request)), []).append(request)
+            kind = kinds.setdefault((request.sampling, len(request.images)), {})
+            kind.setdefault(_prompt(request), []).append(request)
         batches: list[list[Request]] = []
-        by_sampling = itertools.groupby(
-            sorted(prompts.items(), key=lambda item: (repr(item[0][0]), -_length(item[0][1]))),
-            key=lambda item: item[0][0],
-        )
-        for _, items in by_sampling:
-            rows = [request for _, group in items for request in group]
+        for prompts in kinds.values():
+            ordered = sorted(prompts.values(), key=lambda group: -self._length(group[0]))
+            rows = [request for group in ordered for request in group]
             batches += [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         return batches
 
+    def _length(self, request: Request) -> int:
+        """About how many tokens the prompt has."""
+        cutter = self.processor.image_processor
+        total = (len(request.question) + len(request.prefix)) // 3
+        for image in request.images:
+            try:
+                size = image.size if isinstance(image, Image.Image) else _size(image)
+            except (OSError, Image.DecompressionBombError):
+                continue  # the request will fail by itself, with a reason
+            most = max(cutter.min_dynamic_patch, self.max_tiles // len(request.images))
+            columns, rows = best_grid(*size, cutter.min_dynamic_patch, most, cutter.size["height"])
+            total += columns * rows * self.processor.num_image_token
+        return total
+
     def _answer(self, batch: list[Request]) -> list[Reply]:
         """Replies to one batch; a broken picture costs only its own requests, lack of memory halves the batch."""
-        replies, usable, pictures = [], [], {}
+        replies: list[Reply] = []
+        usable: list[Request] = []
+        pictures: dict[Prompt, list[Image.Image]] = {}
+        refused: dict[Prompt, str] = {}
         for request in batch:
             prompt = _prompt(request)
-            if prompt not in pictures:
+            if prompt not in pictures and prompt not in refused:
                 try:
-                    pictures[prompt] = [_load(image) for image in request.images]
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    pictures[prompt] = f"unreadable image: {error}"
-            if isinstance(pictures[prompt], str):
-                replies.append(Reply(id=request.id, error=pictures[prompt]))
+                    pictures[prompt] = self._pictures(request)
+                except (OSError, ValueError, Image.DecompressionBombError) as error:
+                    refused[prompt] = str(error)
+            if prompt in refused:
+                replies.append(Reply(id=request.id, error=refused[prompt]))
             else:
                 usable.append(request)
         if usable:
@@ -143,6 +163,17 @@ class TransformersEngine:
                     half = len(usable) // 2
                     replies += self._answer(usable[:half]) + self._answer(usable[half:])
         return replies
+
+    def _pictures(self, request: Request) -> list[Image.Image]:
+        """Load the pictures of a request.
+
+        Raises:
+            OSError, ValueError: a picture cannot be read, or the text does not have one `<image>` for each.
+        """
+        text = self.render(request.question, len(request.images), request.prefix)
+        if text.count("<image>") != len(request.images) or any(token in text for token in _IMAGE_TOKENS):
+            raise ValueError(f"{text.count('<image>')} <image> placeholders for {len(request.images)} pictures")
+        return [_load(image) for image in request.images]
 
     @torch.inference_mode()
     def _run(self, rows: list[Request], pictures: dict[Prompt, list[Image.Image]]) -> list[Reply]:
@@ -201,14 +232,13 @@ class TransformersEngine:
     def _inputs(self, prompts: list[Prompt], pictures: dict[Prompt, list[Image.Image]]) -> dict[str, torch.Tensor]:
         texts = [self.render(question, len(images), prefix) for question, images, prefix in prompts]
         images = [pictures[prompt] for prompt in prompts]
+        settings = {"max_dynamic_patch": max(1, self.max_tiles // len(images[0]))} if images[0] else {}
         inputs = self.processor(
-            text=texts, images=images if any(images) else None, padding=True, return_tensors="pt"
+            text=texts, images=images if images[0] else None, padding=True, return_tensors="pt", **settings
         ).to(self.device)
-        wanted = ("input_ids", "attention_mask", "pixel_values", "image_flags")
-        inputs = {key: inputs[key] for key in wanted if key in inputs}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        return inputs
+        return dict(inputs)
 
     def _reply(self, request: Request, prompt_ids: torch.Tensor, output: list[int]) -> Reply:
         tokens = [token for token in output if token >= 0]
@@ -271,6 +301,15 @@ def draw_tokens(logits_RV: torch.Tensor, sampling: Sampling, uniform_R: torch.Te
     return ids.gather(-1, index).squeeze(-1)
 
 
+def load_processor(model_path: str) -> InternVLProcessor:
+    """Return the processor of a model; official folders have none, theirs is made from config.json."""
+    try:
+        return InternVLProcessor.from_pretrained(model_path)
+    except OSError:
+        config = InternVLChatConfig.from_pretrained(model_path)
+        return InternVLProcessor.from_config(config, AutoTokenizer.from_pretrained(model_path))
+
+
 def folder_fingerprint(model_path: str) -> str | None:
     """Return a short hash of a model folder (names, sizes, both ends of every file), or None for a Hub id.
 
@@ -296,23 +335,13 @@ def _prompt(request: Request) -> Prompt:
     return request.question, images, request.prefix
 
 
-def _length(prompt: Prompt) -> int:
-    """A stand-in for the number of tokens: pictures count by their area, text by its characters."""
-    question, images, prefix = prompt
-    total = len(question) + len(prefix)
-    for image in images:
-        if isinstance(image, (str, Path)):
-            try:
-                with Image.open(image) as opened:
-                    width, height = opened.size
-                total += min(12, max(1, round(max(width, height) / max(1, min(width, height))))) * 1024
-            except (OSError, Image.DecompressionBombError):
-                continue
-    return total
+def _size(path: str | Path) -> tuple[int, int]:
+    with Image.open(path) as opened:
+        return opened.size
 
 
 def _load(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_rgb(image)
     with Image.open(image) as opened:
-        return opened.convert("RGB")
+        return to_rgb(opened)
