@@ -5,11 +5,15 @@ Strict means: an answer that names no option, or several, or one that does not e
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from internvl_mpo.benchmarks.common import LETTERS
 
 # A reply beyond this length has run into a loop; what it says last is at its end.
 MAX_CHARS = 50_000
+# A line beyond this length argues; an option it mentions need not be the one it settles on.
+MAX_LINE = 240
+_EDGES = " \t\r\n$*_`\"'“”"
 
 # Quantifiers are possessive or bounded: replies of one repeated character must not cost more than one pass.
 _MARKER = re.compile(
@@ -28,39 +32,52 @@ _LONE = re.compile(r"(?:the\s)?(?:option|choice|letter)?\W{0,8}([A-Za-z])\W{0,8}
 _STANDING = re.compile(r"(?<![A-Za-z0-9'’])([A-Z])(?![A-Za-z0-9'’])(\s?[.):：,、;]|\s[a-z])?")
 
 
-def last_marked_answer(text: str) -> str:
-    """Return the line after the last "Final answer:", "the answer is" or the like; the whole text without one."""
-    text = text[-MAX_CHARS:]
-    last = None
-    for last in _MARKER.finditer(text):  # noqa: B007 - the last match is wanted
+class Segment(NamedTuple):
+    """The part of a reply that states its final answer, and how it was found: "boxed", "marked" or "whole"."""
+
+    text: str
+    how: str
+
+
+def final_segment(reply: str) -> Segment:
+    r"""Return what stands in the last `\boxed{...}` or after the last "Final answer:" and its kin, whichever is later.
+
+    A reply with neither is returned whole.
+    """
+    reply = reply[-MAX_CHARS:]
+    marker = None
+    for marker in _MARKER.finditer(reply):  # noqa: B007 - the last match is wanted
         pass
-    if last is None:
-        return text.strip()
-    rest = text[last.end() :].lstrip()
-    return rest.split("\n", 1)[0].strip().strip("*_").strip()
+    box = _last_box(reply)
+    if box is not None and (marker is None or box[0] >= marker.start()):
+        return Segment(box[1].strip(), "boxed")
+    if marker is not None:
+        line = reply[marker.end() :].lstrip().split("\n", 1)[0]
+        return Segment(line.strip().strip("*_").strip(), "marked")
+    return Segment(reply.strip(), "whole")
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}`, with braces matched; None without a closed one."""
-    text = text[-MAX_CHARS:]
-    for opening in reversed(list(_BOXED.finditer(text))):
+def _last_box(text: str) -> tuple[int, str] | None:
+    """Where the last closed box begins, and its content with braces matched."""
+    for opening in reversed(list(_BOXED.finditer(text))[-20:]):
         depth = 1
         for position in range(opening.end(), min(len(text), opening.end() + 2000)):
             depth += {"{": 1, "}": -1}.get(text[position], 0)
             if depth == 0:
-                return text[opening.end() : position].strip()
+                return opening.start(), text[opening.end() : position]
     return None
 
 
 def choose_option(text: str, choices: Sequence[str]) -> tuple[str | None, str]:
     """Return the letter of the option a reply settles on, or None, and why.
 
-    In order: the last marked or boxed answer, as a lone letter, as "(B)", as a letter standing on its own, as the text
-    of exactly one option. "A" before a lower-case word is an article.
+    In order: a lone letter, "(B)", the text of exactly one option, a letter standing on its own, a line that names
+    exactly one option. Of a reply without a marked answer the last line counts. "A" before a small letter is an article.
     """
-    marked = last_marked_answer(text)
-    boxed = last_boxed(marked) or last_boxed(text)
-    said = _DRESSING.sub(r"\1", boxed if boxed is not None else marked).strip(" \t\r\n$*_`\"'“”")
+    segment = final_segment(text)
+    said = _DRESSING.sub(r"\1", segment.text).strip(_EDGES)
+    if segment.how == "whole":
+        said = said.rsplit("\n", 1)[-1].strip(_EDGES)
     valid = LETTERS[: len(choices)]
 
     def settle(letters: set[str], how: str) -> tuple[str | None, str]:
@@ -78,9 +95,11 @@ def choose_option(text: str, choices: Sequence[str]) -> tuple[str | None, str]:
     whole = [letter for letter, choice in zip(valid, choices, strict=False) if _plain(choice) == _plain(said)]
     if len(whole) == 1:
         return whole[0], "text of the option"
+    if len(said) > MAX_LINE:
+        return None, "no option in the answer"
     standing = {
         letter
-        for letter, after in _STANDING.findall(said[:2000])
+        for letter, after in _STANDING.findall(said)
         if letter in valid and not (letter in "AI" and after[:1].isspace() and after[1:].islower())
     }
     if standing:
@@ -94,8 +113,8 @@ def choose_option(text: str, choices: Sequence[str]) -> tuple[str | None, str]:
 def _options_named(text: str, choices: Sequence[str]) -> list[str]:
     """Letters of the options whose text occurs in whole words; one inside another named option does not count."""
     padded = f" {_plain(text)} "
-    found = [(LETTERS[i], _plain(choice)) for i, choice in enumerate(choices[: len(LETTERS)]) if _plain(choice)]
-    found = [(letter, choice) for letter, choice in found if f" {choice} " in padded]
+    found = [(letter, _plain(choice)) for letter, choice in zip(LETTERS, choices, strict=False)]
+    found = [(letter, choice) for letter, choice in found if len(choice) > 1 and f" {choice} " in padded]
     return [
         letter
         for letter, choice in found

@@ -35,7 +35,7 @@ from internvl_mpo.benchmarks.common import (
     percent,
     plain_text,
 )
-from internvl_mpo.benchmarks.extraction import last_marked_answer
+from internvl_mpo.benchmarks.extraction import final_segment
 from internvl_mpo.benchmarks.sources import image_source, read_rows
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.prompts import ask, strip_answer_instruction
@@ -147,7 +147,7 @@ _LEADING = re.compile(r"\W*(?:(yes)\b|(no)\b)", re.IGNORECASE)
 
 
 def _ours(text: str) -> tuple[str | None, str]:
-    text = last_marked_answer(text)
+    text = final_segment(text).text
     leading = _LEADING.match(text)
     if leading:
         return ("yes" if leading.group(1) else "no"), "leading word"

@@ -1,5 +1,6 @@
 """Rows of a benchmark, from wherever a user has it: official JSON and JSONL, VLMEvalKit TSV, the Hub, or memory."""
 
+import ast
 import base64
 import binascii
 import csv
@@ -93,6 +94,24 @@ def image_source(value: Any, root: Path | None) -> Path | bytes:
         except (binascii.Error, ValueError) as error:
             raise BadInputError(f"a picture of {len(value)} characters is not base64 text") from error
     return (root or Path()) / value
+
+
+def parse_list(value: Any) -> list[str]:
+    """Return the texts of a list cell: a list, JSON, or Python's spelling of a list of plain literals in a table.
+
+    Raises:
+        BadInputError: it is none of these.
+    """
+    if value is None or value == "":
+        return []
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)  # literals only: no names, calls or operators
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            raise BadInputError(f"a list was expected, found {value[:60]!r}") from error
+    if not isinstance(value, (list, tuple)):
+        raise BadInputError(f"a list was expected, found {type(value).__name__}")
+    return [str(item) for item in value]
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
