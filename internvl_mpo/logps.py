@@ -137,7 +137,12 @@ class ScoringHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
-        return _TargetLogps.apply(hidden, self.weight, self.bias, targets, chunk_size, temperature)
+        # Autocast does not reach the backward pass of an autograd function, so its casts are made here.
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return _TargetLogps.apply(hidden.to(dtype), self.weight.to(dtype), bias, targets, chunk_size, temperature)
 
 
 class _TargetLogps(torch.autograd.Function):

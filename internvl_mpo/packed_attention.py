@@ -14,7 +14,7 @@ Letters: T tokens of a pack, B segments in one call, Q and K query and key token
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from internvl_mpo.packing import Layout, Segment
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # What one more SDPA call costs, in query x key cells; measured on a CPU with 4 heads of 16 and with 8 heads of 64.
 CALL_COST = 4096
@@ -58,9 +61,9 @@ def segment_attention(layout: Layout, query: Tensor, key: Tensor, value: Tensor,
     Returns:
         Shape: (1, T, H, head_dim)
     """
-    plan = layout.plan.get("segments")
-    if plan is None:
-        plan = layout.plan["segments"] = _plan(layout)
+    if "segments" not in layout.plan:
+        layout.plan["segments"] = _plan(layout)
+    plan = layout.plan["segments"]
     query_rows = _rows(query)[plan.query_index].split(plan.query_sizes)
     key_rows = _rows(key)[plan.key_index].split(plan.key_sizes)
     value_rows = _rows(value)[plan.key_index].split(plan.key_sizes)
@@ -179,19 +182,24 @@ def _rows(heads: Tensor) -> Tensor:
 
 def flex_attention(layout: Layout, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None):
     """Attend along the tree of a pack with FlexAttention; arguments and result as in `segment_attention`."""
-    from torch.nn.attention.flex_attention import create_block_mask
     from transformers.integrations.flex_attention import flex_attention_forward
 
-    block_mask = layout.plan.get("flex")
-    if block_mask is None:
-        until_T = layout.visible_until_T
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings return float32
+    return flex_attention_forward(module, query, key, value, flex_block_mask(layout), scaling=scaling)[0]
 
-        def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k <= q) & (q < until_T[k])
 
-        block_mask = create_block_mask(sees, None, None, len(until_T), len(until_T), device=until_T.device)
-        layout.plan["flex"] = block_mask
-    return flex_attention_forward(module, query, key, value, block_mask, scaling=scaling)[0]
+def flex_block_mask(layout: Layout) -> "BlockMask":
+    """Return the mask of a pack for FlexAttention, made once per pack."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    until_T = layout.visible_until_T
+
+    def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (q < until_T[k])
+
+    if "flex" not in layout.plan:
+        layout.plan["flex"] = create_block_mask(sees, None, None, len(until_T), len(until_T), device=until_T.device)
+    return layout.plan["flex"]
 
 
 def _packed_attention(

@@ -45,8 +45,8 @@ class ReferenceCache:
 
         Args:
             folder: home of all caches.
-            settings: everything JSON-able the numbers depend on besides the pair: digest or revision of the start model,
-                template, image size and tiling, length limit, dtype, ...
+            settings: all else the numbers depend on, JSON-able: digest or revision of the start model, template, image
+                size and tiling, length limit, dtype, ...
             digests: `pair_digest` of every pair of the run, by pair id.
             shard_size: pairs that are collected before a shard is written.
             command: what fills a gap, for messages.

@@ -1,0 +1,189 @@
+"""Pairs to token ids, literal where it matters. Run: pytest tests/test_encoding.py"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_config, tiny_model, tiny_processor
+
+from internvl_mpo.encoding import encode_group, measure_group
+from internvl_mpo.logps import attach_scoring, response_logps, twin_logps
+from internvl_mpo.packing import pack_groups
+from internvl_mpo.records import PreferencePair, RowError
+
+SIZES = {"wide.png": (60, 28), "square.png": (28, 28), "tall.jpg": (30, 90)}
+BACKBONES = ["internlm2", "phi3", "qwen2", "qwen3"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name, (width, height) in SIZES.items():
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / name)
+    return tmp_path
+
+
+def pair(**changes) -> PreferencePair:
+    return PreferencePair(
+        **{"images": ("square.png",), "question": "How many?", "chosen": "two dots", "rejected": "one"} | changes
+    )
+
+
+def text_pair(**changes) -> PreferencePair:
+    return pair(images=(), **changes)
+
+
+def decode(processor, ids: list[int]) -> str:
+    return processor.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_prompt_is_what_chat_renders_and_the_answer_ends_its_turn(root, backbone):
+    model = tiny_model(backbone)
+    processor = tiny_processor(model.config)
+    group = encode_group(processor, [pair()], root)
+    prompt = model._render([("<image>\nHow many?", None)])
+    assert decode(processor, group.prompt_ids) == prompt.replace("<image>", "<img><IMG_CONTEXT></img>")
+    end = "<|end|>" if backbone == "phi3" else "<|im_end|>"  # never the newline that internvl2_5 writes after it
+    assert [decode(processor, response) for response in group.responses] == [f"two dots{end}", f"one{end}"]
+    assert group.pairs == [(0, 1)]
+    assert group.tiles.shape == (1, 3, 28, 28)
+
+
+def test_equal_responses_of_several_pairs_are_one(root):
+    pairs = [pair(), pair(rejected="three"), pair(chosen="three", rejected="one")]
+    group = encode_group(tiny_processor(), pairs, root)
+    assert len(group.responses) == 3
+    assert group.pairs == [(0, 1), (0, 2), (2, 1)]
+    assert group.pair_ids == [row.id for row in pairs]
+
+
+def test_tiles_follow_the_original(root):
+    processor = tiny_processor()  # tiles of 28 pixels
+    num_tiles = {name: len(encode_group(processor, [pair(images=(name,))], root).tiles) for name in SIZES}
+    assert num_tiles == {"wide.png": 2 + 1, "square.png": 1, "tall.jpg": 3 + 1}  # one thumbnail where there are several
+
+
+def test_several_images_share_the_limit(root):
+    row = pair(images=("tall.jpg", "wide.png"), question="<image> or <image>?")
+    assert len(encode_group(tiny_processor(), [row], root, max_tiles=12).tiles) == 4 + 3
+    assert len(encode_group(tiny_processor(), [row], root, max_tiles=5).tiles) == 3 + 3  # 5 // 2 tiles each
+    assert len(encode_group(tiny_processor(), [row], root, max_tiles=1).tiles) == 2  # never less than one
+
+
+GROUPS = {
+    "text": [text_pair()],
+    "one image": [pair(images=("wide.png",)), pair(images=("wide.png",), chosen="a much longer answer")],
+    "placeholder in the middle": [pair(question="Look: <image> How many?")],
+    "several images": [pair(images=tuple(SIZES), question="<image><image>\n<image> which?")],
+    "cut": [pair(chosen="x" * 400)],
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_measured_size_equals_the_encoded_one(root, name, backbone):
+    processor = tiny_processor(tiny_config(backbone))
+    limits = {"max_tiles": 6, "max_length": 350}
+    size = measure_group(processor, GROUPS[name], root, **limits)
+    group = encode_group(processor, GROUPS[name], root, **limits)
+    assert size.prompt_tokens == len(group.prompt_ids)
+    assert size.response_tokens == tuple(len(response) for response in group.responses)
+    assert size.tiles == (0 if group.tiles is None else len(group.tiles))
+    assert size.num_tokens == group.num_tokens
+    assert size.cut_responses == (name == "cut")
+
+
+def test_a_photo_turned_by_exif_is_measured_upright(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (30, 90)).save(root / "turned.jpg", exif=exif)
+    row = pair(images=("turned.jpg",))
+    processor = tiny_processor()
+    assert measure_group(processor, [row], root, max_tiles=2).tiles == len(
+        encode_group(processor, [row], root, max_tiles=2).tiles
+    )
+    grid = processor.image_processor.get_number_of_image_patches(30, 90, {"max_dynamic_patch": 12})
+    assert measure_group(processor, [row], root).tiles == grid
+
+
+def test_every_kind_of_group_packs_and_equals_the_twin(root):
+    model = attach_scoring(tiny_model("internlm2")).double()
+    processor = tiny_processor(model.config)
+    groups = [encode_group(processor, pairs, root, max_length=350) for pairs in GROUPS.values()]
+    with torch.no_grad():
+        assert (response_logps(model, pack_groups(groups)) - twin_logps(model, groups)).abs().max() < 1e-11
+
+
+def test_a_long_response_is_cut_at_the_limit_and_loses_its_end(root):
+    processor = tiny_processor()
+    prompt = len(encode_group(processor, [text_pair()], root).prompt_ids)
+    group = encode_group(processor, [text_pair(chosen="abcdefgh", rejected="ab")], root, max_length=prompt + 5)
+    assert [decode(processor, response) for response in group.responses] == ["abcde", "ab<|im_end|>"]
+
+
+def test_spaces_around_a_response_are_not_scored(root):
+    group = encode_group(tiny_processor(), [text_pair(chosen=" yes\n", rejected="no")], root)
+    assert decode(tiny_processor(), group.responses[0]) == "yes<|im_end|>"
+
+
+def refused(root: Path, row: PreferencePair, **limits) -> list[str]:
+    """Return the reasons that measuring and encoding give; both must name the pair."""
+    reasons = []
+    for function in (measure_group, encode_group):
+        with pytest.raises(RowError) as error:
+            function(tiny_processor(), [row], root, **limits)
+        assert f"pair {row.id}: " in str(error.value)
+        reasons.append(error.value.reason)
+    return reasons
+
+
+def test_prompt_longer_than_the_limit_is_refused(root):
+    assert all("no response fits below the limit of 40" in reason for reason in refused(root, pair(), max_length=40))
+
+
+def test_responses_cut_to_the_same_are_refused(root):
+    prompt = measure_group(tiny_processor(), [text_pair()], root).prompt_tokens
+    row = text_pair(chosen="same start, one", rejected="same start, two")
+    assert all("equal in the 4 tokens" in reason for reason in refused(root, row, max_length=prompt + 4))
+
+
+def test_missing_and_broken_images_are_refused(root):
+    assert all("gone.png' does not exist" in reason for reason in refused(root, pair(images=("gone.png",))))
+    (root / "text.png").write_text("no image")
+    assert all("text.png' cannot be read" in reason for reason in refused(root, pair(images=("text.png",))))
+    assert all("cannot be read" in reason for reason in refused(root, pair(images=(".",))))
+
+
+def test_an_image_cut_off_after_its_header_is_found_by_decoding(root):
+    whole = (root / "tall.jpg").read_bytes()
+    (root / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    row = pair(images=("half.jpg",))
+    assert measure_group(tiny_processor(), [row], root).tiles == 4
+    with pytest.raises(RowError, match=r"half\.jpg' cannot be decoded"):
+        measure_group(tiny_processor(), [row], root, decode=True)
+    with pytest.raises(RowError, match="cannot be decoded"):
+        encode_group(tiny_processor(), [row], root)
+
+
+def test_placeholders_and_images_must_match(root):
+    rows = [pair(images=("square.png", "tall.jpg")), pair(question="<image><image>"), text_pair(question="<image>?")]
+    for row in rows:
+        assert all("placeholders for" in reason for reason in refused(root, row))
+
+
+def test_text_that_spells_out_image_tokens_is_refused(root):
+    for row in (pair(question="How many <IMG_CONTEXT>?"), text_pair(question="<IMG_CONTEXT>?")):
+        assert all("spell" in reason for reason in refused(root, row))
+    assert all("'rejected' spells out" in reason for reason in refused(root, text_pair(rejected="<IMG_CONTEXT>")))
+
+
+def test_responses_that_differ_in_spaces_only_are_refused(root):
+    assert all("are equal" in reason for reason in refused(root, text_pair(chosen="one ")))
+
+
+def test_pairs_of_two_questions_are_no_group(root):
+    with pytest.raises(ValueError, match="same images and question"):
+        encode_group(tiny_processor(), [pair(), pair(question="Why?")], root)

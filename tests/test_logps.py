@@ -1,0 +1,304 @@
+"""The packed form against its plain twin. Run: pytest tests/test_logps.py"""
+
+import copy
+import random
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from internvl_mpo.logps import ScoringHead, attach_scoring, pair_logps, response_logps, twin_logps
+from internvl_mpo.packed_attention import flex_block_mask, use_packed_attention
+from internvl_mpo.packing import Group, pack_groups
+
+BACKBONES = ["internlm2", "llama", "phi3", "qwen2", "qwen3"]
+NUM_WORDS = 250  # ids below the special tokens of the tiny tokenizer
+
+
+def scoring_model(backbone: str = "qwen2", **overrides):
+    return attach_scoring(tiny_model(backbone, **overrides))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One float64 model for tests that leave it as it is."""
+    return scoring_model().double()
+
+
+def random_group(
+    rng: random.Random, num_tiles: int, image_token: int, name: str = "g", num_responses: int = 4
+) -> Group:
+    """A prompt with one image token per tile; responses share stems of any length, the shortest has one token."""
+    prompt = [rng.randrange(NUM_WORDS) for _ in range(rng.randint(1, 12))] + [image_token] * num_tiles
+    prompt += [rng.randrange(NUM_WORDS) for _ in range(rng.randint(1, 5))]
+    responses: list[list[int]] = []
+    while len(responses) < num_responses:
+        stem = rng.choice(responses)[: rng.randint(0, 9)] if responses and rng.random() < 0.7 else []
+        response = stem + [rng.randrange(NUM_WORDS) for _ in range(rng.choice([1, 1, 2, 5, 9]))]
+        if response not in responses:
+            responses.append(response)
+    pairs = [(0, index) for index in range(1, num_responses)]
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    tiles = torch.randn(num_tiles, 3, 28, 28, generator=generator) if num_tiles else None
+    return Group(prompt, responses, pairs, [f"{name}{index}" for index in range(len(pairs))], tiles)
+
+
+def mixed_groups(model, seed: int = 0) -> list[Group]:
+    """Text only, one tile, several tiles, one group with a single pair."""
+    rng, image = random.Random(seed), model.config.image_token_id
+    shapes = [(0, 4), (1, 2), (5, 6), (3, 3)]
+    return [random_group(rng, tiles, image, f"g{i}-", responses) for i, (tiles, responses) in enumerate(shapes)]
+
+
+def gradient(model, logps_R: torch.Tensor) -> torch.Tensor:
+    """Gradient of a sum with uneven weights, so that errors of different responses do not cancel."""
+    model.zero_grad()
+    weights_R = torch.linspace(-1, 1.5, len(logps_R), dtype=logps_R.dtype)
+    (logps_R * weights_R).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
+
+
+@given(st.integers(0, 10**6), st.lists(st.tuples(st.integers(0, 3), st.integers(2, 6)), min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_packed_logps_equal_the_twin_to_1e_12(model, seed, shapes):
+    rng, image = random.Random(seed), model.config.image_token_id
+    groups = [random_group(rng, tiles, image, str(i), count) for i, (tiles, count) in enumerate(shapes)]
+    with torch.no_grad():
+        packed = response_logps(model, pack_groups(groups), chunk_size=rng.choice([1, 7, 512]))
+        plain = twin_logps(model, groups)
+    assert packed.dtype == torch.float64
+    assert (packed - plain).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_gradients_equal_the_twin_for_every_language_model(backbone):
+    model = scoring_model(backbone).train()
+    groups = mixed_groups(model)
+    packed = gradient(model, response_logps(model, pack_groups(groups), chunk_size=16))
+    plain = gradient(model, twin_logps(model, groups))
+    assert (packed - plain).norm() / plain.norm() < 5e-5
+
+
+def test_gradients_equal_the_twin_in_float64_with_tied_weights_and_temperature():
+    model = scoring_model(llm_config={"tie_word_embeddings": True}).double()
+    groups = mixed_groups(model)
+    packed = gradient(model, response_logps(model, pack_groups(groups), chunk_size=5, temperature=0.7))
+    plain = gradient(model, twin_logps(model, groups, temperature=0.7))
+    assert (packed - plain).norm() / plain.norm() < 1e-6  # RMSNorm computes in float32
+
+
+def test_gradient_checkpointing_changes_nothing(model):
+    groups = mixed_groups(model)
+    pack = pack_groups(groups)
+    plain = gradient(model, response_logps(model, pack))
+    saving = copy.deepcopy(tiny_model()).double().train()
+    saving.gradient_checkpointing_enable()
+    attach_scoring(saving)
+    assert torch.equal(gradient(saving, response_logps(saving, pack)), plain)
+
+
+def test_rejected_cannot_see_chosen(model):
+    prompt, rejected = [1, 2, 3], [7, 8, 9]
+    with torch.no_grad():
+        seen = [
+            response_logps(model, pack_groups([Group(prompt, [chosen, rejected], [(0, 1)], ["a"])]))[1]
+            for chosen in ([4, 5, 6], [6, 5, 4, 4, 4])
+        ]
+    assert abs(seen[0] - seen[1]) < 1e-12
+
+
+def test_pairs_may_share_a_response(model):
+    pack = pack_groups([Group([1, 2], [[3], [4, 5], [6]], [(0, 1), (0, 2), (2, 1)], ["a", "b", "c"])])
+    with torch.no_grad():
+        logps_R = response_logps(model, pack)
+        chosen, rejected = pair_logps(model, pack)
+    assert torch.equal(chosen, logps_R[[0, 0, 2]])
+    assert torch.equal(rejected, logps_R[[1, 2, 1]])
+
+
+def test_order_of_groups_does_not_matter(model):
+    groups = mixed_groups(model)
+    with torch.no_grad():
+        forward = response_logps(model, pack_groups(groups))
+        backward = response_logps(model, pack_groups(groups[::-1]))
+    sizes = [len(group.responses) for group in groups[::-1]]
+    assert torch.allclose(torch.cat(backward.split(sizes)[::-1]), forward, rtol=0, atol=1e-12)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that an operation returned, by rows x columns of the last axis."""
+
+    def __init__(self, num_columns: int):
+        super().__init__()
+        self.num_columns, self.rows = num_columns, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[-1] == self.num_columns:
+                self.rows = max(self.rows, leaf.numel() // self.num_columns)
+        return out
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_alive():
+    model = scoring_model().train()
+    num_words = model.config.llm_config.vocab_size
+    pack = pack_groups([Group([1] * 40, [[2] * 100, [3] * 90], [(0, 1)], ["a"])])
+    with LargestTensor(num_words) as seen:
+        gradient(model, response_logps(model, pack, chunk_size=40))
+    assert seen.rows == 40
+    with LargestTensor(num_words) as seen:
+        twin_logps(model, [Group([1] * 40, [[2] * 100, [3] * 90], [(0, 1)], ["a"])])
+    assert seen.rows >= 2 * 100  # the watcher does see logits where there are some
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trained", [True, False])
+def test_chunked_head_equals_log_softmax(bias, trained):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(6, 11, bias=bias, dtype=torch.float64).requires_grad_(trained)
+    head = ScoringHead(plain)
+    hidden = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (10,))
+    assert torch.equal(head(hidden), plain(hidden))
+    assert torch.autograd.gradcheck(lambda h: head(h, targets, chunk_size=3, temperature=0.5), hidden)
+    expected = (plain(hidden) / 0.5).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    got = head(hidden, targets, chunk_size=3, temperature=0.5)
+    assert torch.allclose(got, expected, rtol=0, atol=1e-13)
+    inputs = [hidden, *[p for p in plain.parameters() if p.requires_grad]]
+    weights = torch.arange(10.0, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad((got * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_half_precision_sums_in_float32():
+    model = scoring_model().bfloat16()
+    pack = pack_groups([Group([1, 2], [[3] * 20, [4]], [(0, 1)], ["a"])])
+    logps_R = response_logps(model, pack)
+    assert logps_R.dtype == torch.float32
+    logps_R.sum().backward()
+    assert model.get_output_embeddings().weight.grad.dtype == torch.bfloat16
+
+
+def test_autocast_trains_and_stays_near_float32():
+    model = scoring_model().train()
+    pack = pack_groups(mixed_groups(model))
+    exact = gradient(model, response_logps(model, pack))
+    with torch.autocast("cpu", torch.bfloat16):
+        logps_R = response_logps(model, pack)
+    assert logps_R.dtype == torch.float32
+    rough = gradient(model, logps_R)
+    assert torch.nn.functional.cosine_similarity(rough, exact, dim=0) > 0.98
+
+
+def test_attach_scoring_leaves_names_generation_and_logits_alone(tmp_path):
+    plain, scored = tiny_model(), scoring_model()
+    assert list(plain.state_dict()) == list(scored.state_dict())
+    prompt = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(plain(input_ids=prompt).logits, scored(input_ids=prompt).logits)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(plain.generate(input_ids=prompt, **options), scored.generate(input_ids=prompt, **options))
+    assert attach_scoring(scored) is scored  # twice does no harm
+    scored.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
+    assert torch.equal(plain(input_ids=prompt).logits, loaded(input_ids=prompt).logits)
+
+
+def test_a_padded_batch_after_attaching_is_masked_as_before():
+    plain, scored = tiny_model(), scoring_model()
+    batch = {
+        "input_ids": torch.tensor([[0, 0, 5, 6], [1, 2, 3, 4]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4]),
+    }
+    assert torch.allclose(plain(**batch).logits[1], scored(**batch).logits[1])
+    assert torch.allclose(plain(**batch).logits[0, 2:], scored(**batch).logits[0, 2:])
+
+
+def test_lora_trains_its_matrices_and_disabling_it_gives_the_start_model():
+    from peft import LoraConfig, get_peft_model
+
+    model = scoring_model()
+    pack = pack_groups(mixed_groups(model))
+    with torch.no_grad():
+        start = response_logps(model, pack)
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    logps_R = response_logps(wrapped, pack)
+    logps_R.sum().backward()
+    grads = {name for name, p in wrapped.named_parameters() if p.grad is not None}
+    assert grads and all("lora_" in name for name in grads)
+    assert not torch.allclose(logps_R, start)
+    with torch.no_grad(), wrapped.disable_adapter():
+        assert torch.equal(response_logps(wrapped, pack), start)
+
+
+def test_a_head_that_is_no_plain_linear_layer_is_refused():
+    model = tiny_model()
+    model.set_output_embeddings(torch.nn.Sequential(model.get_output_embeddings()))
+    with pytest.raises(ValueError, match="output head is a Sequential"):
+        attach_scoring(model)
+
+
+def test_unknown_back_end_is_refused():
+    with pytest.raises(ValueError, match="unknown packed attention 'dense', expected one of auto, segments, flex"):
+        use_packed_attention(tiny_model(), "dense")
+
+
+def test_image_tokens_without_tiles_stop_the_run(model):
+    group = random_group(random.Random(0), 2, model.config.image_token_id)
+    with pytest.raises(ValueError, match="2 <IMG_CONTEXT> tokens, the tiles give 0"):
+        response_logps(model, pack_groups([Group(group.prompt_ids, group.responses, group.pairs, group.pair_ids)]))
+
+
+def test_flex_block_mask_equals_the_dense_mask(model):
+    from torch.nn.attention.flex_attention import create_mask
+
+    layout = pack_groups(mixed_groups(model)).layout
+    size = len(layout.visible_until_T)
+    mask = create_mask(flex_block_mask(layout).mask_mod, None, None, size, size, device="cpu")
+    assert torch.equal(mask[0, 0], layout.dense_mask())
+
+
+@pytest.mark.slow
+def test_flex_attention_equals_segments():
+    model = scoring_model().requires_grad_(False)  # FlexAttention has no backward pass on the CPU
+    pack = pack_groups([*mixed_groups(model), Group([1] * 300, [[2] * 20, [3] * 30], [(0, 1)], ["long"])])
+    segments = response_logps(model, pack)
+    use_packed_attention(model, "flex")
+    assert torch.allclose(response_logps(model, pack), segments, rtol=1e-5, atol=1e-4)
+
+
+def _ddp_rank(rank: int, port: int, results) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = scoring_model().train()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    group = mixed_groups(model)[rank * 2]  # rank 0 has text only
+    response_logps(wrapped, pack_groups([group])).sum().backward()
+    results[rank] = torch.cat([p.grad.flatten() for p in model.parameters()]).tolist()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ddp_averages_gradients_over_ranks_even_where_one_has_no_image():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = torch.multiprocessing.Manager().dict()
+    torch.multiprocessing.spawn(_ddp_rank, (port, results), nprocs=2)
+    model = scoring_model().train()
+    groups = mixed_groups(model)
+    (response_logps(model, pack_groups([groups[0], groups[2]])).sum() / 2).backward()
+    alone = torch.cat([p.grad.flatten() for p in model.parameters()])
+    for rank in range(2):
+        assert (torch.tensor(results[rank]) - alone).norm() / alone.norm() < 1e-5

@@ -1,0 +1,228 @@
+"""Packs as literal rows, and the planning of packs. Run: pytest tests/test_packing.py"""
+
+import pickle
+import random
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internvl_mpo.packing import Group, Segment, fill_packs, pack_groups, plan_packs
+
+X, Y, Z, W, V, END = 10, 11, 12, 13, 14, 99
+
+
+def stemmed_group() -> Group:
+    """The group that packing.py draws: a = x y z end, b = x y w end, c = v end."""
+    return Group(
+        prompt_ids=[1, 2, 3],
+        responses=[[X, Y, Z, END], [X, Y, W, END], [V, END]],
+        pairs=[(0, 1), (0, 2)],
+        pair_ids=["ab", "ac"],
+    )
+
+
+def plain_group(name: str = "p") -> Group:
+    return Group(prompt_ids=[5], responses=[[7, END], [8, END]], pairs=[(1, 0)], pair_ids=[name])
+
+
+def test_pack_is_laid_out_as_drawn():
+    pack = pack_groups([stemmed_group(), plain_group()])
+    #                                        prompt  stem   z  w  v | prompt, two branches
+    assert pack.input_ids.tolist() == [[1, 2, 3, X, Y, Z, W, V, 5, 7, 8]]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 5, 3, 0, 1, 1]]
+    assert pack.layout.visible_until_T.tolist() == [8, 8, 8, 7, 7, 6, 7, 8, 11, 10, 11]
+    assert pack.layout.segments == [
+        Segment(0, 3, -1),
+        Segment(3, 5, 0),
+        Segment(5, 6, 1),
+        Segment(6, 7, 1),
+        Segment(7, 8, 0),
+        Segment(8, 9, -1),
+        Segment(9, 10, 5),
+        Segment(10, 11, 5),
+    ]
+    assert pack.chosen_index_P.tolist() == [0, 0, 4]
+    assert pack.rejected_index_P.tolist() == [1, 2, 3]
+    assert pack.pair_ids == ["ab", "ac", "p"]
+    assert pack.lengths_R.tolist() == [4, 4, 2, 2, 2]
+    assert pack.chosen_lengths_P.tolist() == [4, 4, 2]
+    assert pack.rejected_lengths_P.tolist() == [4, 2, 2]
+
+
+def test_last_token_of_a_parent_predicts_every_branch():
+    pack = pack_groups([stemmed_group()])
+    #                                          stem     z       w       v
+    assert pack.target_ids_S.tolist() == [X, Y, Z, END, W, END, V, END]
+    assert pack.predict_index_S.tolist() == [2, 3, 4, 5, 4, 6, 2, 7]
+
+
+def test_a_stem_is_scored_once_and_counts_for_every_response():
+    pack = pack_groups([stemmed_group()])
+    by_response = [pack.entry_scored_E[pack.entry_response_E == r].tolist() for r in range(3)]
+    assert by_response == [[0, 1, 2, 3], [0, 1, 4, 5], [6, 7]]
+
+
+def test_no_branch_sees_another_and_no_group_sees_another():
+    pack = pack_groups([stemmed_group(), plain_group()])
+    assert pack.layout.dense_mask().int().tolist() == [
+        # p0 p1 p2 x  y  z  w  v  | 5  7  8
+        [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0],  # x
+        [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0],  # y
+        [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0],  # z
+        [1, 1, 1, 1, 1, 0, 1, 0, 0, 0, 0],  # w sees the stem, not z
+        [1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0],  # v sees the prompt only
+        [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1],
+    ]
+
+
+def test_one_token_responses_run_nothing_but_the_prompt():
+    pack = pack_groups([Group([1, 2], [[3], [4]], [(0, 1)], ["a"])])
+    assert pack.input_ids.tolist() == [[1, 2]]
+    assert pack.predict_index_S.tolist() == [1, 1]
+    assert pack.target_ids_S.tolist() == [3, 4]
+
+
+def test_a_stem_of_all_responses_lengthens_the_prompt_segment():
+    pack = pack_groups([Group([1, 2], [[3, 4, 5], [3, 4, 6]], [(0, 1)], ["a"])])
+    assert pack.layout.segments == [Segment(0, 4, -1)]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_response_that_is_the_beginning_of_another_ends_inside_it():
+    # Cutting at the length limit can leave one response a prefix of another.
+    pack = pack_groups([Group([1], [[3, 4], [3, 4, 5]], [(0, 1)], ["a"])])
+    assert pack.input_ids.tolist() == [[1, 3, 4]]
+    assert [pack.entry_scored_E[pack.entry_response_E == r].tolist() for r in range(2)] == [[0, 1], [0, 1, 2]]
+
+
+token_lists = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=6, unique_by=tuple)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), token_lists), min_size=1, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_every_response_can_be_read_back_from_its_path(shapes):
+    groups = [
+        Group(list(range(50, 50 + size)), responses, [(0, len(responses) - 1)], [str(number)])
+        for number, (size, responses) in enumerate(shapes)
+    ]
+    pack = pack_groups(groups)
+    mask_TT = pack.layout.dense_mask()
+    expected = [(group.prompt_ids, response) for group in groups for response in group.responses]
+    for number, (prompt, response) in enumerate(expected):
+        scored = pack.entry_scored_E[pack.entry_response_E == number]
+        assert pack.target_ids_S[scored].tolist() == response
+        last = pack.predict_index_S[scored[-1]]
+        path = mask_TT[last].nonzero()[:, 0]  # all that the token before the last one sees
+        assert pack.input_ids[0, path].tolist() == prompt + response[:-1]
+        assert pack.position_ids[0, path].tolist() == list(range(len(path)))
+    assert pack.num_tokens <= sum(group.num_tokens for group in groups)
+    covered = [index for start, stop, _ in pack.layout.segments for index in range(start, stop)]
+    assert covered == list(range(pack.num_tokens))
+
+
+def test_half_a_response_shared_saves_its_tokens():
+    # A Dropout-NTP pair at 5 tiles: 1,330 prompt tokens, 211 chosen, 171 rejected that repeat half of the chosen.
+    def group(stem: list[int]) -> Group:
+        return Group([1] * 1330, [stem + [2] * 105, stem + [3] * 66], [(0, 1)], ["a"])
+
+    shared = pack_groups([group(list(range(105)))]).num_tokens
+    assert shared == 1330 + 105 + 104 + 65
+    assert 1 - shared / group(list(range(105))).num_tokens > 0.06
+
+
+def test_cost_grows_linearly_from_1_to_64_groups():
+    def seconds(count: int) -> float:
+        groups = [Group([1] * 100, [[i, *range(40)] for i in range(6)], [(0, 1)], [str(i)]) for i in range(count)]
+        best = float("inf")
+        for _ in range(3):
+            start = time.process_time()
+            pack = pack_groups(groups)
+            best = min(best, time.process_time() - start)
+        assert pack.num_tokens == count * (100 + 6 * 40)
+        return best
+
+    assert seconds(64) < 3 * 16 * seconds(4) + 0.02
+
+
+def test_to_moves_every_tensor_and_keeps_the_rest():
+    pack = pack_groups([stemmed_group()])
+    moved = pack.to("meta")
+    assert moved.layout.visible_until_T.device.type == "meta"
+    for name, value in vars(moved).items():
+        if isinstance(value, torch.Tensor):
+            assert value.device.type == "meta", name
+    assert moved.pair_ids == pack.pair_ids
+    assert pickle.loads(pickle.dumps(pack)).layout.segments == pack.layout.segments  # DataLoader workers send packs
+
+
+@pytest.mark.parametrize(
+    ("group", "reason"),
+    [
+        (Group([], [[1]], [], []), "prompt of group without pairs is empty"),
+        (Group([1], [[1], []], [(0, 1)], ["a"]), "group a has an empty response"),
+        (Group([1], [], [], []), "empty response or none"),
+        (Group([1], [[1]], [(0, 1)], ["a"]), "not among its 1"),
+        (Group([1], [[1], [2]], [(0, 1)], []), "1 pairs but 0 pair ids"),
+    ],
+)
+def test_a_group_that_cannot_be_laid_out_is_named(group, reason):
+    with pytest.raises(ValueError, match=reason):
+        pack_groups([group])
+
+
+def test_zero_groups_are_refused():
+    with pytest.raises(ValueError, match="at least one group"):
+        pack_groups([])
+
+
+def test_plan_packs_balances_and_leaves_no_pack_empty():
+    assert plan_packs([7, 1, 5, 3, 4, 4], 2) == [[0, 1, 5], [2, 3, 4]]  # 12 and 12
+    assert plan_packs([0, 0, 0], 3) == [[0], [1], [2]]
+    assert plan_packs([9, 1, 1], 3) == [[0], [1], [2]]
+    with pytest.raises(ValueError, match="2 groups cannot fill 3 packs"):
+        plan_packs([5, 5], 3)
+
+
+@given(st.lists(st.integers(1, 9000), min_size=8, max_size=80), st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_plan_packs_holds_every_group_once_and_stays_near_the_mean(costs, num_packs):
+    packs = plan_packs(costs, num_packs)
+    assert sorted(index for pack in packs for index in pack) == list(range(len(costs)))
+    assert plan_packs(costs, num_packs) == packs
+    loads = [sum(costs[index] for index in pack) for pack in packs]
+    assert max(loads) <= sum(costs) / num_packs + max(costs)  # the bound of longest-first
+
+
+def test_fill_packs_keeps_to_the_budget_and_names_what_does_not_fit():
+    assert fill_packs([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    with pytest.raises(ValueError, match="group 1 has 11 tokens, more than the budget of 10"):
+        fill_packs([3, 11], 10)
+
+
+def mmpr_like_costs(count: int, seed: int) -> list[int]:
+    """Tokens of pairs with the published means of MMPR: 25 or 80 of question, 211/171 or 300/350 of answers."""
+    rng = random.Random(seed)
+    costs = []
+    for _ in range(count):
+        tiles = rng.choices([1, 3, 5, 7, 13], weights=[25, 15, 25, 25, 10])[0]
+        question, chosen, rejected = (25, 211, 171) if rng.random() < 0.23 else (80, 300, 350)
+        answers = [min(4097, max(17, int(rng.lognormvariate(0, 0.6) * mean * 0.835))) for mean in (chosen, rejected)]
+        costs.append(256 * tiles + 50 + question + sum(answers))
+    return costs
+
+
+def test_under_5_percent_of_the_budget_is_wasted_on_mmpr_lengths():
+    costs = mmpr_like_costs(256, seed=0)  # one optimizer step of the published recipe
+    packs = fill_packs(costs, 16384)
+    used = sum(costs) / (16384 * len(packs))
+    assert used > 0.95
+    assert sorted(index for pack in packs for index in pack) == list(range(256))
+    assert all(sum(costs[index] for index in pack) <= 16384 for pack in packs)
