@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from internvl_mpo.benchmarks.common import LETTERS
+from internvl_mpo.benchmarks.latex_value import latex_value
 
 # A reply beyond this length has run into a loop; what it says last is at its end.
 MAX_CHARS = 50_000
@@ -72,7 +73,7 @@ def choose_option(text: str, choices: Sequence[str]) -> tuple[str | None, str]:
     """Return the letter of the option a reply settles on, or None, and why.
 
     In order: a lone letter, "(B)", the text of exactly one option, a letter standing on its own, a line that names
-    exactly one option. Of a reply without a marked answer the last line counts. "A" before a small letter is an article.
+    exactly one option. Of a reply without a marked answer the last line counts; "A" before a small letter is not one.
     """
     segment = final_segment(text)
     said = _DRESSING.sub(r"\1", segment.text).strip(_EDGES)
@@ -125,6 +126,21 @@ def _options_named(text: str, choices: Sequence[str]) -> list[str]:
 def _plain(text: str) -> str:
     """Lower-case words and numbers only, single spaces."""
     return " ".join(re.findall(r"[\w.%/+-]*\w%?", str(text).casefold()))
+
+
+_UNITS = re.compile(
+    r"""(?:\\(?:text|mathrm|mbox|rm)\s?\{[^{}]{0,40}\}(?:\s?\^\s?\{?[23]\}?)?|\^\s?\{?\s?\\circ\s?\}?|\\degree|°
+        |(?:square\s)?(?:(?:milli|centi|deci|kilo)?met(?:er|re)s?|[cdkm]?m|inch(?:es)?|grams?|k?g|litres?|degrees?
+        |minutes?|hours?|seconds?|units?|digits?|times|ways)(?:\s?(?:\^\s?\{?[23]\}?|[²³]))?)\s*$""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def quantity(text: str) -> int | float | None:
+    """Return the number of "x = 5 cm", "$1,250", "50%" (50) or a formula; None where the text holds more or less."""
+    text = text.split("=")[-1].strip(" \t$()")
+    text = _UNITS.sub("", text).rstrip(" \\,~%")
+    return latex_value(text, whole=True)
 
 
 _REFUSALS = (

@@ -32,7 +32,7 @@ from internvl_mpo.benchmarks.common import (
     plain_text,
     summarise_accuracy,
 )
-from internvl_mpo.benchmarks.extraction import choose_option, final_segment, vlmevalkit_option
+from internvl_mpo.benchmarks.extraction import choose_option, final_segment, quantity, vlmevalkit_option
 from internvl_mpo.benchmarks.latex_value import latex_value
 from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows
 from internvl_mpo.prompts import ask
@@ -247,13 +247,6 @@ def _same_number(given: str, gold: str) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------- ours
 
-_UNITS = re.compile(
-    r"""(?:\\(?:text|mathrm|mbox|rm)\s?\{[^{}]{0,40}\}(?:\s?\^\s?\{?[23]\}?)?|\^\s?\{?\s?\\circ\s?\}?|\\degree|°
-        |(?:square\s)?(?:(?:milli|centi|deci|kilo)?met(?:er|re)s?|[cdkm]?m|inch(?:es)?|grams?|k?g|litres?|degrees?
-        |minutes?|hours?|seconds?|units?|digits?|times|ways)(?:\s?(?:\^\s?\{?[23]\}?|[²³]))?)\s*$""",
-    re.VERBOSE | re.IGNORECASE,
-)
-
 
 def _ours(example: Example, text: str) -> tuple[bool, str | None, str]:
     if example.choices:
@@ -264,23 +257,16 @@ def _ours(example: Example, text: str) -> tuple[bool, str | None, str]:
         return False, None, "empty" if not said else "several lines and no marked answer"
     if said.lower() == (example.answer or "").lower():
         return True, said, "same text"
-    given, gold = _quantity(said), _quantity(example.answer or "")
+    given, gold = quantity(said), quantity(example.answer or "")
     if given is not None and gold is not None:
         same = abs(given - gold) <= 1e-6 * max(1, abs(gold))
         return same, said, "same number" if same else f"{given:.6g}, expected {gold:.6g}"
     parts, wanted = _parts(said), _parts(example.answer or "")
     if wanted is not None and parts is not None and len(parts) == len(wanted):
-        values = [(_quantity(a), _quantity(b)) for a, b in zip(parts, wanted, strict=True)]
+        values = [(quantity(a), quantity(b)) for a, b in zip(parts, wanted, strict=True)]
         if all(None not in pair and abs(pair[0] - pair[1]) <= 1e-6 * max(1, abs(pair[1])) for pair in values):
             return True, said, "same numbers"
     return False, said, "differs"
-
-
-def _quantity(text: str) -> float | None:
-    """The number of "x = 5 cm", or None; units and a leading name are taken off."""
-    text = text.split("=")[-1].strip(" \t$()")
-    text = _UNITS.sub("", text).rstrip(" \\,~")
-    return latex_value(text, whole=True)
 
 
 def _parts(text: str) -> list[str] | None:
