@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
 )
 
 from .configuration_internvl_mpo import InternLM2Config, InternVisionConfig, InternVLChatConfig
@@ -20,6 +21,7 @@ from .modeling_intern_vit import InternVisionModel
 from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
 from .modeling_internvl_mpo import InternVLChatModel
 from .processing_internvl_mpo import InternVLProcessor
+from .tokenization_internvl_mpo import InternLM2Tokenizer
 
 __all__ = [
     "CONVERSATIONS",
@@ -27,6 +29,7 @@ __all__ = [
     "InternLM2Config",
     "InternLM2ForCausalLM",
     "InternLM2Model",
+    "InternLM2Tokenizer",
     "InternVLChatConfig",
     "InternVLChatModel",
     "InternVLImageProcessor",
@@ -43,3 +46,4 @@ for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
     _auto_class.register(InternVLChatConfig, InternVLChatModel)
 AutoImageProcessor.register(InternVLChatConfig, slow_image_processor_class=InternVLImageProcessor)
 AutoProcessor.register(InternVLChatConfig, InternVLProcessor)
+AutoTokenizer.register(InternLM2Config, fast_tokenizer_class=InternLM2Tokenizer)

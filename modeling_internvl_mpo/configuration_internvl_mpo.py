@@ -1,73 +1,25 @@
 """Configuration of InternVL chat models, in the schema of the official `config.json` files.
 
-Reads every published `config.json` of the InternVL2 family (and of 2.5, 3 and 3.5, which share the class) as it is, stale
-keys included, and writes the same schema back, so that serving engines and older readers accept the folder.
+Reads every published `config.json` of the InternVL2 family (and of 2.5, 3 and 3.5, which share the class) as it is,
+stale keys included, and writes the same schema back, so that serving engines and older readers accept the folder.
 """
 
 import copy
-from typing import Any
+from collections.abc import Set
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 # Left behind in `llm_config` and `vision_config` by the dump of a 4.37 configuration. None of them describes the
 # network; `max_length: 20` and a stored `flash_attention_2` would do harm if they were obeyed.
-_STALE_KEYS = frozenset(
-    [
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "add_cross_attention",
-        "attn_implementation",
-        "auto_map",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "id2label",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "prefix",
-        "problem_type",
-        "pruned_heads",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torchscript",
-        "typical_p",
-        "use_bfloat16",
-        "use_flash_attn",
-    ]
-)
+_STALE_KEYS = {
+    *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "add_cross_attention"),
+    *("attn_implementation", "auto_map", "chunk_size_feed_forward", "cross_attention_hidden_size", "finetuning_task"),
+    *("id2label", "is_decoder", "is_encoder_decoder", "label2id", "max_length", "output_attentions"),
+    *("output_hidden_states", "prefix", "problem_type", "pruned_heads", "return_dict", "sep_token_id"),
+    *("task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "torchscript"),
+    *("transformers_version", "use_bfloat16", "use_flash_attn"),
+}
 
 # `llm_config.architectures[0]` decides which language model is built; the value is the transformers model type.
 LANGUAGE_MODELS = {
@@ -132,7 +84,7 @@ class InternLM2Config(PreTrainedConfig):
 
     model_type = "internlm2"
     base_config_key = "llm_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 103168
     hidden_size: int = 4096
@@ -184,9 +136,9 @@ class InternVLChatConfig(PreTrainedConfig):
     """
 
     model_type = "internvl_chat"
-    sub_configs = {"vision_config": InternVisionConfig, "llm_config": PreTrainedConfig}
-    attribute_map = {"text_config": "llm_config"}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs: ClassVar[dict[str, type]] = {"vision_config": InternVisionConfig, "llm_config": PreTrainedConfig}
+    attribute_map: ClassVar[dict[str, str]] = {"text_config": "llm_config"}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
     llm_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -209,7 +161,7 @@ class InternVLChatConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = _vision_config(self.vision_config)
         self.llm_config = _language_config(self.llm_config)
-        super().__post_init__(**{key: value for key, value in kwargs.items() if key not in _STALE_KEYS - {"auto_map"}})
+        super().__post_init__(**_without_stale_keys(kwargs, keep={"auto_map"}))
         # 1B's base model ties its embeddings, its checkpoint does not; every file stores an output matrix.
         self.tie_word_embeddings = bool(self.llm_config.tie_word_embeddings)
         if self.ps_version not in ("v1", "v2"):
@@ -235,7 +187,7 @@ class InternVLChatConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the official schema: `llm_config` with `rope_theta` and `rope_scaling`, nothing left out."""
-        output = _official(super().to_dict())
+        output = _official(super().to_dict(), keep={"auto_map", "transformers_version"})
         for name in ("vision_config", "llm_config"):
             output[name] = _official(output[name])
         for name in ("system_message", "image_token_id"):
@@ -245,13 +197,11 @@ class InternVLChatConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the whole schema: engines that read the file themselves do not know our defaults."""
-        output = self.to_dict()
-        output.pop("_name_or_path", None)
-        return output
+        return self.to_dict()
 
 
-def _without_stale_keys(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in _STALE_KEYS}
+def _without_stale_keys(values: dict[str, Any], keep: Set[str] = frozenset()) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in _STALE_KEYS or key in keep}
 
 
 def _vision_config(given: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
@@ -294,9 +244,9 @@ def _architecture(model_type: str) -> str:
     )
 
 
-def _official(values: dict[str, Any]) -> dict[str, Any]:
+def _official(values: dict[str, Any], keep: Set[str] = frozenset()) -> dict[str, Any]:
     """Spell transformers 5's names as the official files do, and leave out what says nothing about the network."""
-    values = {key: value for key, value in values.items() if key not in _STALE_KEYS - {"auto_map"}}
+    values = _without_stale_keys(values, keep)
     dtype = values.pop("dtype", None)
     if dtype is not None:
         values["torch_dtype"] = dtype

@@ -42,9 +42,18 @@ class Conversation:
             system_message: replaces the template's own; None keeps it.
         """
         system = self.system_message if system_message is None else system_message
-        roles = {"user": self.user, "assistant": self.assistant}
-        turns = [roles[role] + (text + self.sep if text else "") for role, text in messages]
-        return self.system_prefix + system + self.sep + "".join(turns)
+        return self.system_prefix + system + self.sep + "".join(self.render_turn(*message) for message in messages)
+
+    def render_turn(self, role: str, text: str | None) -> str:
+        """Return one turn: the role's header, and the text with its end if there is one.
+
+        Raises:
+            ValueError: the role is neither "user" nor "assistant".
+        """
+        headers = {"user": self.user, "assistant": self.assistant}
+        if role not in headers:
+            raise ValueError(f"role {role!r} is not known; give 'user' or 'assistant'")
+        return headers[role] + (text + self.sep if text else "")
 
     def chat_template(self, system_message: str | None = None) -> str:
         """Return a jinja chat template that renders as `render` does.
@@ -79,7 +88,7 @@ _JINJA = """\
             {{%- elif item.type == "text" -%}}
                 {{{{- item.text -}}}}
             {{%- else -%}}
-                {{{{- raise_exception("content of type '" ~ item.type ~ "' is not known; give text and image items") -}}}}
+                {{{{- raise_exception("content type '" ~ item.type ~ "' is not known; give text and images") -}}}}
             {{%- endif -%}}
         {{%- endfor -%}}
     {{%- endif -%}}

@@ -3,8 +3,13 @@
 Bit-exact with the original on RGB input. Letters: I tiles, S side of a tile.
 """
 
+import base64
+import binascii
+import io
+import os
+import urllib.request
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +21,32 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def open_image(source: Any) -> Any:
+    """Return the image behind a path, an http(s) URL or base64 text (with or without `data:` in front).
+
+    Anything that is not text or a path is returned as it is. Pixels are not converted, so `to_rgb` sees the file's
+    own mode.
+
+    Raises:
+        ValueError: nothing readable is there.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    name = os.fspath(source)
+    try:
+        if name.startswith(("http://", "https://")):
+            with urllib.request.urlopen(name, timeout=60) as reply:
+                return Image.open(io.BytesIO(reply.read()))
+        if name.startswith("data:"):
+            return Image.open(io.BytesIO(base64.b64decode(name.partition(",")[2], validate=True)))
+        if not os.path.exists(name) and len(name) > 64:  # no file has such a name, base64 of an image is longer
+            return Image.open(io.BytesIO(base64.b64decode(name, validate=True)))
+        return Image.open(name)
+    except (OSError, ValueError, binascii.Error, Image.DecompressionBombError) as error:
+        shown = name if len(name) <= 100 else name[:60] + "..."
+        raise ValueError(f"no image can be read from {shown} ({error})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -145,11 +176,11 @@ class InternVLImageProcessor(PilBackend):
     """
 
     valid_kwargs = InternVLImageProcessorKwargs
-    model_input_names = ["pixel_values"]
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
     resample = Image.Resampling.BICUBIC
     image_mean = IMAGENET_MEAN
     image_std = IMAGENET_STD
-    size = {"height": 448, "width": 448}
+    size: ClassVar[dict[str, int]] = {"height": 448, "width": 448}
     do_resize = True
     do_rescale = True
     do_normalize = True
@@ -180,6 +211,8 @@ class InternVLImageProcessor(PilBackend):
         given = {name: value for name, value in kwargs.items() if value is not None}
         settings = {**{name: getattr(self, name) for name in self._valid_kwargs_names}, **given}
         per_image = [self._tiles(image, settings) for image in make_flat_list_of_images(self.fetch_images(images))]
+        if not per_image:
+            raise ValueError("there are no images; leave out the argument for text alone")
         tiles = [tile for tiles in per_image for tile in tiles]
         pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])).permute(0, 3, 1, 2)
         mean, std = (torch.tensor(settings[name]).view(1, 3, 1, 1) for name in ("image_mean", "image_std"))
@@ -207,6 +240,12 @@ class InternVLImageProcessor(PilBackend):
         limits = settings["min_dynamic_patch"], settings["max_dynamic_patch"]
         columns, rows = best_grid(width, height, *limits, side)
         return columns * rows + (settings["use_thumbnail"] and columns * rows > 1)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Open paths, URLs and base64 text in a (nested) list of images; see `open_image`."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        return open_image(image_url_or_urls)
 
     def _tiles(self, image: Any, settings: dict[str, Any]) -> list[Image.Image]:
         image = to_rgb(image if isinstance(image, Image.Image) else to_pil_image(image))

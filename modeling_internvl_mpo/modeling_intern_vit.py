@@ -4,6 +4,7 @@ Letters: I tiles, S sequence (class token and patches), C width, H heads.
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -184,7 +185,7 @@ class InternVisionModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["InternVisionEncoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["InternVisionEncoderLayer"]
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__(config)

@@ -7,6 +7,7 @@ Letters: B batch, L tokens, H query heads, K key-value heads, D head width, C mo
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -186,14 +187,17 @@ class InternLM2PreTrainedModel(PreTrainedModel):
     config_class = InternLM2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["InternLM2DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["InternLM2DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": InternLM2DecoderLayer, "attentions": InternLM2Attention}
+    _can_record_outputs: ClassVar[dict[str, type]] = {
+        "hidden_states": InternLM2DecoderLayer,
+        "attentions": InternLM2Attention,
+    }
 
 
 class InternLM2Model(InternLM2PreTrainedModel):
@@ -262,7 +266,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
 class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):
     """InternLM2 with its output matrix."""
 
-    _tied_weights_keys = {"output.weight": "model.tok_embeddings.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"output.weight": "model.tok_embeddings.weight"}
 
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__(config)

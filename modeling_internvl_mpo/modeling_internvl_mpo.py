@@ -8,7 +8,7 @@ Letters: B rows, L tokens, I tiles of all rows, S side of a tile, N image tokens
 
 import json
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from .configuration_internvl_mpo import InternVLChatConfig
 from .conversation_internvl_mpo import IMAGE_PLACEHOLDER, IMG_CONTEXT, IMG_END, IMG_START, get_conversation
 from .modeling_intern_vit import InternVisionModel
 from .modeling_internlm2 import InternLM2ForCausalLM
+from .tokenization_internvl_mpo import decode_answers
 
 
 def pixel_shuffle(x: torch.Tensor, scale_factor: float = 0.5, ps_version: str = "v2") -> torch.Tensor:
@@ -77,8 +78,8 @@ class InternVLChatModel(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _no_split_modules = [
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = [
         "InternVisionEncoderLayer",
         "InternLM2DecoderLayer",
         "LlamaDecoderLayer",
@@ -378,12 +379,12 @@ class InternVLChatModel(PreTrainedModel, GenerationMixin):
         IMG_CONTEXT_TOKEN: str = IMG_CONTEXT,
         verbose: bool = False,
     ) -> str | tuple[str, list[tuple[str, str]]]:
-        """Answer one question; the official signature and behaviour.
+        r"""Answer one question; the official signature and behaviour.
 
         Args:
             tokenizer: of the checkpoint.
             pixel_values: (I, 3, S, S) tiles of all images of the whole conversation, or None.
-            question: `<image>\\n` is put in front when there are tiles, no history, and no `<image>` in it.
+            question: `<image>\n` is put in front when there are tiles, no history, and no `<image>` in it.
             generation_config: keywords of `generate`; its `eos_token_id` is overwritten with the template's.
             history: earlier (question, answer) pairs; extended in place.
             return_history: also return the history.
@@ -500,7 +501,7 @@ class InternVLChatModel(PreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             **generation_config,
         )
-        answers = tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
+        answers = decode_answers(tokenizer, sequences[:, input_ids.shape[1] :])
         return [answer.split(sep)[0].strip() for answer in answers]
 
 

@@ -1,9 +1,13 @@
 """Chat template, image placeholders, text and images -> model inputs."""
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
+import torch
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
+from transformers.utils import cached_file
 
 from .conversation_internvl_mpo import IMAGE_PLACEHOLDER, IMG_CONTEXT, IMG_END, IMG_START, get_conversation
 from .image_processing_internvl_mpo import InternVLImageProcessor
@@ -59,6 +63,19 @@ class InternVLProcessor(ProcessorMixin):
             pad2square=config.pad2square,
         )
         return cls(image_processor, tokenizer, config.num_image_token, config.template, config.system_message)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "InternVLProcessor":
+        """Load a folder or Hub repository; an official one, which has no processor file, is read from config.json."""
+        where = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+        saved = cached_file(
+            pretrained_model_name_or_path, "processor_config.json", _raise_exceptions_for_missing_entries=False, **where
+        )
+        if saved is not None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=config, **where)
+        return cls.from_config(config, tokenizer)
 
     def __call__(
         self,
@@ -131,6 +148,49 @@ class InternVLProcessor(ProcessorMixin):
             spans = [IMG_START + IMG_CONTEXT * (self.num_image_token * next(counts)) + IMG_END for _ in rest]
             expanded.append(first + "".join(span + part for span, part in zip(spans, rest, strict=True)))
         return expanded
+
+    def encode_conversation(
+        self, messages: Sequence[tuple[str, str]], images: Any = None, **image_settings: Any
+    ) -> BatchFeature:
+        """Encode one whole conversation for training, with labels.
+
+        Scored are the answers and the token that ends each of them, nothing else: not the role headers, not the
+        newline that internvl2_5 puts after the end-of-turn token. A token that joins a header and an answer (an answer
+        that starts with a newline) is not scored.
+
+        Args:
+            messages: (role, text) pairs, role "user" or "assistant", with one `<image>` per image.
+            images: in reading order, or None.
+            **image_settings: settings of the image processor.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` (1, L), -100 where not scored, and `pixel_values` (I, 3, S, S) if
+            there are images.
+
+        Raises:
+            ValueError: placeholders and images differ in number, or an unknown role.
+        """
+        conversation = get_conversation(self.template)
+        text = conversation.render([], self.system_message)
+        spans = []
+        for role, message in messages:
+            header, turn = conversation.render_turn(role, ""), conversation.render_turn(role, message)
+            if role == "assistant" and message:
+                spans.append((len(text) + len(header), len(text) + len(turn.rstrip("\n"))))
+            text += turn
+        features = self(images, text, return_num_tiles=True, return_tensors="pt", **image_settings)
+        num_tiles = features.pop("num_tiles", torch.empty(0)).tolist()
+        (expanded,) = self.expand_images([text], num_tiles)
+        offsets = self.tokenizer(expanded, return_offsets_mapping=True)["offset_mapping"]
+        scored = torch.zeros(len(offsets), dtype=torch.bool)
+        for start, end in spans:
+            # Placeholders before the answer were expanded; their number tells by how much it moved.
+            (before,) = self.expand_images([text[:start]], num_tiles)
+            start, end = len(before), len(before) + end - start
+            inside = [start <= left < right <= end for left, right in offsets]
+            scored |= torch.tensor(inside)
+        labels = features["input_ids"].masked_fill(~scored, -100)
+        return BatchFeature({**features, "labels": labels})
 
     @property
     def model_input_names(self) -> list[str]:
