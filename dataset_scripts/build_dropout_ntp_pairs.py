@@ -22,36 +22,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from internvl_mpo.engines import Engine, Reply, Request, Sampling
 from internvl_mpo.engines.journal import Journal, collect_replies, report_missing, sample_seed
+from internvl_mpo.engines.loading import EngineSettings, load_engine
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.pairing import cut_prefix, without_images
 from internvl_mpo.records import PreferencePair, Response, content_id, read_rows
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(EngineSettings):
     """Settings of the program; `--help` prints them."""
 
-    model: str = setting(help="folder or Hub id of the model that continues")
     responses: list[str] = setting(help="JSONL files of Response rows, separated by commas")
     output: str = setting(help="JSONL file of PreferencePair rows to write")
     ratio: float = setting(0.5, help="share of the chosen response kept as prefix, in words, in Chinese in characters")
     with_image: bool = setting(False, help="show the image to the continuation too")
     image_root: str = setting("", help="folder the image paths are relative to; needed only with the image")
     num_continuations: int = setting(1, help="rejected responses per chosen one")
-    temperature: float = setting(1.0, help="0 is greedy")
-    top_k: int = setting(50, help="draw from the k likeliest tokens; 0 is all")
-    top_p: float = setting(1.0, help="draw from the likeliest tokens up to this probability")
     max_new_tokens: int = setting(2048, help="longest continuation in tokens")
     keep_truncated: bool = setting(False, help="use responses and continuations that were cut at the token limit")
     seed: int = setting(0, help="with the response's id and the continuation's number it fixes every draw")
     limit: int | None = setting(None, help="take only the first responses")
-    batch_size: int = setting(64, help="continuations generated at the same time")
-    max_tiles: int | None = setting(None, help="most 448x448 crops per picture; empty keeps the model's limit")
-    device: str = setting("auto", help="torch device")
-    dtype: str = setting("auto", help="auto, float32, bfloat16 or float16")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.ratio < 1:
             raise BadInputError(f"ratio is {self.ratio}; give 0 (nothing kept) up to but not including 1")
         if self.num_continuations < 1:
@@ -63,12 +57,7 @@ class Settings:
 def main(argv: list[str]) -> int:
     """Run the program; see the module's text."""
     settings = parse_settings(Settings, argv, program="dataset_scripts/build_dropout_ntp_pairs.py", about=__doc__)
-    sampling = Sampling(
-        temperature=settings.temperature,
-        top_k=settings.top_k if settings.temperature else 0,
-        top_p=settings.top_p if settings.temperature else 1.0,
-        max_new_tokens=settings.max_new_tokens,
-    )
+    sampling = settings.sampling(settings.max_new_tokens)
     print(show_settings(settings, "Building Dropout-NTP pairs"))
     write_settings(settings, f"{settings.output}.settings.yaml")
     left_out: Counter[str] = Counter()
@@ -105,19 +94,6 @@ def load_responses(settings: Settings, left_out: Counter[str]) -> list[Response]
         reasons = ", ".join(f"{amount} {reason}" for reason, amount in left_out.items())
         raise BadInputError(f"no usable response in {', '.join(settings.responses)}: {reasons or 'no rows'}")
     return list(rows.values())[: settings.limit]
-
-
-def load_engine(settings: Settings) -> Engine:
-    """Import and build the engine the settings ask for."""
-    from internvl_mpo.engines.transformers_engine import TransformersEngine
-
-    return TransformersEngine(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        batch_size=settings.batch_size,
-        max_tiles=settings.max_tiles,
-    )
 
 
 class Plan:

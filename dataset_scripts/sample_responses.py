@@ -22,35 +22,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from internvl_mpo.engines import Engine, Reply, Request, Sampling
 from internvl_mpo.engines.journal import Journal, collect_replies, report_missing, sample_seed
+from internvl_mpo.engines.loading import EngineSettings, load_engine
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.prompts import STYLES, ask, language_of, style_for
 from internvl_mpo.records import Question, Response, content_id, read_rows
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(EngineSettings):
     """Settings of the program; `--help` prints them."""
 
-    model: str = setting(help="folder or Hub id of the model that answers")
     questions: list[str] = setting(help="JSONL files with image, question, answer, separated by commas")
     output: str = setting(help="JSONL file of Response rows to write")
     image_root: str = setting("", help="folder the image paths of the questions are relative to")
     style: list[str] = setting(["cot"], help=f"how to ask: {', '.join(STYLES)}, by_source, or several with commas")
     language: Literal["auto", "en", "zh"] = setting("auto", help="language of the prompt; auto is the question's own")
     num_samples: int = setting(8, help="responses per question")
-    temperature: float = setting(1.0, help="0 is greedy")
-    top_k: int = setting(50, help="draw from the k likeliest tokens; 0 is all")
-    top_p: float = setting(1.0, help="draw from the likeliest tokens up to this probability")
     max_new_tokens: int = setting(4096, help="longest response in tokens")
     seed: int = setting(0, help="with the question's id and the sample's number it fixes every draw")
     limit: int | None = setting(None, help="take only the first questions")
-    batch_size: int = setting(64, help="responses generated at the same time")
-    max_tiles: int | None = setting(None, help="most 448x448 crops per picture; empty keeps the model's limit")
-    device: str = setting("auto", help="torch device")
-    dtype: str = setting("auto", help="auto, float32, bfloat16 or float16")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for style in self.style:
             if style not in STYLES and style != "by_source":
                 raise BadInputError(f"unknown style '{style}'; expected by_source, {', '.join(STYLES)}")
@@ -63,12 +57,7 @@ class Settings:
 def main(argv: list[str]) -> int:
     """Run the program; see the module's text."""
     settings = parse_settings(Settings, argv, program="dataset_scripts/sample_responses.py", about=__doc__)
-    sampling = Sampling(
-        temperature=settings.temperature,
-        top_k=settings.top_k if settings.temperature else 0,
-        top_p=settings.top_p if settings.temperature else 1.0,
-        max_new_tokens=settings.max_new_tokens,
-    )
+    sampling = settings.sampling(settings.max_new_tokens)
     print(show_settings(settings, "Sampling responses"))
     write_settings(settings, f"{settings.output}.settings.yaml")
     questions = load_questions(settings)
@@ -94,19 +83,6 @@ def load_questions(settings: Settings) -> list[Question]:
     if len(rows) < num_read:
         print(f"{num_read - len(rows)} repeated questions are asked once")
     return list(rows.values())[: settings.limit]
-
-
-def load_engine(settings: Settings) -> Engine:
-    """Import and build the engine the settings ask for."""
-    from internvl_mpo.engines.transformers_engine import TransformersEngine
-
-    return TransformersEngine(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        batch_size=settings.batch_size,
-        max_tiles=settings.max_tiles,
-    )
 
 
 class Plan:

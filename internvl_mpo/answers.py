@@ -3,8 +3,9 @@ r"""Find the final answer in a response and compare it with the ground truth. Te
     verdict = judge_response("3 + 9 = 12.\nFinal answer: 12", "12", answer_format="marker", source="geometry3k")
     verdict.outcome, verdict.rule      # Outcome.RIGHT, "number"
 
-Three outcomes: right, wrong, and unparsable (no final answer could be found, which is not a wrong answer). A wrong
-"right" poisons the chosen side of the training data, so every rule is exact unless a source is known to need more:
+Outcomes: right, wrong, unparsable (no final answer could be found, which is not a wrong answer), and undecided
+(algebra ran out of time or memory: such a response belongs on neither side of a pair). A wrong answer taken for right
+poisons the chosen side of the training data, so every rule is exact unless a source is known to need more:
 `RULES_OF_SOURCE` is the whole policy. Nothing from the data is ever evaluated as code; formulas go to math-verify in a
 child process with a time limit.
 """
@@ -17,8 +18,12 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from internvl_mpo.math_equality import compare_formulas
+
 FORMATS = ("marker", "boxed", "think", "text")
 MIN_REASONING_CHARS = 20
+MAX_ANSWER_CHARS = 300  # longer texts explain, they do not answer
+MAX_OPEN_BOXES = 20  # a loop of unclosed boxes must not cost a pass each
 
 
 class Outcome(enum.StrEnum):
@@ -27,6 +32,10 @@ class Outcome(enum.StrEnum):
     RIGHT = "right"
     WRONG = "wrong"
     UNPARSABLE = "unparsable"
+    UNDECIDED = "undecided"
+
+
+_OUTCOMES = {True: Outcome.RIGHT, False: Outcome.WRONG, None: Outcome.UNDECIDED}
 
 
 class ParsedAnswer(NamedTuple):
@@ -57,8 +66,7 @@ RULES_OF_SOURCE: tuple[tuple[str, tuple[str, ...]], ...] = (
 # ---------------------------------------------------------------------------------------------- finding the answer
 
 _MARKER = re.compile(r"(?:final\s+answer|答案)\s*(?:is\s*)?[*_]*\s*[:：]", re.IGNORECASE)
-_ANSWER_LINE = re.compile(r"(?im)^[\s*_#]*(?:the\s+)?answer\s*[*_]*\s*[:：]\s*(.+)$")
-_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_ANSWER_LINE = re.compile(r"(?im)^[ \t*_#]*(?:the\s+)?answer\s*[*_]*\s*[:：]\s*(.+)$")
 
 
 def parse_answer(response: str, answer_format: str) -> ParsedAnswer:
@@ -78,12 +86,12 @@ def parse_answer(response: str, answer_format: str) -> ParsedAnswer:
     if answer_format == "boxed":
         return _parse_boxed(response, response)
     if answer_format == "think":
-        blocks = _THINK.findall(response)
-        if len(blocks) != 1 or response.count("<think>") != 1 or response.count("</think>") != 1:
-            return ParsedAnswer(None, f"{len(blocks)} think blocks, expected one")
-        if len(blocks[0].strip()) < MIN_REASONING_CHARS:
+        if response.count("<think>") != 1 or response.count("</think>") != 1:
+            return ParsedAnswer(None, "not exactly one think block")
+        thoughts, _, solution = response.partition("<think>")[2].partition("</think>")
+        if len(thoughts.strip()) < MIN_REASONING_CHARS:
             return ParsedAnswer(None, "the think block is empty")
-        return _parse_boxed(response.split("</think>")[1], blocks[0])
+        return _parse_boxed(solution, thoughts)
     if answer_format == "text":
         text = response.strip()
         lines = _ANSWER_LINE.findall(text)
@@ -99,9 +107,11 @@ def parse_answer(response: str, answer_format: str) -> ParsedAnswer:
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last `\boxed{}` with balanced braces, or None."""
     start = text.rfind("\\boxed{")
-    while start >= 0:
+    for _ in range(MAX_OPEN_BOXES):
+        if start < 0:
+            break
         depth = 0
-        for position in range(start + 6, len(text)):
+        for position in range(start + 6, min(len(text), start + 6 + MAX_ANSWER_CHARS)):
             depth += {"{": 1, "}": -1}.get(text[position], 0)
             if depth == 0:
                 return text[start + 7 : position].strip()
@@ -163,6 +173,8 @@ def compare_answers(prediction: str, gold: str, *, source: str = "", question: s
     Returns:
         RIGHT or WRONG; UNPARSABLE when nothing is left of the prediction after clean-up.
     """
+    if len(prediction) > max(MAX_ANSWER_CHARS, 2 * len(gold)):
+        return Verdict(Outcome.UNPARSABLE, None, "parse", f"{len(prediction)} characters are no final answer")
     clean = clean_answer(prediction)
     wanted = clean_answer(gold)
     if not clean:
@@ -174,7 +186,7 @@ def compare_answers(prediction: str, gold: str, *, source: str = "", question: s
         decided = _RULES[rule](clean, wanted, options)
         if decided is not None:
             right, reason = decided
-            return Verdict(Outcome.RIGHT if right else Outcome.WRONG, clean, rule, reason)
+            return Verdict(_OUTCOMES[right], clean, rule, reason)
     return Verdict(Outcome.WRONG, clean, "none", f"no rule finds '{clean[:40]}' equal to '{wanted[:40]}'")
 
 
@@ -215,14 +227,15 @@ def clean_answer(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-# Every rule takes (prediction, gold, options) and returns (right, reason), or None where it has nothing to say.
-Decision = tuple[bool, str] | None
+# Every rule takes (prediction, gold, options) and returns (right, reason), or None where it has nothing to say; right
+# is None where the rule applies and cannot tell.
+Decision = tuple[bool | None, str] | None
 Options = dict[str, str]
 
 # -- choice
 
-_OPTION = re.compile(r"(?:^|\n)\s*\(?([A-H])[.):：]\s*(.+?)\s*(?=\n|$)")
-_INLINE_OPTION = re.compile(r"\(([A-H])\)\s*(.+?)\s*(?=\([A-H]\)|\n|$)")
+_OPTION = re.compile(r"(?m)^[ \t]*\(?([A-H])[.):：][ \t]*(\S.*)$")
+_INLINE_OPTION = re.compile(r"\(([A-H])\)[ \t]*([^()\n]+)")
 _LETTER = re.compile(r"^(?:option|choice|answer)?\s*[(\[]?\s*([A-Ha-h])\s*(?:[)\].:,]|$)\s*(.*)$", re.IGNORECASE)
 
 
@@ -233,7 +246,7 @@ def parse_options(question: str) -> Options:
         found = pattern.findall(question)
         letters = [letter for letter, _ in found]
         if len(letters) > 1 and letters == [chr(65 + i) for i in range(len(letters))]:
-            return dict(found)
+            return {letter: text.strip() for letter, text in found}
     return {}
 
 
@@ -360,6 +373,10 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
     for name, size in table.items()
 }
 _PERCENT = ("%", "percent", "pct")
+_UNIT_WORDS = re.compile(
+    r"(?:[A-Za-z]{2,}|(?<=/)[a-z]|[a-z](?=[\^²³/])|[\u4e00-\u9fff]+)(?:\^?\{?[23²³]\}?)?"
+    r"(?:[ /](?:[A-Za-z]{2,}|(?<=/)[a-z])(?:\^?\{?[23²³]\}?)?)*"
+)
 _DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
     rf"""^(?P<sign>[+-]?)\s*(?P<currency>us\$|rm|rs\.?|[$€£¥₹])?\s*(?P<sign2>-?)
@@ -446,10 +463,8 @@ def _unit(currency: str | None, unit: str | None) -> str | None:
         return _CURRENCIES[lowered]
     if unit in _UNITS or lowered in _UNITS:
         return unit if unit in _UNITS else lowered
-    # words only: "5 red cubes" has the unit "red cube", "5 - 3" and "5 or 6" have none
-    if re.fullmatch(r"[A-Za-z°%²³/^{}\\ \u4e00-\u9fff\d]*", unit) and not re.search(
-        r"(?i)\b(?:or|and|to|x|y|n|a)\b", unit
-    ):
+    # words only: "5 red cubes" has the unit "red cube"; "5 - 3", "5 or 6", "5x" and "5\\pi" have none
+    if _UNIT_WORDS.fullmatch(unit) and not _HEDGED.search(unit):
         return re.sub(r"\s+", " ", lowered.replace("²", "^2").replace("³", "^3").replace("square ", "sq ")) or None
     return None
 
@@ -507,7 +522,7 @@ def _number(prediction: str, gold: str, options: Options) -> Decision:
         return None
     given = parse_number(prediction) or number_in_sentence(prediction)
     if given is None:
-        if re.search(r"[\\^√π=]|sqrt|pi\b", prediction) and not _HEDGED.search(prediction):
+        if re.search(r"[\\^√π=*+/]|sqrt|pi\b|^\d+ ?: ?\d+$", prediction) and not _HEDGED.search(prediction):
             return None  # may be a formula with this value: left to `math`
         return (False, f"no number, expected {gold[:40]}")
     return (_equal_numbers(given, wanted), f"{float(given.value):.12g}, expected {gold[:40]}")
@@ -688,8 +703,42 @@ def _anls(prediction: str, gold: str, options: Options) -> Decision:
     return (True, f"ANLS {similarity:.2f}") if similarity > 0.9 else None
 
 
+# -- formulas
+
+_FORMULA = re.compile(r"[\\^√π=*+/]|\d\s*[a-z]\b|\bpi\b|sqrt|\d!")
+_FORMULA_WORDS = (
+    "frac dfrac tfrac sqrt cdot times div left right infty theta alpha beta gamma lambda circ degree sin cos tan cot "
+    "sec csc log exp cup cap mathrm mathbb angle overline leq geq neq"
+)
+_FORMULA_NAMES = frozenset(_FORMULA_WORDS.split())
+
+
 def _math(prediction: str, gold: str, options: Options) -> Decision:
-    return None
+    """Formulas, by algebra in a child process; a formula also equals its decimal value given to two places or more."""
+    if not (_FORMULA.search(prediction) or _FORMULA.search(gold)) or _HEDGED.search(prediction):
+        return None
+    for text in (prediction, gold):
+        words = re.findall(r"[A-Za-z]{3,}", text)
+        if len(text) > 200 or any(word.lower() not in _FORMULA_NAMES for word in words):
+            return None  # algebra would read "red" as r*e*d
+    compared = compare_formulas(_latex(prediction), _latex(gold))
+    if compared is None:
+        return (None, "algebra ran out of time or memory")
+    if compared.equal:
+        return (True, "equal formulas")
+    for text, formula_value in ((prediction, compared.gold_value), (gold, compared.prediction_value)):
+        number = parse_number(text)
+        if number is None or formula_value is None or (number.decimals or 0) < 2:
+            continue
+        if _rounds_to(Fraction(formula_value), number):
+            return (True, "decimal value of the formula")
+    return (False, "unequal formulas")
+
+
+def _latex(text: str) -> str:
+    text = re.sub(r"√\s*(\d+|\([^()]*\))", r"\\sqrt{\1}", text).replace("π", r"\pi ")
+    text = re.sub(r"(?<!\\)\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    return re.sub(r"(?<![\\A-Za-z])pi\b", r"\\pi ", text)
 
 
 _RULES: dict[str, Callable[[str, str, Options], Decision]] = {

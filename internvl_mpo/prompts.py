@@ -103,7 +103,7 @@ STYLE_OF_SOURCE: tuple[tuple[str, str], ...] = (
 
 # A data set's own last line that asks for a short answer; it would forbid the reasoning we ask for.
 _SHORT_ANSWER = re.compile(
-    r"""(?:\n|(?<=[.?!:。？！])|^)\s*(?:
+    r"""(?:\n|(?<=[.?!:。？！])|^)[ \t]*(?:
         (?:please\s+)?(?:answer|respond\s+to)\s+(?:the\s+)?question\s+(?:using|with|in)\s+a\s+(?:single|short)\s+word\s+or
             \s+(?:short\s+)?phrase
       | (?:please\s+)?(?:answer|respond)\s+(?:the\s+question\s+)?with\s+(?:the|an?)\s+(?:option(?:'s)?|choice(?:'s)?)\s*
@@ -128,6 +128,7 @@ _WORD = re.compile(r"[A-Za-z]+")
 def strip_answer_instruction(question: str) -> str:
     """Return the question without a trailing instruction to answer with a word, a letter, yes or no, or a box."""
     before = None
+    question = question.rstrip()
     while before != question:
         before = question
         question = _SHORT_ANSWER.sub("", question).rstrip()

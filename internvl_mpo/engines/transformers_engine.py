@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, DynamicCache
 
 from internvl_mpo.engines import Reply, Request, Sampling
 from internvl_mpo.errors import BadInputError
@@ -79,7 +79,7 @@ class TransformersEngine:
         except (OSError, ValueError) as error:
             raise BadInputError(f"cannot load a model from {self.model_id}: {str(error).splitlines()[0]}") from error
         self.model = model.to(self.device).eval()
-        self.revision = getattr(model.config, "_commit_hash", None) or folder_fingerprint(self.model_id)
+        self.revision = model_revision(self.model_id)
         self.max_tiles = max_tiles or self.processor.image_processor.max_dynamic_patch
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
@@ -310,14 +310,14 @@ def load_processor(model_path: str) -> InternVLProcessor:
         return InternVLProcessor.from_config(config, AutoTokenizer.from_pretrained(model_path))
 
 
-def folder_fingerprint(model_path: str) -> str | None:
-    """Return a short hash of a model folder (names, sizes, both ends of every file), or None for a Hub id.
+def model_revision(model_path: str) -> str | None:
+    """Return what identifies the weights: the commit of a Hub model, or a short hash of a folder.
 
-    Whole weights are not read: 16 GB would take longer than answering.
+    The hash covers names, sizes and both ends of every file: reading 16 GB would take longer than answering.
     """
     folder = Path(model_path)
     if not folder.is_dir():
-        return None
+        return getattr(AutoConfig.from_pretrained(model_path), "_commit_hash", None)
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".model")):
         size = path.stat().st_size

@@ -1,0 +1,315 @@
+"""The engine behind a URL: any server that speaks OpenAI's chat completions (vLLM, SGLang, LMDeploy, `engines.serve`).
+
+One request per reply, each with its own seed, since servers disagree about `n`. Pictures travel as data URIs. A reply
+is asked for again, later and later, when the server is busy, breaks, stalls or talks nonsense; after the last attempt
+it comes back with the error. Standard library only.
+"""
+
+import base64
+import http.client
+import io
+import json
+import random
+import ssl
+import threading
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from internvl_mpo.engines import Reply, Request
+from internvl_mpo.errors import BadInputError
+
+RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+MAX_WAIT_SECONDS = 60.0
+_MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif"}
+
+
+class HttpEngine:
+    """Answers requests through one or several servers.
+
+    Args:
+        base_urls: one URL or several, with or without `/v1`; the least busy one gets the next request.
+        model: name the servers know the model by; None asks the first server.
+        concurrency: requests in flight at the same time.
+        api_key: sent as a bearer token.
+        timeout: seconds one attempt may take from connecting to the last byte.
+        max_attempts: how often a reply is asked for.
+        backoff: seconds before the second attempt; doubles each time, half of it random, up to a minute.
+        requests_per_minute: most requests sent per minute; None is no limit.
+
+    Raises:
+        BadInputError: a URL is malformed, or no server answers.
+    """
+
+    name = "http"
+    revision = None
+
+    def __init__(
+        self,
+        base_urls: str | Sequence[str],
+        model: str | None = None,
+        *,
+        concurrency: int = 64,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+        max_attempts: int = 6,
+        backoff: float = 1.0,
+        requests_per_minute: float | None = None,
+    ):
+        urls = [base_urls] if isinstance(base_urls, str) else list(base_urls)
+        if not urls or concurrency < 1 or max_attempts < 1:
+            raise BadInputError("the http engine needs a base_url, and concurrency and max_attempts of at least 1")
+        self._servers = [_Server(url) for url in urls]
+        self._headers = {"Content-Type": "application/json", "User-Agent": "internvl-mpo"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self.concurrency, self.timeout = concurrency, timeout
+        self.max_attempts, self.backoff = max_attempts, backoff
+        self._pace = _Pace(requests_per_minute)
+        self._lock = threading.Lock()
+        self._threads = threading.local()
+        self._failures_in_row = 0
+        names = self._served_models()
+        self.model_id = model or names[0]
+        if names and model and model not in names:
+            raise BadInputError(f"{urls[0]} serves {', '.join(names)}, not '{model}'; give one of these as --model")
+
+    def generate(self, requests: Iterable[Request], done: Collection[str] = ()) -> Iterator[Reply]:
+        """Yield replies as they come; see `Engine.generate`."""
+        stream = (request for request in requests if request.id not in done)
+        self._failures_in_row = 0
+        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="http-engine")
+        pending: set[Future[Reply]] = set()
+        try:
+            for request in stream:
+                pending.add(pool.submit(self._answer, request))
+                if len(pending) >= 2 * self.concurrency:  # the next request is ready when a thread is
+                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in finished)
+            while pending:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in finished)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _answer(self, request: Request) -> Reply:
+        try:
+            body = json.dumps(chat_payload(request, self.model_id)).encode()
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            return Reply(id=request.id, error=str(error))
+        error = ""
+        jitter = random.Random(request.seed)
+        for attempt in range(self.max_attempts):
+            if self._failures_in_row > 2 * self.concurrency + 8:
+                error = f"not asked, the last {self._failures_in_row} requests all failed {error}".rstrip()
+                break
+            self._pace.wait()
+            server = self._pick()
+            try:
+                status, answer, retry_after = self._post(server, "/chat/completions", body)
+                if status == 200:
+                    reply = _read_reply(request, answer)
+                    self._release(server, failed=False)
+                    self._failures_in_row = 0
+                    return reply
+                error = f"HTTP {status}: {answer[:200].decode('utf-8', 'replace')}"
+            except _FAULTS as fault:
+                status, retry_after = 0, None
+                error = f"{type(fault).__name__}: {fault}"
+            self._release(server, failed=status not in (400, 404, 413, 422, 429))
+            if status and status not in RETRIED_STATUS:
+                break
+            if attempt + 1 < self.max_attempts:
+                pause = min(MAX_WAIT_SECONDS, self.backoff * 2**attempt)
+                pause = pause * (0.5 + 0.5 * jitter.random())
+                time.sleep(min(MAX_WAIT_SECONDS, max(pause, retry_after or 0.0)))
+        with self._lock:
+            self._failures_in_row += 1
+        return Reply(id=request.id, error=f"{error} (after {attempt + 1} attempts)")
+
+    def _pick(self) -> "_Server":
+        with self._lock:
+            now = time.monotonic()
+            server = min(self._servers, key=lambda server: (server.resting_until > now, server.in_flight))
+            server.in_flight += 1
+            return server
+
+    def _release(self, server: "_Server", failed: bool) -> None:
+        with self._lock:
+            server.in_flight -= 1
+            server.resting_until = time.monotonic() + 5.0 if failed else 0.0
+
+    def _post(self, server: "_Server", path: str, body: bytes | None) -> tuple[int, bytes, float | None]:
+        """Send one request on this thread's connection to the server and return status, body, Retry-After."""
+        connections = self._threads.__dict__.setdefault("connections", {})
+        connection = connections.pop(server, None) or server.connect(self.timeout)
+        deadline = time.monotonic() + self.timeout
+        try:
+            connection.request("GET" if body is None else "POST", server.path + path, body, self._headers)
+            response = connection.getresponse()
+            parts = []
+            while part := response.read1(1 << 16):  # a server that drips bytes must not hold the thread for ever
+                parts.append(part)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no complete answer in {self.timeout:g} s")
+            if response.length:
+                raise http.client.IncompleteRead(b"".join(parts), response.length)
+        except BaseException:
+            connection.close()
+            raise
+        if not response.will_close:
+            connections[server] = connection
+        retry_after = response.headers.get("Retry-After", "")
+        return response.status, b"".join(parts), float(retry_after) if retry_after.isdigit() else None
+
+    def _served_models(self) -> list[str]:
+        """Names the servers list; waits for a server that is still starting only as long as a reply may take."""
+        errors = []
+        for server in self._servers:
+            try:
+                status, answer, _ = self._post(server, "/models", None)
+                if status == 200:
+                    return [entry["id"] for entry in json.loads(answer)["data"]]
+                errors.append(f"{server.url} answers {status}")
+            except (*_FAULTS, TypeError) as fault:
+                errors.append(f"{server.url} does not answer ({fault})")
+        raise BadInputError(f"{'; '.join(errors)}; start a server there or give another --base_url")
+
+
+_FAULTS = (OSError, http.client.HTTPException, ValueError, KeyError, IndexError)
+
+
+class _Server:
+    """One base URL and how busy it is."""
+
+    def __init__(self, url: str):
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        try:
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("no http(s) host")
+            self.host, self.port = parts.hostname, parts.port
+        except ValueError as error:
+            raise BadInputError(f"'{url}' is no base URL ({error}); give one like http://localhost:8000/v1") from error
+        self.url = url
+        self.secure = parts.scheme == "https"
+        path = parts.path.rstrip("/")
+        self.path = path if path.endswith("/v1") else f"{path}/v1"
+        self.in_flight = 0
+        self.resting_until = 0.0
+
+    def connect(self, timeout: float) -> http.client.HTTPConnection:
+        """Return a new connection."""
+        if self.secure:
+            return http.client.HTTPSConnection(
+                self.host, self.port, timeout=timeout, context=ssl.create_default_context()
+            )
+        return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+
+
+class _Pace:
+    """Spaces requests evenly."""
+
+    def __init__(self, per_minute: float | None):
+        self.seconds = 60.0 / per_minute if per_minute else 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        """Return when the next request may be sent."""
+        if not self.seconds:
+            return
+        with self._lock:
+            moment = max(self._next, time.monotonic())
+            self._next = moment + self.seconds
+        time.sleep(max(0.0, moment - time.monotonic()))
+
+
+def chat_payload(request: Request, model: str) -> dict[str, Any]:
+    """Return the body of a chat completion; pictures stand where the question has `<image>`, or before it.
+
+    Raises:
+        OSError, ValueError: a picture cannot be read, or placeholders and pictures differ in number.
+    """
+    question, images = request.question, request.images
+    if images and "<image>" not in question:
+        question = "<image>\n" * len(images) + question
+    texts = question.split("<image>")
+    if len(texts) != len(images) + 1:
+        raise ValueError(f"{len(texts) - 1} <image> placeholders for {len(images)} pictures")
+    if images:
+        content: Any = []
+        for number, text in enumerate(texts):
+            if number:
+                content.append({"type": "image_url", "image_url": {"url": data_uri(images[number - 1])}})
+            if text.strip():
+                content.append({"type": "text", "text": text.strip("\n")})
+    else:
+        content = question
+    sampling = request.sampling
+    payload = {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_new_tokens,
+        "seed": request.seed,
+    }
+    if sampling.top_k:
+        payload["top_k"] = sampling.top_k
+    if request.prefix:
+        payload["messages"].append({"role": "assistant", "content": request.prefix})
+        payload |= {"continue_final_message": True, "add_generation_prompt": False}
+    return payload
+
+
+def data_uri(image: Any) -> str:
+    """Return a picture as a data URI; files of a common type keep their bytes."""
+    if isinstance(image, Image.Image):
+        return _encode(image)
+    return _file_data_uri(str(image))
+
+
+@lru_cache(maxsize=128)  # the samples of one question follow each other
+def _file_data_uri(path: str) -> str:
+    mime = _MIME.get(Path(path).suffix.lower())
+    with Image.open(path) as opened:  # also finds files that are no pictures before they travel
+        if mime is None or Image.MIME.get(opened.format) != mime:
+            return _encode(opened)
+    return f"data:{mime};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+
+
+def _encode(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _read_reply(request: Request, answer: bytes) -> Reply:
+    """Turn a chat completion into a reply.
+
+    Raises:
+        ValueError, KeyError, IndexError: it is not one.
+    """
+    completion = json.loads(answer)
+    if not isinstance(completion, dict) or not isinstance(completion.get("choices"), list):
+        raise ValueError("the answer is no chat completion")
+    choice = completion["choices"][0]
+    text = choice["message"]["content"]
+    if not isinstance(text, str):
+        raise ValueError("the answer holds no text")
+    reason = choice.get("finish_reason")
+    if reason not in ("stop", "length"):
+        raise ValueError(f"finish_reason is {reason!r}")
+    tokens = (completion.get("usage") or {}).get("completion_tokens") or 0
+    return Reply(
+        id=request.id,
+        text=text if request.prefix else text.strip(),
+        finish_reason=reason,
+        num_tokens=int(tokens),
+    )

@@ -1,0 +1,96 @@
+"""Any engine on many processes or machines, through Ray Data (`pip install "ray[data]"`).
+
+Each actor of a pool builds the engine once and answers chunks of requests; replies stream back to the program, which
+keeps them in its journal, so a resumed run asks only for what is missing. Pictures are read where the actor runs: every
+machine must see them under the same path.
+"""
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Collection, Iterable, Iterator
+
+import pyarrow as pa
+import ray
+
+from internvl_mpo.engines import Reply, Request, Sampling
+from internvl_mpo.engines.loading import EngineSettings, load_local_engine
+
+# Requests of one Ray dataset: large enough to keep every actor busy, small enough for the driver's memory.
+PART = 65536
+
+
+class RayEngine:
+    """Spreads requests over a pool of engines.
+
+    Args:
+        settings: the engine, `num_actors` and `gpus_per_actor`. Connects to the cluster `RAY_ADDRESS` names, or starts
+            Ray on this machine.
+    """
+
+    def __init__(self, settings: EngineSettings):
+        self.settings = settings
+        self.name = settings.engine
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        self.model_id, self.revision = ray.get(ray.remote(_identity).remote(settings))
+
+    def generate(self, requests: Iterable[Request], done: Collection[str] = ()) -> Iterator[Reply]:
+        """Yield replies as chunks come back; see `Engine.generate`. A broken actor's chunk is given to another."""
+        stream = (request for request in requests if request.id not in done)
+        while part := list(itertools.islice(stream, PART)):
+            size = min(-(-len(part) // (4 * self.settings.num_actors)), 16 * self.settings.batch_size)
+            chunks = [_table(part[start : start + size]) for start in range(0, len(part), size)]
+            replies = ray.data.from_arrow(chunks).map_batches(
+                _Actor,
+                fn_constructor_args=(self.settings,),
+                batch_size=None,  # one chunk at a time
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=self.settings.num_actors),
+                num_gpus=self.settings.gpus_per_actor,
+            )
+            for row in replies.iter_rows():
+                yield Reply(**row)
+
+
+class _Actor:
+    """One engine in a process of its own."""
+
+    def __init__(self, settings: EngineSettings):
+        self.engine = load_local_engine(settings)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        requests = [
+            Request(**{**row, "images": tuple(row["images"]), "sampling": Sampling(**row["sampling"])})
+            for row in table.to_pylist()
+        ]
+        replies = [dataclasses.asdict(reply) for reply in self.engine.generate(requests)]
+        return pa.Table.from_pylist(replies, schema=_REPLY_SCHEMA)
+
+
+_REPLY_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("num_tokens", pa.int64()),
+        ("error", pa.string()),
+    ]
+)
+
+
+def _table(requests: list[Request]) -> pa.Table:
+    rows = [dataclasses.asdict(request) for request in requests]
+    return pa.Table.from_pylist([{**row, "images": list(row["images"])} for row in rows])
+
+
+def _identity(settings: EngineSettings) -> tuple[str, str | None]:
+    """What the rows will name as model and revision, found out on the cluster without loading weights."""
+    if settings.engine == "http":
+        engine = load_local_engine(settings)
+        return engine.model_id, engine.revision
+    from internvl_mpo.engines.transformers_engine import model_revision
+
+    return str(settings.model), model_revision(str(settings.model))

@@ -1,0 +1,300 @@
+"""A small server with OpenAI's chat completions over the transformers engine, for one machine.
+
+    python -m internvl_mpo.engines.serve --model outputs/mini/model --port 8000
+
+Requests that arrive together are answered in one batch. It exists so that the HTTP path can be used and tested without
+a serving engine; for real loads put vLLM, SGLang or LMDeploy behind the same URL. Listens on this machine only unless
+told otherwise, reads pictures from data URIs only, and answers one user turn (plus an assistant turn to be continued).
+"""
+
+import base64
+import binascii
+import io
+import json
+import queue
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from PIL import Image
+
+from internvl_mpo.engines import Engine, Reply, Request, Sampling
+from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.settings import parse_settings, setting, show_settings
+
+MAX_BODY_BYTES = 256 << 20
+GATHER_SECONDS = 0.005  # how long a batch waits for company
+
+
+@dataclass
+class Settings:
+    """Settings of the server; `--help` prints them."""
+
+    model: str = setting(help="folder or Hub id of the model")
+    name: str | None = setting(None, help="name clients call the model by; empty is the value of model")
+    host: str = setting("127.0.0.1", help="address to listen on; 0.0.0.0 is every network of the machine")
+    port: int = setting(8000, help="port; 0 takes a free one")
+    batch_size: int = setting(32, help="replies generated at the same time")
+    max_tiles: int | None = setting(None, help="most crops per request; empty keeps the model's limit")
+    device: str = setting("auto", help="torch device")
+    dtype: str = setting("auto", help="auto, float32, bfloat16 or float16")
+
+
+class BatchServer(ThreadingHTTPServer):
+    """Serves an engine: a thread per connection, and one that batches.
+
+    Args:
+        engine: who answers.
+        name: of the model, as `/v1/models` lists it.
+        host, port: where to listen; port 0 takes a free one, `server_address` tells which.
+        batch_size: requests handed to the engine together, at most.
+    """
+
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(self, engine: Engine, name: str, *, host: str = "127.0.0.1", port: int = 0, batch_size: int = 32):
+        super().__init__((host, port), _Handler)
+        self.engine, self.model_name, self.batch_size = engine, name, batch_size
+        self._waiting: queue.Queue[tuple[Request, Future[Reply]] | None] = queue.Queue()
+        self._batcher = threading.Thread(target=self._run_batches, name="batcher", daemon=True)
+        self._batcher.start()
+
+    @property
+    def url(self) -> str:
+        """Base URL for clients."""
+        return f"http://{self.server_address[0]}:{self.server_address[1]}/v1"
+
+    def submit(self, request: Request) -> Future[Reply]:
+        """Queue a request."""
+        future: Future[Reply] = Future()
+        self._waiting.put((request, future))
+        return future
+
+    def server_close(self) -> None:
+        """Stop listening and batching."""
+        super().server_close()
+        self._waiting.put(None)
+        self._batcher.join()
+
+    def _run_batches(self) -> None:
+        while (first := self._waiting.get()) is not None:
+            batch = [first]
+            deadline = time.monotonic() + GATHER_SECONDS
+            while len(batch) < self.batch_size:
+                try:
+                    item = self._waiting.get(timeout=max(0.0, deadline - time.monotonic()))
+                except queue.Empty:
+                    break
+                if item is None:
+                    self._waiting.put(None)
+                    break
+                batch.append(item)
+            futures = {request.id: future for request, future in batch}
+            try:
+                for reply in self.engine.generate([request for request, _ in batch]):
+                    futures.pop(reply.id).set_result(reply)
+            except Exception as error:  # the server outlives a batch that fails; each client is told
+                for future in futures.values():
+                    future.set_exception(error)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    server: BatchServer
+
+    def do_GET(self) -> None:
+        """Answer /health and /v1/models."""
+        if self.path == "/health":
+            self._send(200, {"status": "ok"})
+        elif self.path == "/v1/models":
+            self._send(200, {"object": "list", "data": [{"id": self.server.model_name, "object": "model"}]})
+        else:
+            self._send_error(404, f"no such path {self.path}")
+
+    def do_POST(self) -> None:
+        """Answer /v1/chat/completions."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+            self.close_connection = True
+            self._send_error(413, f"give a body with Content-Length up to {MAX_BODY_BYTES}")
+            return
+        body = self.rfile.read(int(length))
+        if self.path != "/v1/chat/completions":
+            self._send_error(404, f"no such path {self.path}")
+            return
+        try:
+            payload = json.loads(body)
+            if not isinstance(payload, dict):
+                raise BadInputError("the body is not a JSON object")
+            requests = read_requests(payload)
+        except (ValueError, TypeError, OSError, Image.DecompressionBombError) as error:
+            self._send_error(400, str(error))
+            return
+        try:
+            replies = [future.result() for future in [self.server.submit(request) for request in requests]]
+        except Exception as error:
+            self._send_error(500, f"{type(error).__name__}: {error}")
+            return
+        failed = next((reply.error for reply in replies if reply.error), None)
+        if failed is not None:
+            self._send_error(400, failed)
+            return
+        self._send(200, self._completion(replies))
+
+    def _completion(self, replies: list[Reply]) -> dict[str, Any]:
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self.server.model_name,
+            "choices": [
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": reply.text},
+                    "finish_reason": reply.finish_reason,
+                }
+                for index, reply in enumerate(replies)
+            ],
+            "usage": {"completion_tokens": sum(reply.num_tokens for reply in replies)},
+        }
+
+    def _send(self, status: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content, ensure_ascii=False).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        except ConnectionError:
+            self.close_connection = True  # the client has gone
+
+    def _send_error(self, status: int, message: str) -> None:
+        self._send(status, {"error": {"message": message, "code": status}})
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing per request."""
+
+
+def read_requests(payload: dict[str, Any]) -> list[Request]:
+    """Turn the body of a chat completion into requests, one per choice asked for.
+
+    Raises:
+        ValueError: it asks for something this server does not do, or is malformed.
+    """
+    if payload.get("stream"):
+        raise BadInputError("this server does not stream")
+    messages = payload.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BadInputError("'messages' must be a list of objects")
+    messages = list(messages)
+    prefix = ""
+    if messages and messages[-1].get("role") == "assistant" and payload.get("continue_final_message"):
+        prefix, _ = _read_content(messages.pop().get("content"))
+    roles = [message.get("role") for message in messages]
+    if roles not in (["user"], ["system", "user"]):
+        raise BadInputError(f"expected one user message, with or without a system message before it, found {roles}")
+    question, images = _read_content(messages[-1].get("content"))
+    if len(messages) == 2:
+        instructions, _ = _read_content(messages[0].get("content"))
+        question = f"{instructions}\n\n{question}"
+    number = int(payload.get("n") or 1)
+    if not 1 <= number <= 64:
+        raise BadInputError(f"n is {number}; give 1 to 64")
+    temperature = payload.get("temperature")
+    sampling = Sampling(
+        temperature=1.0 if temperature is None else float(temperature),
+        top_k=max(0, int(payload.get("top_k") or 0)),
+        top_p=float(payload.get("top_p") or 1.0),
+        max_new_tokens=int(payload.get("max_tokens") or payload.get("max_completion_tokens") or 1024),
+    )
+    seed = payload.get("seed")
+    seed = uuid.uuid4().int % 2**31 if seed is None else int(seed)
+    return [
+        Request(
+            id=uuid.uuid4().hex,
+            question=question,
+            images=tuple(images),
+            prefix=prefix,
+            seed=seed + index,
+            sampling=sampling,
+        )
+        for index in range(number)
+    ]
+
+
+def _read_content(content: Any) -> tuple[str, list[Image.Image]]:
+    """Text with `<image>` where a picture was, and the pictures."""
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise BadInputError("'content' must be text or a list of parts")
+    texts, images = [], []
+    for part in content:
+        if part.get("type") == "text":
+            texts.append(str(part.get("text", "")))
+        elif part.get("type") == "image_url":
+            images.append(_read_image(part.get("image_url")))
+            texts.append("<image>")
+        else:
+            raise BadInputError(f"content of type '{part.get('type')}' is not served")
+    return "\n".join(texts), images
+
+
+def _read_image(reference: Any) -> Image.Image:
+    url = reference.get("url") if isinstance(reference, dict) else reference
+    if not isinstance(url, str) or not url.startswith("data:image/") or ";base64," not in url:
+        raise BadInputError("pictures must be data URIs (data:image/...;base64,...)")
+    return _decode_image(url)
+
+
+@lru_cache(maxsize=64)  # equal pictures become one object, which the engine encodes once
+def _decode_image(url: str) -> Image.Image:
+    try:
+        content = base64.b64decode(url.partition(";base64,")[2], validate=True)
+    except binascii.Error as error:
+        raise BadInputError(f"a picture is not base64: {error}") from error
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
+
+
+def main(argv: list[str]) -> int:
+    """Serve until interrupted."""
+    settings = parse_settings(Settings, argv, program="-m internvl_mpo.engines.serve", about=__doc__)
+    print(show_settings(settings, "Serving"))
+    from internvl_mpo.engines.transformers_engine import TransformersEngine
+
+    engine = TransformersEngine(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        batch_size=settings.batch_size,
+        max_tiles=settings.max_tiles,
+    )
+    server = BatchServer(
+        engine,
+        settings.name or settings.model,
+        host=settings.host,
+        port=settings.port,
+        batch_size=settings.batch_size,
+    )
+    print(f"listening on {server.url}", flush=True)
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
