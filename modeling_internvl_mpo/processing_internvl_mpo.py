@@ -193,6 +193,11 @@ class InternVLProcessor(ProcessorMixin):
         return BatchFeature({**features, "labels": labels})
 
     @property
+    def end_of_turn_id(self) -> int:
+        """Id of the token that ends an answer."""
+        return self.tokenizer.convert_tokens_to_ids(get_conversation(self.template).sep.strip())
+
+    @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors a call returns."""
         return ["input_ids", "attention_mask", "pixel_values"]
