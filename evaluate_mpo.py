@@ -6,11 +6,18 @@ Example (the mini world, direct and chain-of-thought answers):
         --output outputs/mini/eval
 
 Answers are kept in OUTPUT/answers.jsonl and never generated twice; `--score_only` scores them again without a model.
-`python evaluate_mpo.py compare RUN_A RUN_B` tells two runs apart, question by question.
+MM-Vet, LLaVA-Bench and MMHal-Bench need a judge (`--judge MODEL --judge_url URL`, any OpenAI-compatible server, its key
+in the environment variable JUDGE_API_KEY); MathVista reads answers better with one. Its replies are kept likewise.
+
+    python evaluate_mpo.py compare RUN_A RUN_B
+
+tells two runs apart: the paired difference on every benchmark with its interval, the questions that flipped, and both
+models' answers side by side in RUN_B/compare.html.
 """
 
 import dataclasses
 import datetime
+import hashlib
 import io
 import json
 import os
@@ -23,11 +30,13 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from internvl_mpo.benchmarks import load_benchmark
-from internvl_mpo.benchmarks.common import Benchmark, Example, Mode, Rule, Score
+from internvl_mpo.benchmarks.common import Benchmark, Example, Mode, Rule, Score, open_image
+from internvl_mpo.benchmarks.comparison import compare_runs
+from internvl_mpo.benchmarks.report import report_html
 from internvl_mpo.benchmarks.run_files import Log
 from internvl_mpo.engines import Engine, Request, Sampling
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.records import atomic_writer
+from internvl_mpo.records import atomic_writer, content_id
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 
@@ -53,6 +62,13 @@ class EvaluateSettings:
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", help="auto, float32, bfloat16, float16")
     trust_remote_code: bool = setting(False, help="run code inside the model folder (not needed for InternVL)")
+    judge: str | None = setting(None, help="model that judges; without it, only replies already kept are used")
+    judge_url: str = setting("https://api.openai.com/v1", help="address of the judge's server")
+    judge_runs: int = setting(1, help="replies per answer; scores are means over runs with their deviation")
+    judge_temperature: float = setting(0.0, help="of the judge's replies")
+    judge_concurrency: int = setting(8, help="judge requests at the same time")
+    judge_prompts: str | None = setting(None, help="folder with NAME.txt files that replace our judge prompts")
+    max_unscored: float = setting(0.05, help="largest share of unscored questions a headline number is shown with")
     score_only: bool = setting(False, help="score the answers that are there; load no model")
 
     def __post_init__(self) -> None:
@@ -60,7 +76,7 @@ class EvaluateSettings:
             load_benchmark(name)
         if not self.score_only and not self.model:
             raise BadInputError("missing setting 'model'; give --model VALUE, or --score_only to score stored answers")
-        for key in ("limit", "max_new_tokens", "batch_size"):
+        for key in ("limit", "max_new_tokens", "batch_size", "judge_runs", "judge_concurrency"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise BadInputError(f"setting '{key}' is {value}; give at least 1")
@@ -76,7 +92,9 @@ class Task(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Answer, score and report."""
+    """Answer, judge, score and report."""
+    if argv[:1] == ["compare"]:
+        return compare(argv[1:])
     settings = parse_settings(EvaluateSettings, argv, program="evaluate_mpo.py", about=__doc__)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     output = Path(settings.output)
@@ -91,9 +109,11 @@ def main(argv: Sequence[str]) -> int:
             answers.reload()
         if rank > 0:
             return 0
-        verdicts = score_tasks(tasks, answers, settings.rule)
-    scores = write_scores(verdicts, settings)
-    print(format_table(scores))
+    judged = judge_tasks(tasks, answers, settings)
+    verdicts = score_tasks(tasks, answers, judged, settings.rule)
+    scores = write_scores(verdicts, answers, judged, settings)
+    write_report([output], output / "report.html")
+    print(format_table(scores, settings.max_unscored))
     return 0
 
 
@@ -147,11 +167,12 @@ def answer_tasks(tasks: Sequence[Task], answers: Log, settings: EvaluateSettings
         Request(
             id=key,
             question=prompts[key],
-            images=tuple(io.BytesIO(image) if isinstance(image, bytes) else image for image in example.images),
+            images=tuple(for_engine(image, engine) for image in example.images),
             sampling=Sampling(max_new_tokens=settings.max_new_tokens or task.benchmark.MAX_NEW_TOKENS[task.mode]),
         )
         for key, task, example in questions
     )
+
     num_failed = 0
     replies = engine.generate(requests, done=set(answers.rows))
     for reply in tqdm(replies, total=num_missing, desc="answers", unit="answer", disable=rank > 0):
@@ -197,55 +218,198 @@ def make_engine(settings: EvaluateSettings) -> Engine:
     )
 
 
+def for_engine(image: Path | bytes, engine: Engine) -> Any:
+    """Return a picture as an engine takes it: decoded one by one for requests that are sent, undecoded for batches."""
+    if isinstance(image, Path):
+        return image
+    return open_image(image) if engine.name == "http" else io.BytesIO(image)
+
+
 def answer_key(task: Task, example: Example) -> str:
     """Return the name of an answer in the run's files."""
     return f"{task.name}/{task.mode}/{example.id}"
 
 
-def score_tasks(tasks: Sequence[Task], answers: Log, rule: Rule) -> list[tuple[Task, list[Score]]]:
+class Judged(NamedTuple):
+    """A judge's replies by answer, one per run, and who gave them."""
+
+    replies: dict[str, list[str]]
+    identity: dict[str, Any]
+
+
+def judge_tasks(tasks: Sequence[Task], answers: Log, settings: EvaluateSettings) -> Judged:
+    """Ask the judge for every reply that is missing, keep it, and return the replies of all runs.
+
+    A reply is kept under the judge's model, the whole prompt (which holds the answer) and the run, so that a new judge,
+    prompt or answer is asked anew and nothing is paid twice.
+    """
+    questions: dict[str, list[tuple[str, str, int]]] = {}
+    texts: dict[str, str] = {}
+    for task in tasks:
+        template = judge_template(task, settings)
+        for example in task.examples if template else ():
+            row = answers.rows.get(answer_key(task, example))
+            asked = row and task.benchmark.judge_request(example, row["answer"], template)
+            for run in range(settings.judge_runs if asked else 0):
+                about = (settings.judge, settings.judge_temperature, asked)
+                key = f"{answer_key(task, example)}/{content_id(*about)}/{run}"
+                texts[key] = asked.replace("<image>", "(image)")  # an engine would look for the picture
+                limit = task.benchmark.JUDGE_MAX_NEW_TOKENS
+                questions.setdefault(answer_key(task, example), []).append((key, texts[key], limit))
+    identity = {
+        "asked": settings.judge,
+        "temperature": settings.judge_temperature,
+        "runs": settings.judge_runs,
+        "prompts": {
+            task.name: content_id(judge_template(task, settings)) for task in tasks if judge_template(task, settings)
+        },
+    }
+    if not questions:
+        return Judged({}, identity)
+    with Log(Path(settings.output) / "judgements.jsonl") as judgements:
+        missing = [entry for entries in questions.values() for entry in entries if entry[0] not in judgements.rows]
+        if missing and settings.judge and not settings.score_only:
+            ask_judge(missing, judgements, settings)
+        replies = {
+            answer: [judgements.rows[key]["reply"] for key, _, _ in entries if key in judgements.rows]
+            for answer, entries in questions.items()
+        }
+        kept = [
+            judgements.rows[key] for entries in questions.values() for key, _, _ in entries if key in judgements.rows
+        ]
+    return Judged(replies, {**identity, "served": sorted({row["served"] for row in kept})})
+
+
+def judge_template(task: Task, settings: EvaluateSettings) -> str | None:
+    """Return the prompt of a task's judge, None for a benchmark without one."""
+    template = getattr(task.benchmark, "JUDGE_PROMPT", None)
+    if template is None or settings.judge_prompts is None:
+        return template
+    path = Path(settings.judge_prompts) / f"{task.name}.txt"
+    return path.read_text(encoding="utf-8") if path.exists() else template
+
+
+def ask_judge(missing: Sequence[tuple[str, str, int]], judgements: Log, settings: EvaluateSettings) -> None:
+    """Ask for replies through the judge's server and append each as it comes; failures are named and counted."""
+    from internvl_mpo.engines.http_engine import HttpEngine
+
+    num_words = sum(len(text.split()) for _, text, _ in missing)
+    print(f"{len(missing)} judge requests, about {num_words * 4 // 3:,} tokens to read", file=sys.stderr)
+    engine = HttpEngine(
+        settings.judge_url,
+        settings.judge,
+        concurrency=settings.judge_concurrency,
+        api_key=os.environ.get("JUDGE_API_KEY"),
+    )
+    requests = (
+        Request(
+            id=key,
+            question=text,
+            seed=int(key.rsplit("/", 1)[-1]),
+            sampling=Sampling(temperature=settings.judge_temperature, max_new_tokens=limit),
+        )
+        for key, text, limit in missing
+    )
+    num_failed = 0
+    for reply in tqdm(engine.generate(requests), total=len(missing), desc="judge", unit="reply"):
+        if reply.error:
+            num_failed += 1
+            tqdm.write(f"no judgement of {reply.id}: {reply.error}", file=sys.stderr)
+        else:
+            judgements.append(reply.id, {"asked": settings.judge, "served": reply.served_model, "reply": reply.text})
+    if num_failed:
+        print(f"{num_failed} judgements are missing; the same command asks only for these again", file=sys.stderr)
+
+
+def score_tasks(tasks: Sequence[Task], answers: Log, judged: Judged, rule: Rule) -> list[tuple[Task, list[Score]]]:
     """Return the verdict on every question; a question without an answer is unscored."""
     verdicts = []
     for task in tasks:
         scores = []
         for example in tqdm(task.examples, desc=f"scores {task.name} {task.mode}", unit="answer", leave=False):
-            row = answers.rows.get(answer_key(task, example))
+            key = answer_key(task, example)
+            row = answers.rows.get(key)
+            replies = judged.replies.get(key)
+            extra = {"replies": replies} if replies else {}
             if row is None:
                 scores.append(Score(id=example.id, value=None, extracted=None, reason="no answer generated"))
             else:
-                scores.append(task.benchmark.score(example, row["answer"], rule, task.mode))
+                scores.append(task.benchmark.score(example, row["answer"], rule, task.mode, **extra))
         verdicts.append((task, scores))
     return verdicts
 
 
-def write_scores(verdicts: Sequence[tuple[Task, list[Score]]], settings: EvaluateSettings) -> dict[str, Any]:
-    """Write scores.json (the numbers) and verdicts.jsonl (every verdict with its reason); return the numbers."""
+def write_scores(
+    verdicts: Sequence[tuple[Task, list[Score]]], answers: Log, judged: Judged, settings: EvaluateSettings
+) -> dict[str, Any]:
+    """Write scores.json (the numbers) and verdicts.jsonl (question, answer, verdict, reason); return the numbers."""
     output = Path(settings.output)
     scores: dict[str, Any] = {}
     with atomic_writer(output / "verdicts.jsonl") as file:
         for task, task_scores in verdicts:
             summary = task.benchmark.summarise(task_scores, settings.rule)
-            scores.setdefault(task.name, {})[task.mode] = {"rule": settings.rule, **summary}
-            for score in task_scores:
-                row = {"benchmark": task.name, "mode": task.mode, **dataclasses.asdict(score)}
+            judge = {"judge": judged.identity} if hasattr(task.benchmark, "JUDGE_PROMPT") else {}
+            scores.setdefault(task.name, {})[task.mode] = {"rule": settings.rule, **summary, **judge}
+            for example, score in zip(task.examples, task_scores, strict=True):
+                row = {
+                    "benchmark": task.name,
+                    "mode": task.mode,
+                    **dataclasses.asdict(score),
+                    "question": example.question,
+                    "choices": example.choices,
+                    "gold": example.answer,
+                    "images": [kept_picture(image, output) for image in example.images],
+                    "answer": answers.rows.get(answer_key(task, example), {}).get("answer"),
+                }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     with atomic_writer(output / "scores.json") as file:
         json.dump(scores, file, indent=2, ensure_ascii=False)
     return scores
 
 
-def format_table(scores: dict[str, Any]) -> str:
-    """Return the headline numbers as lines of text."""
+def kept_picture(image: Path | bytes, output: Path) -> str:
+    """Return a path at which the report finds the picture; embedded ones are written to the run folder once."""
+    if isinstance(image, Path):
+        return str(image.resolve())
+    path = output / "pictures" / content_id(len(image), hashlib.sha256(image).hexdigest())
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(image)
+    return str(path.resolve())
+
+
+def write_report(runs: Sequence[Path], path: Path) -> None:
+    """Write the report of one run or of two runs side by side."""
+    with atomic_writer(path) as file:
+        file.write(report_html(runs))
+
+
+def compare(argv: Sequence[str]) -> int:
+    """Print what changed between two runs, and write both side by side to RUN_B/compare.html."""
+    if len(argv) != 2:
+        raise BadInputError(f"compare takes two run folders, got {len(argv)}; give RUN_A RUN_B")
+    runs = [Path(run) for run in argv]
+    for difference in compare_runs(*runs):
+        print(difference.text())
+    write_report(runs, runs[1] / "compare.html")
+    print(f"side by side: {runs[1] / 'compare.html'}")
+    return 0
+
+
+def format_table(scores: dict[str, Any], max_unscored: float) -> str:
+    """Return the headline numbers as lines of text; none for a benchmark with too many unscored questions."""
     rows = [("benchmark", "mode", "rule", "number", "score", "95 % interval", "unanswered", "unscored", "questions")]
     for name, modes in scores.items():
         for mode, summary in modes.items():
             headline = summary["headline"]
+            allowed = max_unscored * summary["num_examples"]
             rows.append(
                 (
                     load_benchmark(name).TITLE,
                     mode,
                     summary["rule"],
                     headline,
-                    _number(summary[headline]),
+                    _number(summary[headline]) if summary["num_unscored"] <= allowed else "too few scored",
                     " - ".join(_number(end) for end in summary["interval"]) if summary["interval"] else "-",
                     _number(summary["unanswered"]) + " %",
                     str(summary["num_unscored"]),

@@ -70,7 +70,11 @@ class Score:
 
 
 class Benchmark(Protocol):
-    """What a benchmark's module provides."""
+    """What a benchmark's module provides.
+
+    A judged benchmark has `JUDGE_PROMPT` and `JUDGE_MAX_NEW_TOKENS` too, a function `judge_request(example, answer,
+    template)` that returns what a judge is asked (None where no judge is needed), and takes `replies` in `score`.
+    """
 
     NAME: str
     TITLE: str

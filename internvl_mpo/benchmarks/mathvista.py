@@ -36,6 +36,7 @@ from internvl_mpo.benchmarks.common import (
     summarise_accuracy,
 )
 from internvl_mpo.benchmarks.extraction import MAX_LINE, choose_option, final_segment, quantity, vlmevalkit_option
+from internvl_mpo.benchmarks.judging import fill
 from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows
 from internvl_mpo.prompts import ask
 
@@ -44,6 +45,15 @@ TITLE = "MathVista"
 HUB_ID = "AI4Math/MathVista:testmini"
 RULES: tuple[Rule, ...] = ("ours", "official", "internvl", "vlmevalkit")
 MAX_NEW_TOKENS: Mapping[Mode, int] = {"direct": 4096, "cot": 4096}
+JUDGE_MAX_NEW_TOKENS = 64
+JUDGE_PROMPT = """Read the final answer off a reply to a question. Write the answer alone: the option letter, the \
+number without its unit, or the list in brackets. Write nothing if the reply settles on no answer.
+
+{query}
+
+Reply: {answer}
+
+Final answer: """
 GROUPS = ("question_type", "answer_type")
 METADATA_GROUPS = ("language", "source", "category", "task", "context", "grade", "skills")
 
@@ -106,9 +116,11 @@ def prompt(example: Example, mode: Mode) -> str:
     return query if mode == "direct" else ask(query, mode, "en")
 
 
-def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot") -> Score:
-    """Return whether the answer, or the judge's extraction of it, is the gold answer; see the rules above."""
-    text = plain_text(answer)
+def score(
+    example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot", replies: Sequence[str] = ()
+) -> Score:
+    """Return whether the answer, or a judge's extraction of it, is the gold answer; see the rules above."""
+    text = replies[0].strip() if replies else plain_text(answer)
     if rule == "ours":
         right, extracted, reason = _ours(example, text)
     elif rule == "vlmevalkit":
@@ -126,16 +138,15 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     return summarise_accuracy(scores)
 
 
-def judge_request(example: Example, answer: str) -> list[dict[str, str]]:
-    """Return the messages that ask a judge to read the final answer off a reply, to be scored as an extraction."""
-    return [
-        {
-            "role": "user",
-            "content": "Read the final answer off a reply to a question. Write the answer alone: the option letter, "
-            "the number without unit, or the list in brackets. If the reply settles on no answer, write nothing.\n\n"
-            f"{prompt(example, 'direct')}\n\nReply: {answer}\n\nExtracted answer: ",
-        }
-    ]
+def judge_request(example: Example, answer: str, template: str = JUDGE_PROMPT) -> str | None:
+    """Return what asks a judge to read the final answer off a reply; None where the reply is nothing but the answer."""
+    kind = example.groups["answer_type"][0]
+    parse = {"integer": int, "float": float}.get(kind)
+    try:
+        bare = not answer or answer in example.choices or (parse is not None and parse(answer) is not None)
+    except (ValueError, OverflowError):
+        bare = False
+    return None if bare else fill(template, {"query": prompt(example, "direct"), "answer": answer})
 
 
 def _query(example: Example) -> str:

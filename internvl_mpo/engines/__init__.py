@@ -74,6 +74,7 @@ class Reply:
         finish_reason: "stop" (the model ended its turn), "length" (cut), or "" with an error.
         num_tokens: tokens generated, the end of the turn included.
         error: why there is no reply, or None.
+        served_model: the name a server signed the reply with; "" in this process.
     """
 
     id: str
@@ -81,6 +82,7 @@ class Reply:
     finish_reason: str = ""
     num_tokens: int = 0
     error: str | None = None
+    served_model: str = ""
 
 
 class Engine(Protocol):

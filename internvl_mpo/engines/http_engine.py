@@ -312,4 +312,5 @@ def _read_reply(request: Request, answer: bytes) -> Reply:
         text=text if request.prefix else text.strip(),
         finish_reason=reason,
         num_tokens=int(tokens),
+        served_model=str(completion.get("model") or ""),
     )

@@ -1,0 +1,86 @@
+"""Two runs on the same questions: the paired difference of each benchmark, and the questions whose verdict flipped."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from internvl_mpo.benchmarks.common import bootstrap_interval
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.records import iter_jsonl
+
+MAX_SHOWN = 10
+
+
+class Difference(NamedTuple):
+    """What changed from run A to run B on one benchmark in one mode.
+
+    Attributes:
+        name: "benchmark/mode".
+        num_questions: questions scored in both runs.
+        mean_a, mean_b: mean verdicts over these questions, x 100 (a rating 0 to 6 for MMHal-Bench likewise).
+        interval: 95 % bootstrap interval of B - A over questions, None for fewer than two.
+        better, worse: ids of the questions with a higher, a lower verdict in B.
+    """
+
+    name: str
+    num_questions: int
+    mean_a: float
+    mean_b: float
+    interval: list[float] | None
+    better: list[str]
+    worse: list[str]
+
+    def text(self) -> str:
+        """Return the difference as lines for a terminal."""
+        low, high = self.interval or (float("nan"), float("nan"))
+        lines = [
+            f"{self.name}: {self.mean_a:.2f} -> {self.mean_b:.2f}, difference {self.mean_b - self.mean_a:+.2f} "
+            f"(95 % interval {low:+.2f} to {high:+.2f}), {self.num_questions} questions"
+        ]
+        for word, ids in (("better", self.better), ("worse", self.worse)):
+            more = f" and {len(ids) - MAX_SHOWN} more" if len(ids) > MAX_SHOWN else ""
+            lines.append(f"  {len(ids)} {word}: {', '.join(ids[:MAX_SHOWN]) or '-'}{more}")
+        return "\n".join(lines)
+
+
+def compare_runs(run_a: Path, run_b: Path) -> list[Difference]:
+    """Return the differences between the verdicts of two run folders, benchmark by benchmark.
+
+    Raises:
+        BadInputError: a folder holds no verdicts, or the two share no scored question.
+    """
+    verdicts_a, verdicts_b = _verdicts(run_a), _verdicts(run_b)
+    differences = []
+    for name in sorted(verdicts_a.keys() & verdicts_b.keys()):
+        a, b = verdicts_a[name], verdicts_b[name]
+        shared = [id for id in a if id in b]
+        if not shared:
+            continue
+        deltas = [100 * (b[id] - a[id]) for id in shared]
+        differences.append(
+            Difference(
+                name=name,
+                num_questions=len(shared),
+                mean_a=100 * sum(a[id] for id in shared) / len(shared),
+                mean_b=100 * sum(b[id] for id in shared) / len(shared),
+                interval=bootstrap_interval(deltas, lambda drawn: sum(drawn) / len(drawn)),
+                better=[id for id in shared if b[id] > a[id]],
+                worse=[id for id in shared if b[id] < a[id]],
+            )
+        )
+    if not differences:
+        raise BadInputError(
+            f"{run_a} and {run_b} share no scored question; evaluate both on the same benchmark and mode"
+        )
+    return differences
+
+
+def _verdicts(run: Path) -> dict[str, dict[str, float]]:
+    """benchmark/mode -> question id -> verdict, unscored questions left out."""
+    path = run / "verdicts.jsonl"
+    if not path.exists():
+        raise BadInputError(f"{run} holds no verdicts.jsonl; evaluate into it first")
+    found: dict[str, dict[str, float]] = {}
+    for _, row in iter_jsonl(path):
+        if row["value"] is not None:
+            found.setdefault(f"{row['benchmark']}/{row['mode']}", {})[row["id"]] = row["value"]
+    return found
