@@ -56,7 +56,7 @@ def write_model_folder(model: Any, processor: Any, output_dir: str | Path) -> Pa
     output_dir.mkdir(parents=True, exist_ok=True)
     model.config.image_token_id = processor.image_token_id
     model.save_pretrained(output_dir)
-    _write_companions(output_dir, processor, model.generation_config)
+    write_companions(output_dir, processor, model.generation_config)
     return output_dir
 
 
@@ -83,7 +83,7 @@ def build_model_folder(source: str | Path, output_dir: str | Path) -> Path:
     source, output_dir = Path(source), Path(output_dir)
     if source.resolve() == output_dir.resolve():
         raise BadInputError(f"output is the source folder {source}; give another folder")
-    raw = _read_json(source / "config.json")
+    raw = read_json(source / "config.json")
     if raw.get("model_type") != "internvl_chat":
         raise BadInputError(
             f"{source / 'config.json'} has model_type {raw.get('model_type')!r}; expected an InternVL chat model "
@@ -95,7 +95,7 @@ def build_model_folder(source: str | Path, output_dir: str | Path) -> Path:
     except (ValueError, OSError, KeyError) as error:
         raise BadInputError(f"{source}: {str(error).splitlines()[0]}") from error
     config.image_token_id = processor.image_token_id
-    shards = _weight_files(source)
+    shards = weight_files(source)
     output_dir.mkdir(parents=True, exist_ok=True)
     if shards[0].suffix == ".bin":
         shards = _convert_bins(shards, output_dir)
@@ -108,7 +108,7 @@ def build_model_folder(source: str | Path, output_dir: str | Path) -> Path:
     generation_config = GenerationConfig()
     if (source / "generation_config.json").exists():
         generation_config = GenerationConfig.from_pretrained(source)
-    _write_companions(output_dir, processor, generation_config)
+    write_companions(output_dir, processor, generation_config)
     for name in ("README.md", "LICENSE"):
         if (source / name).exists():
             shutil.copyfile(source / name, output_dir / name)
@@ -135,7 +135,7 @@ def push_folder(folder: str | Path, repository: str, *, repo_type: str, private:
     return str(address)
 
 
-def _write_companions(output_dir: Path, processor: Any, generation_config: Any) -> None:
+def write_companions(output_dir: Path, processor: Any, generation_config: Any) -> None:
     """Write everything but weights: code, `auto_map`, tokenizer, processor, generation settings, card."""
     processor.save_pretrained(output_dir)
     for path in sorted(CODE_FOLDER.glob("*.py")):
@@ -177,8 +177,9 @@ folder = "{name}"  # or owner/name on the Hub
 model = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+messages = [{{"role": "user", "content": content}}]
 inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
 inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
 answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
@@ -187,14 +188,14 @@ print(processor.decode(answer, skip_special_tokens=True))
 """
 
 
-def _weight_files(source: Path) -> list[Path]:
+def weight_files(source: Path) -> list[Path]:
     """Return the shards of a folder: safetensors if there are any, else `.bin`."""
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
         if (source / index).exists():
-            names = sorted(set(_read_json(source / index)["weight_map"].values()))
+            names = sorted(set(read_json(source / index)["weight_map"].values()))
             missing = [name for name in names if not (source / name).exists()]
             if missing:
                 raise BadInputError(f"{source / index} names {missing[0]}, which is not there; download it again")
@@ -262,7 +263,7 @@ def _check_weights(config: Any, shards: list[Path]) -> None:
         raise BadInputError(f"the weights of {shards[0].parent} lack {next(iter(expected))}, {len(expected)} in all")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -285,9 +286,8 @@ def main(argv: list[str]) -> int:
     """Build a folder, and push it if asked to."""
     kind = argv[0] if argv else None
     if kind in (None, "-h", "--help"):
-        print(
-            f"{__doc__}\nusage: python -m internvl_mpo.publish {{{','.join(BUILDERS)}}} SOURCE --output DIR [--push REPO]"
-        )
+        kinds = ",".join(BUILDERS)
+        print(f"{__doc__}\nusage: python -m internvl_mpo.publish {{{kinds}}} SOURCE --output DIR [--push REPO]")
         return 0 if kind else 2
     if kind not in BUILDERS:
         raise BadInputError(f"'{kind}' cannot be published; expected one of {', '.join(BUILDERS)}")
