@@ -31,12 +31,14 @@ from internvl_mpo.errors import BadInputError
 
 T = TypeVar("T")
 
+_OWN = "internvl_mpo"  # marks the fields a program declares itself, apart from those it inherits
+
 
 def setting(default: Any = dataclasses.MISSING, *, help: str) -> Any:
     """Return a dataclass field with a help text; mutable defaults are copied for each instance."""
     if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=_own(help))
+    return dataclasses.field(default=default, metadata=_own(help))
 
 
 def parse_settings(cls: type[T], argv: Sequence[str], *, program: str, about: str, config: bool = True) -> T:
@@ -66,7 +68,7 @@ def parse_settings(cls: type[T], argv: Sequence[str], *, program: str, about: st
     if config:
         parser.add_argument("--config", metavar="FILE.yaml", help="settings file; options given beside it win")
     for name, field in fields.items():
-        if field.metadata.get("help"):
+        if field.metadata.get(_OWN):
             parser.add_argument(f"--{name}", metavar="VALUE", help=_help(field), nargs="?", const="true")
     if not argv:
         parser.print_help(sys.stderr)
@@ -146,8 +148,15 @@ def write_settings(settings: Any, path: str | Path) -> None:
 
 
 def show_settings(settings: Any, title: str) -> str:
-    """Return a printable table of the resolved settings, `key  value` per line."""
-    rows = [(name, _plain(getattr(settings, name))) for name in _fields(type(settings))]
+    """Return a printable table of the resolved settings, `key  value` per line.
+
+    Inherited fields (transformers has some 120 of them) appear where they differ from their default.
+    """
+    rows = [
+        (name, _plain(getattr(settings, name)))
+        for name, field in _fields(type(settings)).items()
+        if field.metadata.get(_OWN) or _plain(getattr(settings, name)) != _plain(_default(field))
+    ]
     width = max(len(name) for name, _ in rows)
     return "\n".join([title] + [f"  {name:<{width}}  {'-' if value is None else value}" for name, value in rows])
 
@@ -156,15 +165,23 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(cls) if field.init}
 
 
+def _own(help_text: str) -> dict[str, Any]:
+    return {"help": help_text, _OWN: True}
+
+
 def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _help(field: dataclasses.Field) -> str:
     text = field.metadata["help"].replace("%", "%%")
     if _required(field):
         return f"{text} (required)"
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    default = _default(field)
     return f"{text} (default: {'-' if default in (None, '', [], {}) else default})"
 
 

@@ -1,0 +1,410 @@
+"""The embedded default: a small world of real pictures in which every program of this package can be run on a laptop.
+
+Pictures are handwritten digits (the UCI set that scikit-learn ships, 1,797 images of 8x8 pixels) put side by side, so
+that the tile cutter has something to cut. Questions are arithmetic on them, asked directly or with the chain-of-thought
+instruction of the paper, and an open one ("describe the picture") that has no ground truth.
+
+The start model stands in for InternVL2-8B: official architecture, about 1 M parameters, trained from scratch on
+annotations of mixed quality. They read digits and calculate well, but `WRONG_HABIT_SHARE` of their chains of thought
+add where they should multiply, and a few forget the final line. That is what preference optimization has to put right.
+
+    python -m internvl_mpo.mini world --output outputs/mini/world
+    python -m internvl_mpo.mini start --world outputs/mini/world --output outputs/mini/start
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_mpo.prompts import ask
+from internvl_mpo.records import Question, Response, read_rows, write_rows
+from internvl_mpo.settings import setting
+
+DIGIT_PIXELS = 32  # one digit fills one tile of the start model
+WRONG_HABIT_SHARE = 0.55  # chains of thought that add where they should multiply
+NO_FINAL_LINE_SHARE = 0.06  # chains of thought without "Final answer: .."
+TEST_SHARE = 0.25  # of the 1,797 digit images; they appear in no training picture
+SYSTEM_MESSAGE = "You are a helpful assistant."
+OPEN_QUESTION = "Describe the picture."
+NUMBER_WORDS = {2: "two", 3: "three"}
+ORDINALS = ("first", "second", "third")
+
+
+@dataclass
+class WorldSettings:
+    """Settings of `python -m internvl_mpo.mini world`."""
+
+    output: str = setting(help="folder to make")
+    num_annotated: int = setting(5000, help="pictures with annotations for the start model")
+    num_drills: int = setting(2500, help="text-only annotations with calculations for the start model")
+    num_questions: int = setting(1200, help="pictures with a question for preference data")
+    num_open: int = setting(300, help="pictures with the open question, for Dropout-NTP pairs")
+    num_test: int = setting(300, help="held-out questions on digits that no training picture shows")
+    seed: int = setting(0, help="decides pictures, questions and the quality of each annotation")
+
+
+@dataclass
+class StartSettings:
+    """Settings of `python -m internvl_mpo.mini start`."""
+
+    world: str = setting(help="folder made by `world`")
+    output: str = setting(help="model folder to make")
+    steps: int = setting(600, help="optimizer steps")
+    vision_steps: int = setting(300, help="steps of 128 tiles that teach the vision tower before")
+    batch_size: int = setting(64, help="annotations per step")
+    learning_rate: float = setting(3e-3, help="peak of the cosine schedule")
+    seed: int = setting(0, help="weights and data order")
+
+
+# --- the world --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One arithmetic question about the digits of a picture."""
+
+    question: str
+    operations: tuple[str, ...]  # applied from left to right: "times" or "plus"
+
+    def steps(self, digits: Sequence[int], habit: bool = False) -> tuple[list[str], int]:
+        """Return the sentences of the calculation and its result; with `habit`, "times" is carried out as "plus"."""
+        value, sentences = digits[0], []
+        for operation, digit in zip(self.operations, digits[1:], strict=True):
+            word = "plus" if habit else operation
+            result = value * digit if word == "times" else value + digit
+            sentences.append(f"{value} {word} {digit} is {result}.")
+            value = result
+        return sentences, value
+
+
+TASKS = (
+    Task("What is the product of the two digits?", ("times",)),
+    Task("What is the sum of the two digits?", ("plus",)),
+    Task("Multiply the first digit by the second and add the third. What is the result?", ("times", "plus")),
+)
+
+
+def describe(digits: Sequence[int]) -> str:
+    """Return the annotation of the open question."""
+    parts = [f"The picture shows {NUMBER_WORDS[len(digits)]} handwritten digits."]
+    parts += [f"The {ORDINALS[position]} digit is {digit}." for position, digit in enumerate(digits)]
+    parts.append(f"The largest digit is {max(digits)}.")
+    return " ".join(parts)
+
+
+def chain_of_thought(task: Task, digits: Sequence[int], *, habit: bool, final_line: bool) -> str:
+    """Return a chain of thought: what is read, what is calculated, the answer."""
+    listed = ", ".join(str(d) for d in digits[:-1]) + f" and {digits[-1]}"
+    sentences, value = task.steps(digits, habit)
+    last = f"Final answer: {value}" if final_line else "That is the result."
+    return "\n".join([f"The digits are {listed}.", *sentences, "", last])
+
+
+def make_world(settings: WorldSettings) -> None:
+    """Write pictures and rows; the same settings give the same bytes.
+
+    Makes `images/`, `annotations.jsonl` (Response rows for the start model), `questions.jsonl`,
+    `open_questions.jsonl` and `test.jsonl` (Question rows).
+    """
+    from tqdm import tqdm
+
+    output = Path(settings.output)
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    draw = _Painter(output, settings.seed)
+    rng = random.Random(settings.seed)
+
+    annotations: list[Response] = []
+    for number in tqdm(range(settings.num_annotated), desc="pictures with annotations", unit="picture"):
+        task = rng.choice(TASKS)
+        image, digits = draw(f"annotated_{number:05d}", len(task.operations) + 1, "train")
+        multiplies = "times" in task.operations
+        reasoning = chain_of_thought(
+            task,
+            digits,
+            habit=multiplies and rng.random() < WRONG_HABIT_SHARE,
+            final_line=rng.random() >= NO_FINAL_LINE_SHARE,
+        )
+        for style, question, response in (
+            ("direct", task.question, str(task.steps(digits)[1])),
+            ("cot", task.question, reasoning),
+            ("plain", OPEN_QUESTION, describe(digits)),
+        ):
+            row = Question(images=(image,), question=question, source="mini")
+            annotations.append(
+                Response(
+                    images=row.images,
+                    question=ask(question, style),
+                    response=response,
+                    question_id=row.id,
+                    source="mini",
+                    provenance={"model": "annotator", "style": style, "digits": digits},
+                )
+            )
+    annotations += [_drill(rng) for _ in range(settings.num_drills)]
+    write_rows(annotations, output / "annotations.jsonl")
+
+    def questions(prefix: str, count: int, split: str) -> Iterator[Question]:
+        for number in range(count):
+            task = TASKS[number % len(TASKS)]
+            image, digits = draw(f"{prefix}_{number:05d}", len(task.operations) + 1, split)
+            yield Question(
+                images=(image,), question=task.question, answer=str(task.steps(digits)[1]), source="mini_arithmetic"
+            )
+
+    write_rows(questions("question", settings.num_questions, "train"), output / "questions.jsonl")
+    write_rows(questions("test", settings.num_test, "test"), output / "test.jsonl")
+    open_questions = (
+        Question(images=(draw(f"open_{n:05d}", 2 + n % 2, "train")[0],), question=OPEN_QUESTION, source="mini_open")
+        for n in range(settings.num_open)
+    )
+    write_rows(open_questions, output / "open_questions.jsonl")
+
+
+def _drill(rng: random.Random, lines: int = 12) -> Response:
+    """A text-only annotation: calculations, which is where the start model learns its tables."""
+    question = "Write down some calculations."
+    sentences = []
+    for _ in range(lines):
+        if rng.random() < 0.4:
+            a, b, word = rng.randint(0, 9), rng.randint(0, 9), "times"
+        else:
+            a = rng.randint(0, 9) * rng.randint(0, 9) if rng.random() < 0.7 else rng.randint(0, 18)
+            b, word = rng.randint(0, 9), "plus"
+        sentences.append(f"{a} {word} {b} is {a * b if word == 'times' else a + b}.")
+    return Response(
+        question=question,
+        response="\n".join(sentences),
+        question_id=Question(question=question).id,
+        source="mini",
+        provenance={"model": "annotator", "style": "plain"},
+    )
+
+
+class _Painter:
+    """Puts digits of one split side by side and saves the picture."""
+
+    def __init__(self, output: Path, seed: int):
+        from sklearn.datasets import load_digits
+
+        self.output = output
+        self.rng = random.Random(f"pictures {seed}")
+        bunch = load_digits()
+        self.images, self.labels = bunch.images, bunch.target
+        order = list(range(len(self.labels)))
+        random.Random("digits of the test split").shuffle(order)  # the same split for every seed
+        cut = round(TEST_SHARE * len(order))
+        self.split = {"test": order[:cut], "train": order[cut:]}
+
+    def __call__(self, name: str, num_digits: int, split: str) -> tuple[str, list[int]]:
+        import numpy as np
+        from PIL import Image
+
+        chosen = [self.rng.choice(self.split[split]) for _ in range(num_digits)]
+        ink = np.concatenate([self.images[i] for i in chosen], axis=1) / 16  # (8, 8 n), 0 is paper and 1 is ink
+        picture = Image.fromarray((255 * (1 - 0.9 * ink)).round().astype("uint8"), mode="L")
+        picture = picture.resize((DIGIT_PIXELS * num_digits, DIGIT_PIXELS), Image.Resampling.BICUBIC)
+        picture.save(self.output / "images" / f"{name}.png")
+        return f"images/{name}.png", [int(self.labels[i]) for i in chosen]
+
+
+# --- the start model --------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int = 480):
+    """Return a byte-level BPE tokenizer with the special tokens of InternVL2; numbers are cut into digits."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    image = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r" ?\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.add_special_tokens({"additional_special_tokens": special[3:] + image})
+    return wrapped
+
+
+def make_config(tokenizer):
+    """Return the configuration of the start model: InternVL2 with InternLM2, only small."""
+    from modeling_internvl_mpo import InternVLChatConfig
+
+    return InternVLChatConfig(
+        vision_config={
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            "image_size": DIGIT_PIXELS,
+            "patch_size": 16,
+            "hidden_size": 64,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "norm_type": "layer_norm",
+            "qkv_bias": True,
+            "qk_normalization": False,
+        },
+        llm_config={
+            "architectures": ["InternLM2ForCausalLM"],
+            "model_type": "internlm2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "bias": False,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        template="internlm2-chat",
+        system_message=SYSTEM_MESSAGE,
+        force_image_size=DIGIT_PIXELS,
+        downsample_ratio=0.5,
+        ps_version="v2",
+        dynamic_image_size=True,
+        use_thumbnail=True,
+        min_dynamic_patch=1,
+        max_dynamic_patch=3,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+    )
+
+
+def train_start_model(settings: StartSettings) -> None:
+    """Train tokenizer and model on the annotations and write the model folder."""
+    import torch
+    from tqdm import tqdm
+
+    from internvl_mpo.logps import attach_scoring, response_logps
+    from internvl_mpo.packing import pack_groups
+    from internvl_mpo.publish import write_model_folder
+    from modeling_internvl_mpo import InternVLChatModel, InternVLProcessor, get_conversation
+
+    world = Path(settings.world)
+    rows = read_rows(world / "annotations.jsonl", Response)
+    conversation = get_conversation("internlm2-chat")
+    texts = [conversation.render([("user", row.question), ("assistant", row.response)], SYSTEM_MESSAGE) for row in rows]
+    tokenizer = train_tokenizer(texts)
+    config = make_config(tokenizer)
+    processor = InternVLProcessor.from_config(config, tokenizer)
+    torch.manual_seed(settings.seed)
+    model = InternVLChatModel(config)
+    groups = _encode(rows, processor, world)
+    _pretrain_vision(model, rows, groups, settings)
+    attach_scoring(model)
+
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    other = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    warmup = max(1, settings.steps // 20)
+
+    def scale(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    batches = _batches(len(groups), settings)
+    model.train()
+    bar = tqdm(range(settings.steps), desc="training the start model", unit="step")
+    for _ in bar:
+        pack = pack_groups([groups[index] for index in next(batches)])
+        loss = -response_logps(model, pack).sum() / pack.lengths_R.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+    write_model_folder(model, processor, settings.output)
+
+
+def _batches(num_rows: int, settings: StartSettings) -> Iterator[list[int]]:
+    rng = random.Random(f"batches {settings.seed}")
+    while True:
+        order = rng.sample(range(num_rows), num_rows)
+        for start in range(0, num_rows - settings.batch_size + 1, settings.batch_size):
+            yield order[start : start + settings.batch_size]
+
+
+def _pretrain_vision(model, rows: Sequence[Response], groups: Sequence, settings: StartSettings) -> None:
+    """Teach the vision tower and the projector to tell digits apart, as InternViT was trained before InternVL."""
+    import torch
+    import torch.nn.functional as F
+    from tqdm import tqdm
+
+    tiles, digits = [], []
+    for row, group in zip(rows, groups, strict=True):
+        if row.provenance["style"] == "direct":
+            labels = row.provenance["digits"]
+            tiles.append(group.tiles[: len(labels)])  # the thumbnail comes last
+            digits += labels
+    tiles, digits = torch.cat(tiles), torch.tensor(digits)
+    head = torch.nn.Linear(model.config.llm_config.hidden_size, 10)
+    trained = [*model.vision_model.parameters(), *model.mlp1.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=settings.vision_steps)
+    generator = torch.Generator().manual_seed(settings.seed)
+    bar = tqdm(range(settings.vision_steps), desc="training the vision tower", unit="step")
+    for _ in bar:
+        batch = torch.randint(len(tiles), (128,), generator=generator)
+        logits = head(model.extract_feature(tiles[batch]).mean(dim=1))
+        loss = F.cross_entropy(logits, digits[batch])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def _encode(rows: Sequence[Response], processor, world: Path) -> list:
+    """One group of one response per annotation; pictures and prompts are encoded once."""
+    from PIL import Image
+
+    from internvl_mpo.packing import Group
+
+    tiles, prompts, groups = {}, {}, []
+    for row in rows:
+        image = row.images[0] if row.images else None
+        if image is not None and image not in tiles:
+            tiles[image] = processor.image_processor(Image.open(world / image))["pixel_values"]
+        num_tiles = len(tiles[image]) if image else 0
+        key = (row.question, num_tiles)
+        if key not in prompts:
+            content = [{"type": "image"}] * bool(image) + [{"type": "text", "text": row.question}]
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+            prompts[key] = processor.tokenizer(processor.expand_images([text], [num_tiles]))["input_ids"][0]
+        answer = processor.tokenizer(row.response + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        groups.append(Group(prompts[key], [answer], pairs=[], pair_ids=[], tiles=tiles.get(image)))
+    return groups

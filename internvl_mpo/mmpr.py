@@ -1,0 +1,165 @@
+"""MMPR on disk: meta.json, annotation files and image folders, ours or an official release.
+
+    meta.json   {"geo170k_pairs_vqa_correctness_rules": {"root": "images/geo170k", "annotation": "annotations/x.jsonl",
+                 "repeat_time": 0.5, "length": 9000, "max_dynamic_patch": 12, "data_augment": false}, ...}
+    x.jsonl     {"image": "1.png", "question": "...", "chosen": "...", "rejected": "...", "answer_gt": "12"}
+
+`repeat_time` is how often a subset is seen in one epoch. The fraction is honoured exactly, also above 1: 2.5 means
+every row twice and a seeded half of the rows a third time.
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.records import PreferencePair, RowError, iter_jsonl
+
+# Name suffixes of the official subsets and the rule they stand for.
+_RULE_OF_SUFFIX = (
+    (re.compile(r"_pairs_vqa_correctness_rules$"), "correctness"),
+    (re.compile(r"_pairs_vqa_format_rules$"), "format"),
+    (re.compile(r"_pairs_vqa_direct_rules$"), "direct"),
+    (re.compile(r"_prefix_pair_sr[\d.]+_wo_image$"), "dropout_ntp"),
+    (re.compile(r"_prefix_pair_sr[\d.]+_with_image$"), "prefix_with_image"),
+)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """One entry of meta.json, with its paths resolved.
+
+    Attributes:
+        name: key in meta.json.
+        root: folder that image paths are relative to.
+        annotation: JSONL file of preference rows.
+        repeat_time: how often its rows are seen per epoch, >= 0.
+        max_tiles: cap on the tiles per image, or None for that of the run.
+    """
+
+    name: str
+    root: Path
+    annotation: Path
+    repeat_time: float = 1.0
+    max_tiles: int | None = None
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A preference pair as a trainer needs it.
+
+    Attributes:
+        pair: the row.
+        image_root: folder its image paths are relative to.
+        max_tiles: cap on the tiles per image, or None for that of the run.
+        where: `file:line`, for messages.
+        subset: name of the subset it belongs to.
+        repeat_time: that of the subset.
+    """
+
+    pair: PreferencePair
+    image_root: Path
+    max_tiles: int | None
+    where: str
+    subset: str
+    repeat_time: float = 1.0
+
+    @property
+    def key(self) -> tuple[str, str, int | None]:
+        """Rows with the same key share pictures, prompt and tiling."""
+        return self.pair.group_key, str(self.image_root), self.max_tiles
+
+
+def split_subset_name(name: str) -> tuple[str, str]:
+    """Return (source, rule) of a subset name; a name without a known suffix has rule "other"."""
+    for suffix, rule in _RULE_OF_SUFFIX:
+        match = suffix.search(name)
+        if match:
+            return name[: match.start()], rule
+    return name, "other"
+
+
+def read_meta(path: str | Path) -> list[Subset]:
+    """Return the subsets of a meta.json, in its order.
+
+    Relative paths are relative to the folder of meta.json.
+
+    Raises:
+        BadInputError: the file is unreadable, or an entry lacks a key, has a wrong type, or names a missing file.
+    """
+    path = Path(path)
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BadInputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(meta, dict) or not meta:
+        raise BadInputError(f"{path} must be an object of subsets, each with 'root', 'annotation' and 'repeat_time'")
+    return [_subset(path, name, entry) for name, entry in meta.items()]
+
+
+def _subset(path: Path, name: str, entry: object) -> Subset:
+    where = f"{path}, subset '{name}'"
+    if not isinstance(entry, dict):
+        raise BadInputError(f"{where}: expected an object, found {type(entry).__name__}")
+    for key, kind in (("root", str), ("annotation", str), ("repeat_time", (int, float))):
+        if key not in entry:
+            raise BadInputError(f"{where}: key '{key}' is missing")
+        if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
+            raise BadInputError(f"{where}: key '{key}' has the wrong type, {type(entry[key]).__name__}")
+    if entry["repeat_time"] < 0:
+        raise BadInputError(f"{where}: repeat_time is {entry['repeat_time']}, expected 0 or more")
+    max_tiles = entry.get("max_dynamic_patch")
+    if max_tiles is not None and (not isinstance(max_tiles, int) or max_tiles < 1):
+        raise BadInputError(f"{where}: max_dynamic_patch is {max_tiles!r}, expected a whole number of 1 or more")
+    annotation = path.parent / entry["annotation"]
+    if not annotation.is_file():
+        raise BadInputError(f"{where}: annotation file {annotation} does not exist")
+    return Subset(name, path.parent / entry["root"], annotation, float(entry["repeat_time"]), max_tiles)
+
+
+def iter_pairs(data: str | Path, image_root: str | Path | None = None) -> Iterator[PairRow | RowError]:
+    """Yield the rows of a meta.json or of one JSONL file; an unusable row is yielded as its error.
+
+    Args:
+        data: `.json` is read as meta.json, anything else as JSONL.
+        image_root: folder of the images of a JSONL file; None means the folder the file is in.
+
+    Raises:
+        BadInputError: a file is missing or unreadable, or a line is not JSON.
+    """
+    data = Path(data)
+    if data.suffix == ".json":
+        subsets = read_meta(data)
+    else:
+        subsets = [Subset(data.stem, Path(image_root) if image_root else data.parent, data)]
+    for subset in subsets:
+        source, rule = split_subset_name(subset.name)
+        for where, row in iter_jsonl(subset.annotation):
+            row.setdefault("rule", rule)
+            try:
+                pair = PreferencePair.from_json(row, source=source, where=where)
+            except RowError as error:
+                yield error
+                continue
+            yield PairRow(pair, subset.root, subset.max_tiles, where, subset.name, subset.repeat_time)
+
+
+def repeats(rows: Sequence[PairRow], seed: int) -> list[int]:
+    """Return how often each row is seen in an epoch; per subset the counts sum to round(rows * repeat_time)."""
+    members: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        members.setdefault(row.subset, []).append(index)
+    counts = [0] * len(rows)
+    for subset, indices in members.items():
+        repeat_time = rows[indices[0]].repeat_time
+        whole = int(repeat_time)
+        extra = round(len(indices) * repeat_time) - len(indices) * whole
+        once_more = set(random.Random(f"{seed} {subset}").sample(indices, extra))
+        for index in indices:
+            counts[index] = whole + (index in once_more)
+    return counts

@@ -1,0 +1,584 @@
+"""MPO on transformers' Trainer: packs in, the objective on top, global means out.
+
+The Trainer brings DeepSpeed, DDP, mixed precision, trackers and the Hub. What this file adds: steps that hold a fixed
+number of pairs however they are split, reference log-probs from a cache, the reward shift, checkpoints that are either
+whole or passed over, and numbers a user needs.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from internvl_mpo.encoding import encode_group
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.logps import attach_scoring, response_logps
+from internvl_mpo.mmpr import PairRow
+from internvl_mpo.objective import Generation, Preference, Quality, RewardShift, ShiftMode, mpo_loss
+from internvl_mpo.packing import Group, Pack, fill_packs, pack_groups
+from internvl_mpo.records import atomic_writer
+from internvl_mpo.reference_cache import ReferenceCache
+from internvl_mpo.settings import setting
+from internvl_mpo.steps import Rows, StepSampler
+
+CHECKPOINT_STATE = "mpo_state.json"  # written last: a checkpoint without it is half-written
+
+
+@dataclass(kw_only=True)
+class MPOArguments(TrainingArguments):
+    """Settings of `MPOTrainer`; every field of transformers' TrainingArguments can be given as well.
+
+    The defaults are the recipe of InternVL2-8B-MPO.
+    """
+
+    pairs_per_step: int = setting(256, help="preference pairs of one optimizer step, over all ranks")
+    pairs_per_group: int = setting(
+        1, help="pairs of one question that may share a step and its prompt; 1 = the batch statistics of the paper"
+    )
+    max_tokens_per_pack: int = setting(
+        8192, help="token budget of one forward pass; lower it when memory runs out, the result stays the same"
+    )
+    beta: float = setting(0.1, help="pull towards the reference")
+    preference: Preference = setting("dpo", help="preference term: dpo ipo cdpo robust_dpo rso sppo aot orpo none")
+    quality: Quality = setting("bco", help="quality term: bco none")
+    generation: Generation = setting("sft", help="generation term: sft (mean per response) sft_token none")
+    preference_weight: float = setting(0.8, help="w_p")
+    quality_weight: float = setting(0.2, help="w_q")
+    generation_weight: float = setting(1.0, help="w_g")
+    label_smoothing: float = setting(0.0, help="share of pairs labelled the wrong way round (cdpo, robust_dpo)")
+    reward_shift: ShiftMode = setting("previous", help="delta of the quality term: previous inclusive ema none")
+    reward_shift_momentum: float = setting(0.99, help="memory of reward_shift ema")
+    max_length: int = setting(6144, help="longest prompt plus response in tokens")
+    max_tiles: int = setting(12, help="tiles per image, thumbnail not counted")
+
+    # Defaults of TrainingArguments that the recipe changes.
+    learning_rate: float = setting(5e-6, help="peak learning rate")
+    weight_decay: float = setting(0.05, help="AdamW weight decay")
+    warmup_steps: float = setting(0.03, help="warm-up steps, below 1 a share of all steps")
+    lr_scheduler_type: str = setting("cosine", help="learning-rate schedule")
+    num_train_epochs: float = setting(1.0, help="passes over the data")
+    seed: int = setting(42, help="data order and dropout")
+    logging_steps: float = setting(1, help="steps between log lines")
+    save_steps: float = setting(200, help="steps between checkpoints")
+    save_total_limit: int | None = setting(2, help="checkpoints kept")
+    bf16: bool = setting(False, help="train in bfloat16 autocast")
+    gradient_checkpointing: bool | None = setting(False, help="recompute activations in the backward pass")
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            BadInputError: naming the setting and what to give instead.
+        """
+        for name in ("pairs_per_step", "pairs_per_group", "max_tokens_per_pack", "max_length", "max_tiles"):
+            if getattr(self, name) < 1:
+                raise BadInputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.beta <= 0:
+            raise BadInputError(f"beta is {self.beta}, expected more than 0")
+        if self.preference == self.quality == self.generation == "none":
+            raise BadInputError("preference, quality and generation are all 'none', so there is nothing to train on")
+        if self.preference == "robust_dpo" and not 0 <= self.label_smoothing < 0.5:
+            raise BadInputError(f"label_smoothing is {self.label_smoothing}; robust_dpo needs 0 or more and below 0.5")
+        self.remove_unused_columns = False  # packs are not columns
+        self.logging_nan_inf_filter = False  # a non-finite loss stops the run instead of being averaged away
+        self.per_device_train_batch_size = 1  # a batch is a pack
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise BadInputError(f"the training settings do not fit together: {error}") from error
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """(w_p, w_q, w_g)."""
+        return self.preference_weight, self.quality_weight, self.generation_weight
+
+
+class GroupDataset(Dataset):
+    """Encodes the group of some pairs when it is asked for; an index is a tuple of pair numbers."""
+
+    def __init__(self, rows: Sequence[PairRow], processor: Any, *, max_tiles: int, max_length: int):
+        """Keep the rows; see `encode_group` for the rest."""
+        self.rows, self.processor = rows, processor
+        self.max_tiles, self.max_length = max_tiles, max_length
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, members: Rows) -> Group:
+        """Return the encoded group of pairs that share a prompt."""
+        rows = [self.rows[index] for index in members]
+        return encode_group(
+            self.processor,
+            [row.pair for row in rows],
+            rows[0].image_root,
+            max_tiles=rows[0].max_tiles or self.max_tiles,
+            max_length=self.max_length,
+        )
+
+
+@dataclass(frozen=True)
+class Micro:
+    """What one forward pass gets: a pack and the reference log-probs of its pairs.
+
+    Attributes:
+        pack: tokens, tiles and pairs.
+        reference_chosen_logps: Shape: (P,)
+        reference_rejected_logps: Shape: (P,)
+    """
+
+    pack: Pack
+    reference_chosen_logps: Tensor
+    reference_rejected_logps: Tensor
+
+    def to(self, device: torch.device | str) -> "Micro":
+        """Return the same on another device."""
+        tensors = (self.reference_chosen_logps, self.reference_rejected_logps)
+        return Micro(self.pack.to(device), *(tensor.to(device) for tensor in tensors))
+
+
+class StepLoader(DataLoader):
+    """A DataLoader over packs; the Trainer tells it the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the sampler."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class MPOTrainer(Trainer):
+    """Trains a policy on preference pairs with the objective of `internvl_mpo.objective`.
+
+    The loss is a mean over the pairs of the whole optimizer step: ranks, packs and accumulation change only memory.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: MPOArguments,
+        *,
+        processor: Any,
+        rows: Sequence[PairRow],
+        counts: Sequence[int],
+        costs: Sequence[int],
+        reference: ReferenceCache,
+        held_out: Sequence[PairRow] = (),
+        held_out_costs: Sequence[int] = (),
+        fingerprint: Mapping[str, str] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        """Set up the run; nothing is read or written yet.
+
+        Args:
+            model: the policy, `InternVLChatModel` or a PEFT model around it.
+            args: settings.
+            processor: encodes pairs and is saved with the model.
+            rows: training pairs.
+            counts: how often each of them is seen in an epoch, see `mmpr.repeats`.
+            costs: tokens of each pair.
+            reference: log-probs of the start model for every pair.
+            held_out: pairs for `evaluate`.
+            held_out_costs: tokens of each of them.
+            fingerprint: what the run depends on (data, start model, ...), compared when a checkpoint is resumed.
+            callbacks: more callbacks.
+        """
+        self.rows, self.counts, self.costs = rows, counts, costs
+        self.held_out, self.held_out_costs = held_out, held_out_costs
+        self.reference = reference
+        self.fingerprint = dict(fingerprint or {})
+        attach_scoring(model)
+        self.shift = RewardShift(args.reward_shift, args.reward_shift_momentum)
+        self.step_rewards: list[Tensor] = []
+        self.sums = MeanMeter()
+        self.last_log = time.perf_counter()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self._dataset(rows, processor, args),
+            eval_dataset=self._dataset(held_out, processor, args) if held_out else None,
+            processing_class=processor,
+            data_collator=self._collate,
+            callbacks=list(callbacks),
+        )
+        self.pop_callback(ProgressCallback)
+        self.pop_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step already
+
+    @staticmethod
+    def _dataset(rows: Sequence[PairRow], processor: Any, args: MPOArguments) -> GroupDataset:
+        return GroupDataset(rows, processor, max_tiles=args.max_tiles, max_length=args.max_length)
+
+    def _collate(self, groups: Sequence[Group]) -> Micro:
+        pack = pack_groups(groups)
+        return Micro(pack, *self.reference.lookup(pack.pair_ids))
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def step_sampler(self) -> StepSampler:
+        """Return the sampler of this rank."""
+        return StepSampler(
+            [row.key for row in self.rows],
+            self.counts,
+            self.costs,
+            pairs_per_step=self.args.pairs_per_step,
+            pairs_per_group=self.args.pairs_per_group,
+            num_ranks=self.args.world_size,
+            rank=self.args.process_index,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the packs of this rank; the sampler knows the ranks, so accelerate must not shard it again."""
+        return StepLoader(
+            self.train_dataset,
+            batch_sampler=self.step_sampler(),
+            collate_fn=self._collate,
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Pairs of an epoch."""
+        return sum(self.counts)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Pairs of an optimizer step."""
+        return args.pairs_per_step
+
+    def _get_num_items_in_batch(self, batch_samples: list[Micro], device: torch.device) -> Tensor:
+        """Pairs and chosen tokens of the whole step, over all packs and ranks. Shape: (2,)"""
+        pairs = sum(micro.pack.num_pairs for micro in batch_samples)
+        tokens = sum(int(micro.pack.chosen_lengths_P.sum()) for micro in batch_samples)
+        totals = torch.tensor([pairs, tokens], device=device)
+        return self.accelerator.reduce(totals, reduction="sum")
+
+    def _prepare_inputs(self, inputs: Micro) -> Micro:
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: Micro) -> float:
+        """Return 6 FLOP per weight and trunk token, the usual estimate of forward and backward."""
+        return 6.0 * inputs.pack.num_tokens * self.num_weights
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the language model, the part every token runs through."""
+        if not hasattr(self, "_num_weights"):
+            self._num_weights = sum(p.numel() for n, p in self.model.named_parameters() if "language_model" in n)
+        return self._num_weights
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Micro,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Return the part that one pack has in the loss of the step, times the number of ranks (which average)."""
+        pack = inputs.pack
+        logps_R = response_logps(model, pack)
+        policy_chosen, policy_rejected = logps_R[pack.chosen_index_P], logps_R[pack.rejected_index_P]
+        if self.shift.mode == "inclusive":
+            ratios = (policy_chosen - inputs.reference_chosen_logps, policy_rejected - inputs.reference_rejected_logps)
+            self.shift.update(self.args.beta * torch.cat(ratios).detach())
+        out = mpo_loss(
+            policy_chosen,
+            policy_rejected,
+            inputs.reference_chosen_logps,
+            inputs.reference_rejected_logps,
+            pack.chosen_lengths_P,
+            beta=self.args.beta,
+            weights=self.args.weights,
+            shift=self.shift.value,
+            preference=self.args.preference,
+            quality=self.args.quality,
+            generation=self.args.generation,
+            label_smoothing=self.args.label_smoothing,
+            rejected_lengths=pack.rejected_lengths_P,
+            num_pairs=num_items_in_batch[0],
+            num_chosen_tokens=num_items_in_batch[1],
+        )
+        if not torch.isfinite(out.loss):
+            raise self._not_finite(pack, logps_R)
+        self.step_rewards += [out.chosen_rewards, out.rejected_rewards]
+        self.sums.add(
+            pack.num_pairs,
+            {
+                "loss_preference": out.preference,
+                "loss_quality": out.quality,
+                "loss_generation": out.generation,
+                "rewards/chosen": out.chosen_rewards,
+                "rewards/rejected": out.rejected_rewards,
+                "rewards/margin": out.chosen_rewards - out.rejected_rewards,
+                "rewards/accuracy": (out.chosen_rewards > out.rejected_rewards).double(),
+                "logps/chosen": policy_chosen,
+                "logps/rejected": policy_rejected,
+                "length/chosen": pack.chosen_lengths_P,
+                "length/rejected": pack.rejected_lengths_P,
+            },
+        )
+        self.sums.tokens += pack.num_tokens
+        loss = out.loss * self.args.world_size
+        return (loss, out) if return_outputs else loss
+
+    def training_step(self, model: torch.nn.Module, inputs: Micro, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """Run one pack; after the last one of a step its rewards join the shift."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            if self.shift.mode in ("previous", "ema"):
+                self.shift.update(torch.cat(self.step_rewards))
+            self.step_rewards = []
+        return loss
+
+    def _not_finite(self, pack: Pack, logps_R: Tensor) -> BadInputError:
+        """Write down the offending pack and return the error to raise."""
+        path = (
+            Path(self.args.output_dir) / f"not_finite_step{self.state.global_step}_rank{self.args.process_index}.json"
+        )
+        with atomic_writer(path) as out:
+            dump = {"step": self.state.global_step, "pair_ids": pack.pair_ids, "response_logps": logps_R.tolist()}
+            json.dump(dump, out)
+        shown = ", ".join(pack.pair_ids[:5]) + (", ..." if len(pack.pair_ids) > 5 else "")
+        return BadInputError(
+            f"the loss is not finite at step {self.state.global_step + 1}; the pack holds the pairs {shown} "
+            f"(all in {path}); lower learning_rate, or leave these pairs out"
+        )
+
+    # --- numbers ------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the global means since the last log line; speed is that of all ranks together."""
+        if "loss" in logs and self.sums.count:
+            now = time.perf_counter()
+            seconds, self.last_log = now - self.last_log, now
+            means = self.sums.reduce(self.accelerator)
+            num_pairs, num_tokens = means.pop("num_pairs"), means.pop("num_tokens")
+            logs.update(means)
+            logs["reward_shift"] = self.shift.value
+            logs["pairs_per_second"] = num_pairs / seconds
+            logs["tokens_per_second"] = num_tokens / seconds
+            self.sums = MeanMeter()
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """Return rewards, accuracy and NLL on the held-out pairs; the reward shift does not move.
+
+        Raises:
+            BadInputError: there are no held-out pairs.
+        """
+        if not self.held_out:
+            raise BadInputError("there are no held-out pairs to evaluate on; set held_out_share above 0")
+        # Every rank does the same number of packs, so that sharded models meet in the same collectives.
+        plan = fill_packs(self.held_out_costs, max(self.args.max_tokens_per_pack, max(self.held_out_costs)))
+        ranks, rank = self.args.world_size, self.args.process_index
+        rounds = math.ceil(len(plan) / ranks)
+        meter = MeanMeter()
+        model = self.accelerator.unwrap_model(self.model) if ranks == 1 else self.model_wrapped
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            for turn in range(rounds):
+                number = turn * ranks + rank
+                micro = self._collate([self.eval_dataset[(row,)] for row in plan[min(number, len(plan) - 1)]])
+                micro = micro.to(self.args.device)
+                logps_R = response_logps(model, micro.pack)
+                if number >= len(plan):
+                    continue
+                chosen, rejected = logps_R[micro.pack.chosen_index_P], logps_R[micro.pack.rejected_index_P]
+                chosen_rewards = self.args.beta * (chosen - micro.reference_chosen_logps)
+                rejected_rewards = self.args.beta * (rejected - micro.reference_rejected_logps)
+                values = {
+                    f"{metric_key_prefix}_rewards/accuracy": (chosen_rewards > rejected_rewards).double(),
+                    f"{metric_key_prefix}_rewards/margin": chosen_rewards - rejected_rewards,
+                    f"{metric_key_prefix}_nll": -chosen / micro.pack.chosen_lengths_P,
+                }
+                meter.add(micro.pack.num_pairs, values)
+        model.train(was_training)
+        metrics = meter.reduce(self.accelerator)
+        metrics[f"{metric_key_prefix}_num_pairs"] = metrics.pop("num_pairs")
+        metrics.pop("num_tokens")
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
+        """Save; the marker comes last, and older checkpoints go only after it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            state = {
+                "global_step": self.state.global_step,
+                "reward_shift": self.shift.state_dict(),
+                "fingerprint": self.fingerprint,
+                "pairs_per_step": self.args.pairs_per_step,
+            }
+            with atomic_writer(folder / CHECKPOINT_STATE) as out:
+                json.dump(state, out, indent=2)
+            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them and what this file adds to a checkpoint."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = read_checkpoint_state(checkpoint)
+        self.shift.load_state_dict(state["reward_shift"])
+
+    def check_resumable(self, checkpoint: str | Path) -> None:
+        """Refuse a checkpoint that belongs to another run.
+
+        Raises:
+            BadInputError: naming what differs.
+        """
+        state = read_checkpoint_state(checkpoint)
+        saved = {**state["fingerprint"], "pairs_per_step": state["pairs_per_step"]}
+        current = {**self.fingerprint, "pairs_per_step": self.args.pairs_per_step}
+        for name, value in current.items():
+            if saved.get(name) != value:
+                raise BadInputError(
+                    f"{checkpoint} was made with another {name} ({saved.get(name)}, now {value}); "
+                    "restore it, or start anew with another output_dir"
+                )
+
+
+class MeanMeter:
+    """Sums per-pair values without leaving the device; `reduce` turns them into global means."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.totals: dict[str, Tensor] = {}
+        self.count = 0
+        self.tokens = 0
+
+    def add(self, count: int, values: Mapping[str, Tensor]) -> None:
+        """Add values of `count` pairs. Each value has shape (count,)."""
+        self.count += count
+        for name, value in values.items():
+            total = value.detach().double().sum()
+            self.totals[name] = self.totals[name] + total if name in self.totals else total
+
+    def reduce(self, accelerator: Any) -> dict[str, float]:
+        """Return the mean of every value over all ranks, with `num_pairs` and `num_tokens`; a collective."""
+        device = accelerator.device
+        values = [total.to(device) for total in self.totals.values()]
+        counts = torch.tensor([self.count, self.tokens], dtype=torch.float64, device=device)
+        sums = accelerator.reduce(torch.cat([torch.stack(values), counts]), reduction="sum").tolist()
+        *totals, num_pairs, num_tokens = sums
+        means = {name: total / num_pairs for name, total in zip(self.totals, totals, strict=True)}
+        return {**means, "num_pairs": num_pairs, "num_tokens": num_tokens}
+
+
+def read_checkpoint_state(checkpoint: str | Path) -> dict[str, Any]:
+    """Return what `MPOTrainer` wrote into a checkpoint.
+
+    Raises:
+        BadInputError: the folder is not a whole checkpoint.
+    """
+    path = Path(checkpoint) / CHECKPOINT_STATE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{checkpoint} is not a whole checkpoint: {path.name} is missing or damaged") from error
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None; half-written ones are passed over."""
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
+    for folder in sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True):
+        if (folder / CHECKPOINT_STATE).is_file():
+            return folder
+    return None
+
+
+def remove_half_written(output_dir: str | Path) -> list[str]:
+    """Delete checkpoints that a killed run left unfinished and return their names."""
+    halves = [f for f in Path(output_dir).glob("checkpoint-*") if f.is_dir() and not (f / CHECKPOINT_STATE).is_file()]
+    for folder in halves:
+        shutil.rmtree(folder)
+    return sorted(folder.name for folder in halves)
+
+
+class ConsoleCallback(TrainerCallback):
+    """A progress bar with rate and time left, the first loss explained, and a JSON line per log entry."""
+
+    def __init__(self, output_dir: str | Path):
+        """Write to `log.jsonl` in `output_dir`."""
+        self.path = Path(output_dir) / "log.jsonl"
+        self.bar: Any = None
+
+    def on_train_begin(self, args: MPOArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar; lines of steps that a resumed run repeats are dropped."""
+        if not state.is_world_process_zero:
+            return
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+        kept = []
+        if self.path.exists() and state.global_step:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+        with atomic_writer(self.path) as out:
+            out.writelines(line + "\n" for line in kept)
+
+    def on_log(self, args: MPOArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        """Write the line; explain the first one."""
+        if self.bar is None or not logs:
+            return
+        with open(self.path, "a", encoding="utf-8") as out:
+            out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if "loss" not in logs:
+            return
+        self.bar.set_postfix(
+            {"loss": f"{logs['loss']:.3f}", "accuracy": f"{logs['rewards/accuracy']:.2f}",
+             "margin": f"{logs['rewards/margin']:+.2f}"}
+        )  # fmt: skip
+        if state.global_step == 1:
+            self.bar.write(first_loss_line(args, logs))
+
+    def on_step_end(self, args: MPOArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance the bar."""
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_train_end(self, args: MPOArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def first_loss_line(args: MPOArguments, logs: Mapping[str, float]) -> str:
+    """Return a sentence that says whether the first loss is normal: policy and reference are still the same model."""
+    expected = 0.0
+    parts = []
+    if args.preference == "dpo":
+        expected += args.preference_weight * math.log(2)
+        parts.append(f"{args.preference_weight:g} ln 2")
+    if args.quality == "bco":
+        expected += args.quality_weight * 2 * math.log(2)
+        parts.append(f"{args.quality_weight:g} * 2 ln 2")
+    nll = args.generation_weight * logs["loss_generation"] if args.generation != "none" else 0.0
+    line = f"step 1: loss {logs['loss']:.4f}"
+    if args.preference in ("dpo", "none"):
+        terms = " + ".join([*parts, *(["NLL of the chosen responses"] if args.generation != "none" else [])])
+        line += f", expected {expected + nll:.4f} = {terms} (policy = reference)"
+    return line

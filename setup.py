@@ -1,0 +1,48 @@
+"""Package metadata. Programs (train_mpo.py, evaluate_mpo.py, app.py, dataset_scripts/) run from the checkout."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "internvl_mpo/__init__.py").read_text(encoding="utf-8"))[1]
+
+EXTRAS = {
+    "train": ["peft>=0.17", "deepspeed>=0.17", "tensorboard"],
+    "data": ["math-verify>=0.8", "ray[data]>=2.40"],
+    "eval": ["math-verify>=0.8", "evaluate>=0.4.5"],
+    "demo": ["gradio>=6"],
+    "dev": ["hypothesis", "pip-tools", "pytest", "pytest-xdist", "ruff"],
+}
+EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+setup(
+    name="internvl-mpo",
+    version=VERSION,
+    description="Mixed Preference Optimization for InternVL: model files, MMPR, training, evaluation, demo",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=["internvl_mpo", "internvl_mpo.benchmarks", "internvl_mpo.engines", "modeling_internvl_mpo"],
+    package_data={"internvl_mpo.benchmarks": ["*.json"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.17",
+        "datasets>=4",
+        "huggingface_hub>=1",
+        "accelerate>=1.10",
+        "safetensors",
+        "sentencepiece",
+        "pillow",
+        "numpy",
+        "pyarrow",
+        "pyyaml",
+        "tqdm",
+        "jinja2",
+        "scikit-learn",  # the handwritten digits of the embedded default
+        "matplotlib",  # curves of its report
+    ],
+    extras_require=EXTRAS,
+)

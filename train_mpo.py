@@ -1,0 +1,412 @@
+"""Train a vision-language model with Mixed Preference Optimization.
+
+    one CPU, a tiny real task     python train_mpo.py --config configs/mini.yaml
+    one GPU, LoRA                 python train_mpo.py --config configs/internvl2_8b_lora.yaml --data MMPR/meta.json
+    eight GPUs                    torchrun --nproc_per_node 8 train_mpo.py --config configs/internvl2_8b.yaml
+
+Reads pairs (a meta.json in MMPR's layout, or JSONL), checks every row, computes the reference log-probs once with the
+start model, trains, and writes a model folder that the Auto classes load. A run that was killed goes on with the same
+command. Every field of transformers' TrainingArguments is accepted beside the options below.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.mmpr import PairRow, iter_pairs, repeats
+from internvl_mpo.records import RowError, atomic_writer
+from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
+
+if TYPE_CHECKING:
+    from internvl_mpo.reference_cache import ReferenceCache
+    from internvl_mpo.trainer import MPOTrainer
+
+PROGRAM = "train_mpo.py"
+
+
+def main(argv: list[str]) -> int:
+    """Run the chapters below in order."""
+    settings = read_settings(argv)
+    is_main = settings.process_index == 0
+    if is_main:
+        print(show_settings(settings, f"{PROGRAM}: settings"), flush=True)
+
+    rows, held_out, rejects = read_pairs(settings)
+    model, processor = load_policy(settings)
+    rows, costs, more = measure(settings, processor, rows)
+    held_out, held_out_costs, held_out_rejects = measure(settings, processor, held_out)
+    stop_on_rejects(settings, rejects + more + held_out_rejects, num_good=len(rows) + len(held_out))
+    settings, counts = plan(settings, rows, costs)
+
+    reference = reference_logps(settings, model, processor, rows + held_out, costs + held_out_costs)
+    model = add_lora(settings, model)
+    trainer = build_trainer(settings, model, processor, rows, counts, costs, held_out, held_out_costs, reference)
+    train(settings, trainer)
+    save(settings, trainer, processor)
+    return 0
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def read_settings(argv: list[str]) -> Any:
+    """Return the checked settings; without arguments, or with --help, only the usage is printed."""
+    if argv and not {"-h", "--help"} & set(argv):
+        _check_paths_cheaply(argv)
+    from internvl_mpo.trainer import MPOArguments  # imports transformers, some seconds
+
+    @dataclass(kw_only=True)
+    class TrainSettings(MPOArguments):
+        """Settings of `train_mpo.py`."""
+
+        model: str = setting(help="start model: folder or Hub id; it is also the reference")
+        data: list[str] = setting(help="preference pairs: meta.json of an MMPR folder, or JSONL; several with commas")
+        output_dir: str = setting(help="run folder: settings, log, checkpoints")
+        model_dir: str | None = setting(None, help="folder of the trained model; none = model/ in output_dir")
+        image_root: str | None = setting(None, help="folder of the images of a JSONL file; none = that of the file")
+        held_out_share: float = setting(0.0, help="share of the questions kept apart to measure reward accuracy")
+        reference_cache: str | None = setting(None, help="folder of reference log-probs; none = inside output_dir")
+        on_bad_row: Literal["stop", "skip"] = setting("stop", help="what to do when rows are unusable: stop or skip")
+        resume: Literal["auto", "never"] = setting("auto", help="go on from the last whole checkpoint: auto or never")
+        dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", help="type of the weights")
+        lora_rank: int = setting(0, help="rank of LoRA adapters on the language model; 0 trains all weights")
+        lora_alpha: int | None = setting(None, help="scale of LoRA; none = twice the rank")
+        freeze_vision: bool = setting(False, help="do not train the vision tower")
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not 0 <= self.held_out_share < 1:
+                raise BadInputError(f"held_out_share is {self.held_out_share}, expected 0 or more and below 1")
+
+    return parse_settings(TrainSettings, argv, program=PROGRAM, about=__doc__)
+
+
+def _check_paths_cheaply(argv: list[str]) -> None:
+    """Refuse a config file that is not there before transformers is imported."""
+    for position, word in enumerate(argv):
+        path = word.partition("=")[2] or (argv[position + 1] if position + 1 < len(argv) else "")
+        if word.split("=")[0] == "--config" and not Path(path).is_file():
+            raise BadInputError(f"config file '{path}' does not exist")
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def read_pairs(settings: Any) -> tuple[list[PairRow], list[PairRow], list[RowError]]:
+    """Return training rows, held-out rows and the rows that could not be read."""
+    for path in settings.data:
+        if not Path(path).is_file():
+            raise BadInputError(f"data file '{path}' does not exist")
+    rows, rejects = [], []
+    for path in settings.data:
+        for row in iter_pairs(path, settings.image_root):
+            (rejects if isinstance(row, RowError) else rows).append(row)
+    if not rows and not rejects:
+        raise BadInputError(f"{', '.join(settings.data)} holds no preference pair")
+    held_out = [row for row in rows if _share_of(row.pair.group_key) < settings.held_out_share]
+    kept = [row for row in rows if _share_of(row.pair.group_key) >= settings.held_out_share]
+    return kept, held_out, rejects
+
+
+def _share_of(key: str) -> float:
+    """A number in [0, 1) that depends on the question only, so that its pairs stay on one side."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
+
+
+def measure(settings: Any, processor: Any, rows: list[PairRow]) -> tuple[list[PairRow], list[int], list[RowError]]:
+    """Read image headers and count tokens of every row; return usable rows, their tokens, and the others."""
+    from tqdm import tqdm
+
+    from internvl_mpo.encoding import measure_group
+
+    kept, costs, rejects = [], [], []
+    bar = tqdm(rows, desc="checking pairs", unit="pair", disable=settings.process_index != 0 or not rows)
+    for row in bar:
+        try:
+            size = measure_group(
+                processor,
+                [row.pair],
+                row.image_root,
+                max_tiles=row.max_tiles or settings.max_tiles,
+                max_length=settings.max_length,
+            )
+        except RowError as error:
+            rejects.append(RowError(error.reason, row.where))
+            continue
+        kept.append(row)
+        costs.append(size.num_tokens)
+    return kept, costs, rejects
+
+
+def stop_on_rejects(settings: Any, rejects: list[RowError], num_good: int) -> None:
+    """List unusable rows beside the run folder; stop unless they may be skipped.
+
+    Raises:
+        BadInputError: naming the first one.
+    """
+    if not rejects:
+        return
+    path = Path(f"{settings.output_dir.rstrip('/')}.rejects.jsonl")
+    if settings.process_index == 0:
+        with atomic_writer(path) as out:
+            for error in rejects:
+                out.write(json.dumps({"row": str(error), "reason": error.reason}, ensure_ascii=False) + "\n")
+    if settings.on_bad_row == "stop" or not num_good:
+        raise BadInputError(
+            f"{rejects[0]} ({len(rejects)} of {len(rejects) + num_good} rows are unusable, listed in {path}); "
+            "repair them, or leave them out with --on_bad_row skip"
+        )
+    if settings.process_index == 0:
+        print(f"left out {len(rejects)} unusable rows, listed in {path}")
+
+
+def plan(settings: Any, rows: list[PairRow], costs: list[int]) -> tuple[Any, list[int]]:
+    """Choose the gradient accumulation that keeps every pack within the token budget.
+
+    Raises:
+        BadInputError: one pair alone is over the budget, or there are fewer pairs than one step needs.
+    """
+    counts = repeats(rows, settings.seed)
+    total = sum(counts)
+    if total < settings.pairs_per_step:
+        raise BadInputError(
+            f"one epoch has {total} pairs, fewer than the {settings.pairs_per_step} of one step; lower pairs_per_step"
+        )
+    longest = max(range(len(rows)), key=costs.__getitem__)
+    if costs[longest] > settings.max_tokens_per_pack:
+        raise BadInputError(
+            f"pair {rows[longest].pair.id} ({rows[longest].where}) has {costs[longest]} tokens, more than "
+            f"max_tokens_per_pack {settings.max_tokens_per_pack}; raise it, or lower max_tiles or max_length"
+        )
+    from internvl_mpo.steps import StepSampler, largest_pack
+
+    # Packs hold whole pairs, so the smallest number of packs that fits is found by trying, from the average upwards.
+    ranks = settings.world_size
+    tokens_per_step = settings.pairs_per_step * sum(c * n for c, n in zip(costs, counts, strict=True)) / total
+    accumulation = max(1, int(tokens_per_step / settings.max_tokens_per_pack / ranks))
+    while True:
+        sampler = StepSampler(
+            [row.key for row in rows],
+            counts,
+            costs,
+            pairs_per_step=settings.pairs_per_step,
+            pairs_per_group=settings.pairs_per_group,
+            num_ranks=ranks,
+            rank=0,
+            gradient_accumulation_steps=accumulation,
+            seed=settings.data_seed if settings.data_seed is not None else settings.seed,
+        )
+        if largest_pack(sampler, max(1, round(settings.num_train_epochs))) <= settings.max_tokens_per_pack:
+            break
+        accumulation += 1
+    if settings.process_index == 0:
+        print(
+            f"{len(rows)} pairs ({total} a pass), {sampler.num_steps} steps a pass of {settings.pairs_per_step} pairs, "
+            f"in {ranks} x {accumulation} packs of at most {settings.max_tokens_per_pack} tokens"
+        )
+    return replace(settings, gradient_accumulation_steps=accumulation), counts
+
+
+# --- policy -----------------------------------------------------------------------------------------------------------
+
+
+def load_policy(settings: Any) -> tuple[Any, Any]:
+    """Return the start model and its processor.
+
+    Raises:
+        BadInputError: the folder holds something else.
+    """
+    import torch
+    from transformers import AutoModel, AutoProcessor
+
+    import modeling_internvl_mpo  # noqa: F401 - registers the classes, so official folders load without remote code
+
+    source = settings.model
+    if Path(source).is_dir():
+        config_path = Path(source) / "config.json"
+        if not config_path.is_file():
+            raise BadInputError(f"model folder '{source}' has no config.json")
+        try:
+            kind = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
+        except ValueError as error:
+            raise BadInputError(f"{config_path} is not valid JSON: {error}") from error
+        if kind != "internvl_chat":
+            raise BadInputError(f"{config_path} is of model_type '{kind}', expected 'internvl_chat' (InternVL2)")
+    elif (os.sep in source.rstrip("/") and source.startswith((".", "/"))) or source.count("/") > 1:
+        raise BadInputError(f"model folder '{source}' does not exist")
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+        model = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=getattr(torch, settings.dtype))
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"cannot load the start model '{source}': {' '.join(str(error).split())}") from error
+    if settings.freeze_vision:
+        model.vision_model.requires_grad_(False)
+    return model, processor
+
+
+def add_lora(settings: Any, model: Any) -> Any:
+    """Wrap the language model with LoRA adapters if a rank is given."""
+    if not settings.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
+        target_modules=model.lora_target_modules(),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    if settings.process_index == 0:
+        trained, everything = model.get_nb_trainable_parameters()
+        print(f"LoRA of rank {settings.lora_rank}: {trained:,} of {everything:,} weights are trained")
+    return model
+
+
+# --- reference log-probs ----------------------------------------------------------------------------------------------
+
+
+def reference_logps(
+    settings: Any, model: Any, processor: Any, rows: Sequence[PairRow], costs: Sequence[int]
+) -> "ReferenceCache":
+    """Return the log-probs of the start model, computing those that no earlier run left on disk.
+
+    Every rank computes a share and writes its own shards; a killed run goes on where it stopped.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from internvl_mpo.logps import attach_scoring, pair_logps
+    from internvl_mpo.packing import fill_packs, pack_groups
+    from internvl_mpo.reference_cache import ReferenceCache, model_digest, pair_digest
+    from internvl_mpo.trainer import GroupDataset
+
+    source = settings.model
+    cache = ReferenceCache(
+        settings.reference_cache or Path(settings.output_dir) / "reference",
+        {
+            "model": model_digest(source) if Path(source).is_dir() else f"{source}@{model.config._commit_hash}",
+            "template": processor.chat_template,
+            "max_tiles": settings.max_tiles,
+            "max_length": settings.max_length,
+            "dtype": settings.dtype,
+            "autocast": "bfloat16" if settings.bf16 else "float16" if settings.fp16 else None,
+        },
+        {row.pair.id: pair_digest(row.pair, row.max_tiles) for row in rows},
+    )
+    attach_scoring(model)
+    missing = set(cache.missing())
+    if not missing:
+        return cache
+
+    groups: dict[Any, list[int]] = {}
+    for index, row in enumerate(rows):
+        if row.pair.id in missing:
+            missing.discard(row.pair.id)  # a pair that appears twice is computed once
+            groups.setdefault(row.key, []).append(index)
+    members = [tuple(rows_) for rows_ in groups.values()]
+    # All pairs of a question share its prompt here; the result does not depend on it.
+    tokens = [min(sum(costs[index] for index in group), settings.max_tokens_per_pack) for group in members]
+    packs = fill_packs(tokens, settings.max_tokens_per_pack)[settings.process_index :: settings.world_size]
+    data = GroupDataset(rows, processor, max_tiles=settings.max_tiles, max_length=settings.max_length)
+    device = settings.device
+    model.to(device).eval()
+    precision = torch.bfloat16 if settings.bf16 else torch.float16
+    bar = tqdm(total=sum(len(members[g]) for pack in packs for g in pack), desc="reference log-probs", unit="pair",
+               disable=settings.process_index != 0)  # fmt: skip
+    with cache, bar, torch.inference_mode(), torch.autocast(
+        device.type, precision, enabled=settings.bf16 or settings.fp16
+    ):  # fmt: skip
+        for numbers in packs:
+            pack = pack_groups([data[members[number]] for number in numbers]).to(device)
+            cache.add(pack.pair_ids, *pair_logps(model, pack))
+            bar.update(pack.num_pairs)
+    if settings.world_size > 1:
+        torch.distributed.barrier()
+        cache.refresh()
+    return cache
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(
+    settings: Any,
+    model: Any,
+    processor: Any,
+    rows: list[PairRow],
+    counts: list[int],
+    costs: list[int],
+    held_out: list[PairRow],
+    held_out_costs: list[int],
+    reference: "ReferenceCache",
+) -> "MPOTrainer":
+    """Return the trainer; this is the first thing that touches the run folder."""
+    from internvl_mpo.trainer import ConsoleCallback, MPOTrainer
+
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.pair.id.encode())
+    return MPOTrainer(
+        model,
+        settings,
+        processor=processor,
+        rows=rows,
+        counts=counts,
+        costs=costs,
+        reference=reference,
+        held_out=held_out,
+        held_out_costs=held_out_costs,
+        fingerprint={"data": digest.hexdigest()[:16], "reference": reference.name},
+        callbacks=[ConsoleCallback(settings.output_dir)],
+    )
+
+
+def train(settings: Any, trainer: "MPOTrainer") -> None:
+    """Train to the end, from the last whole checkpoint if there is one."""
+    from internvl_mpo.trainer import last_checkpoint, remove_half_written
+
+    write_settings(settings, Path(settings.output_dir) / "settings.yaml")
+    checkpoint = last_checkpoint(settings.output_dir) if settings.resume == "auto" else None
+    if settings.process_index == 0:
+        for name in remove_half_written(settings.output_dir):
+            print(f"{name} is half-written and was removed")
+    if checkpoint is not None:
+        trainer.check_resumable(checkpoint)
+        if settings.process_index == 0:
+            print(f"going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.held_out:
+        metrics = trainer.evaluate()
+        if settings.process_index == 0:
+            print(f"held-out pairs: reward accuracy {metrics['eval_rewards/accuracy']:.3f}")
+
+
+def save(settings: Any, trainer: "MPOTrainer", processor: Any) -> None:
+    """Write the model folder under a temporary name and rename it, so that it is there whole or not at all."""
+    from internvl_mpo.publish import write_model_folder
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if settings.lora_rank:
+        model = model.merge_and_unload()
+    if settings.process_index != 0:
+        return
+    target = Path(settings.model_dir or Path(settings.output_dir) / "model")
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write_model_folder(model, processor, temporary)
+    write_settings(settings, temporary / "training_settings.yaml")
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    print(f"the trained model is in {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
