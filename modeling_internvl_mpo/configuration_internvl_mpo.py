@@ -30,6 +30,15 @@ LANGUAGE_MODELS = {
     "Qwen3ForCausalLM": "qwen3",
 }
 
+# Linear layers of the language model that adapters go to, by model type; `target_modules` of a peft LoraConfig.
+LORA_TARGETS = {
+    "internlm2": ["attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "qwen3": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
 
 class InternVisionConfig(PreTrainedConfig):
     """InternViT: the defaults are those of the 6B tower, as in the official class.
@@ -190,6 +199,7 @@ class InternVLChatConfig(PreTrainedConfig):
         output = _official(super().to_dict(), keep={"auto_map", "transformers_version"})
         for name in ("vision_config", "llm_config"):
             output[name] = _official(output[name])
+            output[name].pop("torch_dtype", None)  # said once, on top
         for name in ("system_message", "image_token_id"):
             if output[name] is None:
                 del output[name]
