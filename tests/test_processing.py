@@ -1,0 +1,223 @@
+"""Prompts, placeholders, labels: what chat sends is what the processor makes."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
+
+from modeling_internvl_mpo import CONVERSATIONS, InternVLProcessor, get_conversation
+
+ORACLE = Path(__file__).parent.parent / "../shared/oracle/model"
+
+
+@pytest.fixture(scope="module")
+def processor() -> InternVLProcessor:
+    return tiny_processor()
+
+
+@pytest.mark.skipif(not ORACLE.is_dir(), reason="outputs of the original code are not here")
+def test_prompts_equal_the_original_byte_for_byte() -> None:
+    roles = {"u": "user", "a": "assistant"}
+    for case in json.loads((ORACLE / "prompts.json").read_text())["renderings"]:
+        if case["template"] not in CONVERSATIONS:
+            continue  # a first-generation model without a system line
+        conversation, system = get_conversation(case["template"]), case["system_message_override"]
+        messages = [(roles[role], text) for role, text in case["messages"]]
+        assert conversation.render(messages, system) == case["prompt"]
+        asks = bool(messages) and messages[-1] == ("assistant", None)
+        said = [{"role": role, "content": text} for role, text in (messages[:-1] if asks else messages)]
+        processor = tiny_processor(tiny_config(template=case["template"], system_message=system))
+        if said:
+            assert processor.apply_chat_template(said, add_generation_prompt=asks) == case["prompt"]
+
+
+def test_system_message_of_the_configuration_reaches_chat_and_processor() -> None:
+    model = tiny_model(system_message="Be brief.")
+    processor = tiny_processor(model.config)
+    prompt = processor.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    assert prompt == model._render([("Hi", None)])
+    assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    model.system_message = "Be long."
+    assert "Be long." in model._render([("Hi", None)])
+    said = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    assert processor.apply_chat_template(said).startswith("<|im_start|>system\nBe kind.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([{"type": "image"}, {"type": "text", "text": "Q"}], "<image>\nQ"),
+        ([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Q"}], "<image>\n<image>\nQ"),
+        (
+            [
+                {"type": "text", "text": "Image-1: "},
+                {"type": "image"},
+                {"type": "text", "text": "\nImage-2: "},
+                {"type": "image"},
+                {"type": "text", "text": "\nQ"},
+            ],
+            "Image-1: <image>\nImage-2: <image>\nQ",
+        ),
+        ([{"type": "text", "text": "Q"}, {"type": "image"}], "Q<image>"),
+        ("<image>\nQ", "<image>\nQ"),
+    ],
+)
+def test_where_images_go_in_a_message(processor: InternVLProcessor, content: list, expected: str) -> None:
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}])
+    assert prompt.endswith(f"<|im_start|>user\n{expected}<|im_end|>")
+
+
+def test_unknown_content_and_roles_are_refused(processor: InternVLProcessor) -> None:
+    with pytest.raises(Exception, match="content type 'audio' is not known"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}])
+    with pytest.raises(Exception, match="role 'tool' is not known"):
+        processor.apply_chat_template([{"role": "tool", "content": "x"}])
+    with pytest.raises(ValueError, match="role 'tool' is not known"):
+        processor.encode_conversation([("tool", "x")])
+
+
+def test_chat_and_processor_give_the_model_the_same_ids(processor: InternVLProcessor) -> None:
+    model = tiny_model()
+    tokenizer, image = processor.tokenizer, Image.new("RGB", (90, 30), "red")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "How many?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    seen = []
+    original = model.generate
+
+    def generate(**kwargs: object) -> torch.Tensor:
+        seen.append(kwargs["input_ids"])
+        return original(**kwargs)
+
+    model.generate = generate
+    answer = model.chat(tokenizer, inputs["pixel_values"], "How many?", {"max_new_tokens": 4, "do_sample": False})
+    assert torch.equal(seen[0], inputs["input_ids"])
+    ids = original(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=processor.end_of_turn_id)
+    decoded = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert decoded.strip() == answer
+
+
+def test_images_in_messages_from_every_source(processor: InternVLProcessor, tmp_path: Path) -> None:
+    image = Image.new("RGB", (60, 30), "green")
+    image.save(tmp_path / "a.png")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    sources = [{"image": image}, {"path": str(tmp_path / "a.png")}, {"base64": encoded}]
+    outputs = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image", **source}, {"type": "text", "text": "Q"}]}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        for source in sources
+    ]
+    for output in outputs[1:]:
+        assert torch.equal(output["input_ids"], outputs[0]["input_ids"])
+        assert torch.equal(output["pixel_values"], outputs[0]["pixel_values"])
+
+
+def test_batches_are_padded_on_the_left(processor: InternVLProcessor) -> None:
+    image = Image.new("RGB", (30, 30))
+    outputs = processor(text=["<image>a", "b"], images=[[image], []], padding=True, return_tensors="pt")
+    assert outputs["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 0, 1]]
+    assert set(outputs) == {"input_ids", "attention_mask", "pixel_values"}
+    right = processor(text=["ab", "b"], padding=True, padding_side="right", return_tensors="pt")
+    assert right["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_counts_that_do_not_fit_are_refused(processor: InternVLProcessor) -> None:
+    image = Image.new("RGB", (30, 30))
+    with pytest.raises(ValueError, match="2 <image> placeholders and there are 1 images"):
+        processor(text="<image><image>", images=image)
+    with pytest.raises(ValueError, match="0 <image> placeholders and there are 1 images"):
+        processor(text="hello", images=[image])
+    with pytest.raises(ValueError, match="text 0 has 0"):
+        processor(text=["a", "<image><image>"], images=[[image], [image]])
+    with pytest.raises(ValueError, match="1 lists for 2 texts"):
+        processor(text=["<image>", "<image>"], images=[[image, image]])
+    with pytest.raises(ValueError, match="spells out <IMG_CONTEXT>"):
+        processor(text="<IMG_CONTEXT>")
+    with pytest.raises(ValueError, match="give text"):
+        processor(images=image)
+
+
+def test_chat_refuses_tiles_without_a_place(processor: InternVLProcessor) -> None:
+    model, tokenizer, tiles = tiny_model(), tiny_tokenizer(), torch.zeros(2, 3, 28, 28)
+    with pytest.raises(ValueError, match="adds up to another number than the 2 tiles"):
+        model.chat(tokenizer, tiles, "Q", {}, num_patches_list=[1])
+    with pytest.raises(ValueError, match="2 images for 1 <image> placeholders"):
+        model.chat(tokenizer, tiles, "<image>\nQ", {}, num_patches_list=[1, 1])
+    with pytest.raises(ValueError, match="1 images for 0 <image> placeholders"):
+        model.chat(tokenizer, tiles, "Q", {}, history=[("a", "b")])
+    with pytest.raises(ValueError, match="3 entries for 1 questions"):
+        model.batch_chat(tokenizer, tiles, ["Q"], {}, num_patches_list=[1, 1, 0])
+    with pytest.raises(NotImplementedError, match="call chat"):
+        model.batch_chat(tokenizer, tiles, ["Q"], {}, history=[])
+
+
+def test_tokenizer_without_image_tokens_is_refused(processor: InternVLProcessor) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(ValueError, match="no token <img>"):
+        InternVLProcessor(processor.image_processor, bare)
+
+
+@pytest.mark.parametrize("template", list(CONVERSATIONS))
+def test_labels_score_answers_and_their_end_only(template: str) -> None:
+    processor = tiny_processor(tiny_config(template=template))
+    image = Image.new("RGB", (90, 30))
+    messages = [("user", "<image>\nA?"), ("assistant", "one"), ("user", "<image>B?"), ("assistant", "two")]
+    features = processor.encode_conversation(messages, [image, image])
+    end = processor.tokenizer.decode([processor.end_of_turn_id])
+    scored = features["labels"][0]
+    assert processor.tokenizer.decode(scored[scored != -100]) == f"one{end}two{end}"
+    prompt = get_conversation(template).render(messages)
+    (expanded,) = processor.expand_images([prompt], [len(features["pixel_values"]) // 2] * 2)
+    assert processor.tokenizer.decode(features["input_ids"][0]) == expanded
+    unanswered = processor.encode_conversation([("user", "A?")])
+    assert (unanswered["labels"] == -100).all()
+
+
+def test_saved_processor_is_the_same(processor: InternVLProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    loaded = InternVLProcessor.from_pretrained(tmp_path)
+    assert loaded.chat_template == processor.chat_template
+    assert loaded.num_image_token == processor.num_image_token == 1
+    image = Image.new("RGB", (90, 30), "red")
+    ours, theirs = (one(text="<image>Q", images=image, return_tensors="pt") for one in (processor, loaded))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+TEXT = st.text(max_size=20).filter(lambda text: "<" not in text)
+SIZES = st.lists(st.tuples(st.integers(1, 120), st.integers(1, 120)), max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(TEXT, SIZES), min_size=1, max_size=3), max_tiles=st.integers(1, 6))
+def test_image_tokens_always_equal_tile_features(rows: list, max_tiles: int) -> None:
+    processor = tiny_processor()
+    texts = ["<image>".join([text] * (len(sizes) + 1)) for text, sizes in rows]
+    images = [[Image.new("RGB", size) for size in sizes] for _, sizes in rows]
+    outputs = processor(
+        text=texts, images=images, max_dynamic_patch=max_tiles, padding=True, return_tensors="pt", return_num_tiles=True
+    )
+    num_images = sum(len(sizes) for _, sizes in rows)
+    num_tiles = len(outputs["pixel_values"]) if num_images else 0
+    assert int((outputs["input_ids"] == processor.image_token_id).sum()) == num_tiles * processor.num_image_token
+    assert len(outputs.get("num_tiles", [])) == num_images
