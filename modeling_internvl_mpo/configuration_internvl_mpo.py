@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 # Left behind in `llm_config` and `vision_config` by the dump of a 4.37 configuration. None of them describes the
 # network; `max_length: 20` and a stored `flash_attention_2` would do harm if they were obeyed.
-_STALE_KEYS = {
+STALE_KEYS = {
     *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "add_cross_attention"),
     *("attn_implementation", "auto_map", "chunk_size_feed_forward", "cross_attention_hidden_size", "finetuning_task"),
     *("id2label", "is_decoder", "is_encoder_decoder", "label2id", "max_length", "output_attentions"),
@@ -211,7 +211,7 @@ class InternVLChatConfig(PreTrainedConfig):
 
 
 def _without_stale_keys(values: dict[str, Any], keep: Set[str] = frozenset()) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in _STALE_KEYS or key in keep}
+    return {key: value for key, value in values.items() if key not in STALE_KEYS or key in keep}
 
 
 def _vision_config(given: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
