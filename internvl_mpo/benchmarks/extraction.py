@@ -30,7 +30,7 @@ _BOXED = re.compile(r"\\?boxed\s{0,3}+\{")
 _DRESSING = re.compile(r"\\(?:text|mathrm|mathbf|mbox|rm)\s{0,3}+\{([^{}]{0,200})\}")
 _PARENTHESISED = re.compile(r"[(（\[]\s?([A-Za-z])\s?[)）\]]")
 _LONE = re.compile(r"(?:the\s)?(?:option|choice|letter)?\W{0,8}([A-Za-z])\W{0,8}", re.IGNORECASE)
-_STANDING = re.compile(r"(?<![A-Za-z0-9'’])([A-Z])(?![A-Za-z0-9'’])(\s?[.):：,、;]|\s[a-z])?")
+_STANDING = re.compile(r"(?<![A-Za-z0-9'’])([A-Z])(?![A-Za-z0-9'’])(\s?[.):：,、;]|\s(?!or\b|and\b)[a-z])?")
 
 
 class Segment(NamedTuple):
@@ -125,7 +125,7 @@ def _options_named(text: str, choices: Sequence[str]) -> list[str]:
 
 def _plain(text: str) -> str:
     """Lower-case words and numbers only, single spaces."""
-    return " ".join(re.findall(r"[\w.%/+-]*\w%?", str(text).casefold()))
+    return " ".join(re.findall(r"[+-]?\w+(?:[.%/+-]\w+)*%?", str(text).casefold()))
 
 
 _UNITS = re.compile(

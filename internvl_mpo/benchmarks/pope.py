@@ -117,10 +117,12 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     }
 
 
+_NEGATION = re.compile(r"(?<![^ ])(No|not|no)(?![^ ])")  # between single spaces: upstream splits at these alone
+
+
 def _official(text: str) -> tuple[str, str]:
-    words = text.split(".")[0].replace(",", "").split(" ")
-    negation = next((word for word in ("No", "not", "no") if word in words), None)
-    return ("no", f"word {negation}") if negation else ("yes", "no negation in the first sentence")
+    negation = _NEGATION.search(text.split(".", 1)[0].replace(",", ""))
+    return ("no", f"word {negation.group(1)}") if negation else ("yes", "no negation in the first sentence")
 
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'

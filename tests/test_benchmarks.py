@@ -1,0 +1,404 @@
+"""Scorers: every trap in tests/cases, numbers published elsewhere, and inputs nobody meant to send."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from internvl_mpo.benchmarks import BENCHMARKS, llava_bench, load_benchmark, m3cot, mathvision, mathvista, mmvet, pope
+from internvl_mpo.benchmarks.common import Example, Score, bootstrap_interval
+from internvl_mpo.benchmarks.latex_value import latex_value
+from internvl_mpo.errors import BadInputError
+
+CASES = Path(__file__).parent / "cases"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+SCORED_BY_RULES = ("pope", "m3cot", "mathvista", "mathvision", "crpe")
+
+JUDGED_ROWS = {
+    "mmvet": [{"id": "v1_0", "question": "What is x?", "answer": "-1<AND>-5", "capability": ["ocr", "math"]}],
+    "mmhal_bench": [{"question": "What color is it?", "gt_answer": "Red.", "image_content": ["Hat"], "image": "a.png"}],
+    "llava_bench": [
+        {
+            "index": 0,
+            "question": "What is it?",
+            "category": "conv",
+            "image": "a.png",
+            "caption": "A hat.",
+            "gpt4_ans": "A",
+        }
+    ],
+    "mini": [{"question": "What is 1 plus 1?", "answer_gt": "2"}],
+}
+
+
+def case_file(name: str) -> dict:
+    return json.loads((CASES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def examples_of(name: str) -> list[Example]:
+    rows = JUDGED_ROWS[name] if name in JUDGED_ROWS else case_file(name)["rows"]
+    return load_benchmark(name).examples(rows)
+
+
+def all_cases() -> list:
+    found = []
+    for name in SCORED_BY_RULES:
+        for case in case_file(name)["cases"]:
+            wanted = case.get("want", case.get("value"))
+            found += [pytest.param(name, case, rule, id=f"{name}-{rule}-{case['trap']}") for rule in wanted]
+    return found
+
+
+@pytest.mark.parametrize(("name", "case", "rule"), all_cases())
+def test_trap(name, case, rule):
+    example = {example.id: example for example in examples_of(name)}[case["id"]]
+    score = load_benchmark(name).score(example, case["answer"], rule)
+    if "want" in case:
+        assert score.extracted == case["want"][rule], score.reason
+    else:
+        assert score.value == case["value"][rule], score.reason
+
+
+# ------------------------------------------------------------------------------------------- published numbers
+
+
+def shared(*parts: str) -> Path:
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"the published outputs at ../shared/data/{'/'.join(parts)} are not here")
+    return path
+
+
+def jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def test_pope_of_llava_13b_is_85_947():
+    categories = {row["question_id"]: row["category"] for row in jsonl(shared("pope", "llava_pope_test.jsonl"))}
+    answers: dict[str, list[str]] = {}
+    for row in jsonl(shared("pope", "llava-v1.5-13b_answers.jsonl")):
+        answers.setdefault(categories[row["question_id"]], []).append(row["text"])
+    scores = []
+    for category in answers:
+        examples = [e for e in pope.examples(shared("pope", "e3e3926")) if e.groups["category"] == (category,)]
+        scores += [pope.score(e, answer, "official") for e, answer in zip(examples, answers[category], strict=True)]
+    summary = pope.summarise(scores, "official")
+    assert round(summary["f1"], 3) == 85.947
+    assert round(summary["f1_pooled"], 3) == 85.932
+    by_category = {name: round(part["f1"], 2) for name, part in summary["breakdown"]["category"].items()}
+    assert by_category == {"random": 87.14, "popular": 86.25, "adversarial": 84.46}
+
+
+@pytest.mark.parametrize(
+    ("run", "accuracy"),
+    [
+        ("gpt4", 26.1),
+        ("bard", 34.8),
+        ("llava_llama2_13b", 26.1),
+        ("gpt4_2shot_solution_ocr", 32.1),
+        ("random_guess", 17.9),
+    ],
+)
+def test_mathvista_published_extractions(run, accuracy):
+    extractions = json.loads(shared("mathvista", f"extractions_{run}.json").read_text(encoding="utf-8"))
+    examples = mathvista.examples(shared("mathvista", "testmini.json"))
+    scores = [mathvista.score(example, extractions[example.id], "official") for example in examples]
+    assert round(mathvista.summarise(scores)["accuracy"], 1) == accuracy
+
+
+def test_mathvista_query_is_the_official_one_for_all_questions():
+    queries = json.loads(shared("mathvista", "testmini_query.json").read_text(encoding="utf-8"))
+    examples = mathvista.examples(shared("mathvista", "testmini.json"))
+    assert len(examples) == 1000
+    assert {example.id: mathvista.prompt(example, "direct") for example in examples} == queries
+
+
+@pytest.mark.parametrize(
+    ("run", "num_right"),
+    [
+        ("gemini-pro-cot", 44),
+        ("qwen-vl-max-cot", 42),
+        ("internlm-xc2-vl-cot", 45),
+        ("internlm-xc2-vl", 48),
+        ("gpt4-cot-text-only", 14),
+        ("random-chance", 30),
+        ("llava-v1.5-13b", 40),
+    ],
+)
+def test_mathvision_published_runs(run, num_right):
+    replies = {str(row["id"]): row["response"] for row in jsonl(shared("mathvision", f"responses_{run}.jsonl"))}
+    examples = mathvision.examples(shared("mathvision"))
+    assert len(examples) == len(replies) == 304
+    assert sum(mathvision.score(example, replies[example.id], "official").value for example in examples) == num_right
+
+
+@pytest.mark.parametrize(
+    ("run", "accuracy"),
+    [("gpt4v-direct", 56.90), ("gemini-cot", 47.45), ("llava-13b-cot", 39.47), ("kosmos-2-dsp", 0.04)],
+)
+def test_m3cot_published_runs(run, accuracy):
+    replies = {row["id"]: row["text"] for row in reversed(jsonl(shared("m3cot", f"predictions_{run}.jsonl")))}
+    examples = m3cot.examples(shared("m3cot", "test_annotations.jsonl"))
+    scores = [m3cot.score(example, replies.get(example.id), "official") for example in examples]
+    summary = m3cot.summarise(scores)
+    assert round(summary["accuracy"], 2) == accuracy
+    assert {name: part["num_examples"] for name, part in summary["breakdown"]["domain"].items()} == {
+        "science": 1622,
+        "commonsense": 455,
+        "mathematics": 241,
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "total", "runs", "capabilities"),
+    [
+        (
+            "13b",
+            36.3,
+            [36.1, 36.5, 36.3],
+            {"rec": 40.5, "ocr": 28.4, "know": 23.5, "gen": 24.2, "spat": 35.2, "math": 8.8},
+        ),
+        ("7b", 31.1, [31.2, 30.8, 31.2], None),
+    ],
+)
+def test_mmvet_published_judge_replies(model, total, runs, capabilities):
+    grades = json.loads(shared("mmvet", f"llava-v1.5-{model}_gpt-4-grade-3runs.json").read_text(encoding="utf-8"))
+    capability = json.loads(shared("mmvet", "capabilities.json").read_text(encoding="utf-8"))
+    rows = [{"id": id, "question": "?", "answer": "", "capability": value} for id, value in capability.items()]
+    scores = [
+        mmvet.score(example, "?", "official", replies=grades[example.id]["content"]) for example in mmvet.examples(rows)
+    ]
+    summary = mmvet.summarise(scores, "official")
+    assert (round(summary["total"], 1), round(summary["std"], 1)) == (total, 0.2)
+    assert [round(run, 1) for run in summary["runs"]] == runs
+    parts = summary["breakdown"]["capability"]
+    assert {name: part["num_examples"] for name, part in parts.items()} == {
+        **{"rec": 150, "ocr": 96, "know": 84, "gen": 80, "spat": 75, "math": 26}
+    }
+    assert len(summary["breakdown"]["combination"]) == 16
+    if capabilities:
+        assert {name: round(part["score"], 1) for name, part in parts.items()} == capabilities
+
+
+@pytest.mark.parametrize(("model", "runs"), [("13b", [72.8, 72.7, 72.1]), ("7b", [64.7, 65.3, 66.3])])
+def test_llava_bench_published_reviews(model, runs):
+    examples = llava_bench.examples(shared("llava_bench"))
+    reviews = [
+        {
+            str(row["question_id"]): row["review"]
+            for row in jsonl(shared("llava_bench", f"reviews_llava-v1.5-{model}-eval{n}.jsonl"))
+        }
+        for n in (1, 2, 3)
+    ]
+    scores = [llava_bench.score(e, "?", "official", replies=[review[e.id] for review in reviews]) for e in examples]
+    summary = llava_bench.summarise(scores, "official")
+    assert [round(run, 1) for run in summary["runs"]] == runs
+    assert {name: part["num_examples"] for name, part in summary["breakdown"]["category"].items()} == {
+        "complex": 28,
+        "conv": 17,
+        "detail": 15,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the contract
+
+HOSTILE = (
+    *(
+        None,
+        "",
+        " ",
+        "\n",
+        "\x00",
+        "(B",
+        "((((",
+        "}" * 50,
+        "\\boxed{" * 300,
+        "{" * 5000,
+        "(" * 5000,
+        "10^400",
+        "-" * 3000,
+    ),
+    *("9^{9^{9^{9}}}", "1" * 5000, "Answer:" * 3000, "answer " * 20_000, "A" * 1_000_000, " " * 1_000_000),
+    *("\u202eolleh \u0627\u0644\u0625\u062c\u0627\u0628\u0629", "\ud800", "\\frac" * 500, "*_" * 200_000, "[" * 300),
+    *("final answer is " * 20_000, "\\boxed{a}" * 20_000, "1, " * 100_000, "yes no " * 100_000, "rating: 5 " * 50_000),
+)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_hostile_answers_are_scored_within_50_ms(name):
+    benchmark = load_benchmark(name)
+    for example in examples_of(name):
+        for rule in benchmark.RULES:
+            for answer in HOSTILE:
+                scores = []
+                start = time.perf_counter()
+                for _ in range(2):  # the faster of two, so that a busy machine does not fail the test
+                    begin = time.perf_counter()
+                    scores.append(benchmark.score(example, answer, rule))
+                    elapsed = time.perf_counter() - begin
+                    if elapsed < 0.05:
+                        break
+                assert elapsed < 0.05, (rule, str(answer)[:20], elapsed, start)
+                assert scores[-1].value is None or 0 <= scores[-1].value <= 6
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=200) | st.from_regex(r"(\\boxed|\{|\}|\(|\)|answer:|\\frac|[A-E]|[0-9.]| ){0,12}"))
+def test_any_text_is_scored(name, text):
+    benchmark = load_benchmark(name)
+    replies = {"replies": [text]} if hasattr(benchmark, "JUDGE_PROMPT") else {}
+    for example in examples_of(name)[:2]:
+        for rule in benchmark.RULES:
+            score = benchmark.score(example, text, rule, **replies)
+            assert isinstance(score, Score) and score.reason
+            json.dumps(benchmark.summarise([score], rule), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_summary_has_what_the_table_shows(name):
+    benchmark = load_benchmark(name)
+    unscored = Score(id="none", value=None, extracted=None, reason="no answer generated")
+    for rule in benchmark.RULES:
+        scores = [benchmark.score(example, "B", rule) for example in examples_of(name)] + [unscored]
+        summary = benchmark.summarise(scores, rule)
+        assert summary["headline"] in summary
+        assert summary["num_examples"] == len(scores) and summary["num_unscored"] >= 1
+        assert {"interval", "unanswered", "breakdown"} <= summary.keys()
+        benchmark.summarise([], rule)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_prompt_holds_the_question_and_asks_as_released_checkpoints_were_asked(name):
+    benchmark = load_benchmark(name)
+    example = examples_of(name)[0]
+    for mode in benchmark.MAX_NEW_TOKENS:
+        assert example.question.replace("<image1>", "").strip() in benchmark.prompt(example, mode)
+    if name in ("pope", "m3cot", "mathvista", "mathvision", "crpe"):
+        assert benchmark.prompt(example, "cot").startswith(
+            "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're "
+            'ready to answer, please use the format "Final answer: .."\n\nQuestion:\n\n'
+        )
+
+
+def test_unknown_benchmark_is_refused_by_name():
+    with pytest.raises(BadInputError, match="mmbench"):
+        load_benchmark("mmbench")
+
+
+@pytest.mark.slow
+def test_100_000_answers_are_scored_in_a_minute():
+    jobs = []
+    for name in SCORED_BY_RULES:
+        benchmark, examples = load_benchmark(name), {example.id: example for example in examples_of(name)}
+        jobs += [
+            (benchmark, examples[case["id"]], case["answer"] + f" {i}")
+            for i in range(170)
+            for case in case_file(name)["cases"]
+        ]
+    jobs = (jobs * 6)[:100_000]
+    start = time.perf_counter()
+    for benchmark, example, answer in jobs:
+        benchmark.score(example, answer)
+    assert len(jobs) == 100_000 and time.perf_counter() - start < 60
+
+
+# ----------------------------------------------------------------------------------------------------- numbers
+
+
+def test_pope_unanswered_helps_neither_label():
+    yes, no = pope.examples(case_file("pope")["rows"])
+    scores = [pope.score(yes, "Hm."), pope.score(no, "Hm."), pope.score(yes, "Yes"), pope.score(no, "No")]
+    summary = pope.summarise(scores)
+    assert summary["f1"] == pytest.approx(50.0)  # one true yes, one false yes, one false no
+    assert summary["unanswered"] == 50.0 and summary["accuracy"] == 50.0
+
+
+def test_crpe_counts_a_question_only_if_all_four_rotations_are_right():
+    benchmark = load_benchmark("crpe")
+    examples = examples_of("crpe")
+    scores = [benchmark.score(example, answer) for example, answer in zip(examples, "ABCA", strict=True)]
+    summary = benchmark.summarise(scores)
+    assert (summary["circular"], summary["per_row"]) == (0.0, 75.0)
+    scores[3] = benchmark.score(examples[3], "D")
+    assert benchmark.summarise(scores)["circular"] == 100.0
+    assert benchmark.summarise(scores[:3])["num_incomplete"] == 1
+
+
+def test_failed_judge_reply_is_unscored_by_us_and_a_zero_officially():
+    (example,) = examples_of("mmvet")
+    assert mmvet.score(example, "x = 3", "ours", replies=["I would say half."]).value is None
+    assert mmvet.score(example, "x = 3", "official", replies=["I would say half."]).value == 0.0
+    assert mmvet.score(example, "x = 3", "ours", replies=["Score: **0.5**."]).value == 0.5
+    assert mmvet.score(example, "x = 3", "ours", replies=["nan"]).value is None
+
+
+def test_llava_bench_dead_judge_reads_100_officially_and_nothing_by_us():
+    (example,) = examples_of("llava_bench")
+    dead = ["HTTP 401"]
+    assert (
+        llava_bench.summarise([llava_bench.score(example, "?", "official", replies=dead)], "official")["relative"]
+        == 100
+    )
+    assert llava_bench.summarise([llava_bench.score(example, "?", "ours", replies=dead)], "ours")["relative"] is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "ours", "official"),
+    [
+        ("Rating: 5", 5, 5),
+        ("**Rating:** 5", 5, 0),
+        ("Rating: 10", None, 1),
+        ("Rating: 4.5", None, 4),
+        ("Rating:5", 5, 0),
+        ("", None, 0),
+    ],
+)
+def test_mmhal_rating(reply, ours, official):
+    benchmark = load_benchmark("mmhal_bench")
+    assert (benchmark.parse_reply(reply, "ours"), benchmark.parse_reply(reply, "official")) == (ours, official)
+
+
+def test_mmhal_judges_only_what_follows_the_rationale():
+    benchmark = load_benchmark("mmhal_bench")
+    (example,) = examples_of("mmhal_bench")
+    request = benchmark.judge_request(example, "Rationale: {gold} is blue.\nAnswer: It is red.")
+    assert "It is red." in request and "blue" not in request and "Red." in request
+
+
+def test_interval_covers_the_mean_and_repeats():
+    values = [0.0, 1.0] * 50
+    low, high = bootstrap_interval(values, lambda drawn: sum(drawn) / len(drawn))
+    assert 0.38 < low < 0.45 and 0.55 < high < 0.62
+    assert [low, high] == bootstrap_interval(values, lambda drawn: sum(drawn) / len(drawn))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (r"\frac{3\sqrt{3}}{2}", 2.598),
+        (r"1/2\pi", 0.159),
+        (r"$7\frac{1}{2}$", 3.5),
+        ("1,234,567", 1234567),
+        ("2^{-1}", 0.5),
+        ("-2^2", -4),
+        ("3:2", 1.5),
+        ("5)", 5),
+        ("5,6", None),
+        ("2x", None),
+        ("sqrt(2)", None),
+        (r"\ln 2", None),
+        ("9^{9^{9}}", None),
+        ("(" * 100 + "1" + ")" * 100, None),
+        ("5 or 6", None),
+    ],
+)
+def test_latex_value(text, value):
+    assert latex_value(text) == (None if value is None else pytest.approx(value, abs=1e-3))
+
+
+def test_latex_value_of_the_whole_text_refuses_a_rest():
+    assert latex_value("5)", whole=True) is None and latex_value("5 < 6", whole=True) is None
