@@ -6,13 +6,13 @@ without remote code. The same files travel beside the weights of a published mod
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # hidden on top without torchvision
 
 from .configuration_internvl_mpo import InternLM2Config, InternVisionConfig, InternVLChatConfig
 from .conversation_internvl_mpo import CONVERSATIONS, Conversation, get_conversation

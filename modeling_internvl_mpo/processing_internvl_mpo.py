@@ -1,7 +1,9 @@
 """Chat template, image placeholders, text and images -> model inputs."""
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,16 +68,32 @@ class InternVLProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "InternVLProcessor":
-        """Load a folder or Hub repository; an official one, which has no processor file, is read from config.json."""
-        where = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-        saved = cached_file(
-            pretrained_model_name_or_path, "processor_config.json", _raise_exceptions_for_missing_entries=False, **where
+        """Load a folder or Hub repository; an official one, which has no processor file, is read from config.json.
+
+        The parts are loaded by their classes: where torchvision is absent, AutoImageProcessor is not there in every
+        version of transformers.
+        """
+        names = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code")
+        where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+        def text_of(name: str) -> str | None:
+            hub = {key: value for key, value in where.items() if key != "trust_remote_code"}
+            path = cached_file(pretrained_model_name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub)
+            return None if path is None else Path(path).read_text(encoding="utf-8")
+
+        saved = text_of("processor_config.json")
+        if saved is None:
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
+            return cls.from_config(
+                config, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=config, **where)
+            )
+        settings = json.loads(saved)
+        return cls(
+            InternVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **where),
+            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **where),
+            chat_template=text_of("chat_template.jinja"),
+            **{name: settings[name] for name in ("num_image_token", "template", "system_message") if name in settings},
         )
-        if saved is not None:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=config, **where)
-        return cls.from_config(config, tokenizer)
 
     def __call__(
         self,

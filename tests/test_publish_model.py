@@ -45,8 +45,9 @@ def official(tmp_path: Path) -> Callable[..., Path]:
 CLEAN_PROCESS = """
 import sys
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 folder, picture, expected = sys.argv[1:]
 
