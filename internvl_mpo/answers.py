@@ -13,7 +13,7 @@ child process with a time limit.
 import enum
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -203,18 +203,22 @@ _LEAD = re.compile(
 )
 _HEDGE = re.compile(r"^(?:about|approximately|approx\.?|around|roughly|nearly|~|≈|\\approx)\s*", re.IGNORECASE)
 _TEXT_MACRO = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|textit|operatorname|rm)\s*\{([^{}]*)\}")
-_FULLWIDTH = str.maketrans({chr(0xFF01 + i): chr(0x21 + i) for i in range(94)} | {"\u3000": " ", "。": ".", "−": "-"})
+_ONE_SPELLING = str.maketrans(
+    {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}  # full-width forms
+    | {"\u3000": " ", "。": ".", "−": "-", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3"}
+    | {"²": "^2", "³": "^3"}
+)
 
 
 @lru_cache(maxsize=65536)
 def clean_answer(text: str) -> str:
     """Return an answer without what carries no meaning: lead-in, hedge, markdown, `$`, full-width forms, end point."""
-    text = text.translate(_FULLWIDTH).strip()
+    text = text.translate(_ONE_SPELLING).strip()
     if "\\" in text:
         boxed = last_boxed(text)
         text = boxed if boxed is not None else text
         text = _TEXT_MACRO.sub(r" \1 ", text)
-        text = re.sub(r"\\[()\[\]]|\\[,;:! ]|\\quad", " ", text).replace("\\%", "%").replace("\\$", "$").strip()
+        text = re.sub(r"\\[()\[\]]|\\[,;:! ]|\\quad|~", " ", text).replace("\\%", "%").replace("\\$", "$").strip()
     text = text.strip("*_`").strip()
     if len(text) > 1 and text[0] == "$" and text[-1] == "$":
         text = text.strip("$").strip()
@@ -236,6 +240,8 @@ Options = dict[str, str]
 
 _OPTION = re.compile(r"(?m)^[ \t]*\(?([A-H])[.):：][ \t]*(\S.*)$")
 _INLINE_OPTION = re.compile(r"\(([A-H])\)[ \t]*([^()\n]+)")
+_OTHER_LETTER = re.compile(r"^(?:(?:and|or)\b|[,&/])?\s*\(?(?:[B-H]\b|A\b(?! \w))(?!')|^(?:and|or)\b")
+_DENIAL = re.compile(r"(?i)\b(?:not|neither|except|incorrect|wrong)\b|n't\b")
 _LETTER = re.compile(r"^(?:option|choice|answer)?\s*[(\[]?\s*([A-Ha-h])\s*(?:[)\].:,]|$)\s*(.*)$", re.IGNORECASE)
 
 
@@ -251,37 +257,50 @@ def parse_options(question: str) -> Options:
 
 
 def option_letter(text: str, options: Options) -> str | None:
-    """Return the letter an answer names: `B`, `(B)`, `B. blue`, or the text of exactly one option; else None.
+    """Return the letter an answer names: `B`, `(B)`, `B. blue`, the text of one option, "so (B) is right"; else None.
 
-    A letter followed by the text of another option names nothing.
+    Two letters, or a letter with the text of another option, name nothing.
     """
     match = _LETTER.match(text)
-    if match:
+    if match and (not options or match.group(1).upper() in options):
         letter, rest = match.group(1).upper(), match.group(2).strip()
-        if text[match.start(1)].islower() and rest and not options:
-            return None  # "a. dog" may be an article
-        if not options:
-            return letter if not rest or not re.match(r"^(?:and|or|,|&|/)", rest) else None
-        if letter in options:
-            if not rest:
-                return letter
-            named = _option_by_text(rest, options)
-            return letter if named == letter or (named is None and _starts_alike(rest, options[letter])) else None
-    return _option_by_text(text, options)
+        if not rest:
+            return letter
+        started = _options_at_start(rest, options)
+        if letter in started:
+            return letter
+        if _OTHER_LETTER.match(rest) or (letter != match.group(1) and not options):
+            return None  # "A, B", and "a. dog", where a may be an article
+        return None if started else letter
+    named = _option_by_text(text, options)
+    if named is not None or _DENIAL.search(text):
+        return named
+    letters = {letter for letter in re.findall(r"\(([A-H])\)", text) if letter in options}
+    return letters.pop() if len(letters) == 1 else None
+
+
+def _options_at_start(text: str, options: Options) -> list[str]:
+    """The options with the longest text that `text` begins with, else the one it is."""
+    start = plain_text(clean_answer(text))
+    found = {letter: plain_text(clean_answer(option)) for letter, option in options.items()}
+    fitting = [letter for letter, option in found.items() if option and f"{start} ".startswith(f"{option} ")]
+    if not fitting:
+        named = _option_by_text(text, options)
+        return [named] if named else []
+    longest = max(len(found[letter]) for letter in fitting)
+    return [letter for letter in fitting if len(found[letter]) == longest]
 
 
 def _option_by_text(text: str, options: Options) -> str | None:
     key = plain_text(text)
-    same = [letter for letter, option in options.items() if plain_text(option) == key]
+    cleaned = {letter: clean_answer(option) for letter, option in options.items()}
+    same = [letter for letter, option in options.items() if option == text]  # "Ee" is not "ee"
+    same = same or [letter for letter in options if key in (plain_text(options[letter]), plain_text(cleaned[letter]))]
+    if not same and (value := parse_number(text)) is not None:
+        same = [letter for letter, option in cleaned.items() if _equal_numbers(value, parse_number(option))]
     if not same:
-        value = parse_number(text)
-        if value is not None:
-            same = [letter for letter, option in options.items() if _equal_numbers(value, parse_number(option))]
+        same = [letter for letter, option in cleaned.items() if (_math(text, option, {}) or (False,))[0]]
     return same[0] if len(same) == 1 else None
-
-
-def _starts_alike(text: str, option: str) -> bool:
-    return plain_text(text).startswith(plain_text(option)) and bool(plain_text(option))
 
 
 def _choice(prediction: str, gold: str, options: Options) -> Decision:
@@ -374,13 +393,13 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
 }
 _PERCENT = ("%", "percent", "pct")
 _UNIT_WORDS = re.compile(
-    r"(?:[A-Za-z]{2,}|(?<=/)[a-z]|[a-z](?=[\^²³/])|[\u4e00-\u9fff]+)(?:\^?\{?[23²³]\}?)?"
-    r"(?:[ /](?:[A-Za-z]{2,}|(?<=/)[a-z])(?:\^?\{?[23²³]\}?)?)*"
+    r"(?:[A-Za-z]{2,}|(?<=/)[a-z]|[a-z](?=[\^/])|[\u4e00-\u9fff]+)(?:\^?\{?[23]\}?)?"
+    r"(?:[ /](?:[A-Za-z]{2,}|(?<=/)[a-z])(?:\^?\{?[23]\}?)?)*"
 )
-_DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+"
+_DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:[ ]\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
-    rf"""^(?P<sign>[+-]?)\s*(?P<currency>us\$|rm|rs\.?|[$€£¥₹])?\s*(?P<sign2>-?)
-    (?:(?P<whole>\d+)\s+(?P<wn>\d+)/(?P<wd>\d+)
+    rf"""^(?P<sign>[+-]?)\s*(?:(?P<currency>us\$|rm|rs\.?|[$€£¥₹])\s*(?P<sign2>-?))?
+    (?:(?P<whole>\d+)(?:\s+(?P<wn>\d+)/(?P<wd>\d+)|\s*\\[dt]?frac\{{(?P<wn2>\d+)\}}\{{(?P<wd2>\d+)\}})
       |\\[dt]?frac\s*\{{\s*(?P<fn>-?\d+)\s*\}}\s*\{{\s*(?P<fd>\d+)\s*\}}
       |(?P<n>{_DIGITS})(?:\s*/\s*(?P<d>\d+(?:\.\d+)?))?
       |(?P<word>[a-z]+(?:[ -][a-z]+)?))
@@ -406,9 +425,10 @@ def parse_number(text: str) -> Number | None:
     part = match.groupdict()
     decimals: int | None = None
     if part["whole"]:
-        if int(part["wd"]) == 0:
+        over, under = (int(part[key] or part[f"{key}2"]) for key in ("wn", "wd"))
+        if under == 0:
             return None
-        value = int(part["whole"]) + Fraction(int(part["wn"]), int(part["wd"]))
+        value = int(part["whole"]) + Fraction(over, under)
     elif part["fn"]:
         if int(part["fd"]) == 0:
             return None
@@ -465,7 +485,7 @@ def _unit(currency: str | None, unit: str | None) -> str | None:
         return unit if unit in _UNITS else lowered
     # words only: "5 red cubes" has the unit "red cube"; "5 - 3", "5 or 6", "5x" and "5\\pi" have none
     if _UNIT_WORDS.fullmatch(unit) and not _HEDGED.search(unit):
-        return re.sub(r"\s+", " ", lowered.replace("²", "^2").replace("³", "^3").replace("square ", "sq ")) or None
+        return lowered.replace("square ", "sq ")
     return None
 
 
@@ -484,6 +504,8 @@ def _equal_numbers(given: Number | None, wanted: Number | None) -> bool:
         plain, percent = (given, wanted) if wanted.unit == "percent" else (wanted, given)
         if plain.value == percent.value / 100:
             return True
+        if percent is given and abs(plain.value) <= 1:
+            return False  # 0.5 is not 0.5 %, while 60 may well have meant 60 %
     if given.value == wanted.value:
         return True
     if wanted.decimals is None or wanted.decimals > 0:
@@ -501,7 +523,7 @@ def _rounds_to(fine: Fraction, coarse: Number) -> bool:
     return abs(fine - coarse.value) <= Fraction(1, 2) / Fraction(10) ** (coarse.decimals or 0)
 
 
-_HEDGED = re.compile(r"(?i)\b(?:not|than|least|most|over|under|between|from|or|and|to|except|n't)\b|n't|[<>≤≥]")
+_HEDGED = re.compile(r"(?i)\b(?:not?|than|least|most|over|under|between|from|or|and|to|except|n't)\b|n't|[<>≤≥]")
 _LONE_NUMBER = re.compile(rf"(?<![\w.,/-])-?[$€£¥]?(?:{_DIGITS})(?:\s?%|°)?(?![\w/]|[.,]\d)")
 
 
@@ -538,7 +560,10 @@ def _relaxed(prediction: str, gold: str, options: Options) -> Decision:
     is_year = wanted.decimals == 0 and not wanted.unit and 1900 <= wanted.value <= 2099
     if wanted.value == 0 or is_year:
         return (given.value == wanted.value, "exact for a year or zero")
-    error = abs(given.value - wanted.value) / abs(wanted.value)
+    value = given.value
+    if given.unit == "percent" and not wanted.unit and abs(wanted.value) <= 1:
+        value /= 100
+    error = abs(value - wanted.value) / abs(wanted.value)
     return (error <= Fraction(1, 20), f"off by {float(error):.1%}, 5 % allowed")
 
 
@@ -592,7 +617,7 @@ def _date(prediction: str, gold: str, options: Options) -> Decision:
     wanted = parse_date(gold)
     if wanted is None:
         return None
-    given = parse_date(prediction)
+    given = next((date for text in _said(prediction) if (date := parse_date(text)) is not None), None)
     if given is None:
         return None
     return (given == wanted, f"date {'-'.join(given)}, expected {'-'.join(wanted)}")
@@ -601,7 +626,11 @@ def _date(prediction: str, gold: str, options: Options) -> Decision:
 # -- text
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_PUNCTUATION = re.compile(r"[^\w\s%$€£¥°+<>=/\\^-]|(?<!\d)[-/]|[-/](?!\d)|_")
+# Marks that carry meaning stay: a decimal point or comma, a colon between digits, signs, roots.
+_PUNCTUATION = re.compile(
+    r"[^\w\s%$€£¥°+<>=/\\^.,:√±×÷≠≤≥∞-]|[.,](?!\d)|(?<!\d)[.,]|:(?!\s?\d)|(?<!\d)(?<!\d\s):"
+    r"|(?<=[^\W\d])-|-(?!\d)|(?<!\d)/|/(?!\d)|_"
+)
 
 
 @lru_cache(maxsize=65536)
@@ -610,9 +639,14 @@ def plain_text(text: str) -> str:
 
     What would become empty ("A", "the") stays as it is.
     """
-    lowered = unicodedata.normalize("NFKC", text).lower().replace("'", "").replace("’", "")
+    lowered = (
+        unicodedata.normalize("NFKC", text.replace("²", "^2").replace("³", "^3"))
+        .lower()
+        .replace("'", "")
+        .replace("’", "")
+    )
     bare = _PUNCTUATION.sub(" ", lowered)
-    short = " ".join(_ARTICLES.sub(" ", bare).split())
+    short = re.sub(r" ?([:<>=±×÷]) ?", r"\1", " ".join(_ARTICLES.sub(" ", bare).split()))
     return short or " ".join(bare.split()) or lowered.strip()
 
 
@@ -623,14 +657,16 @@ def _text(prediction: str, gold: str, options: Options) -> Decision:
     wanted = plain_text(gold)
     if not wanted:
         return None
-    if plain_text(prediction) == wanted:
-        return (True, "same words")
-    rest = prediction
-    while match := _COPULA.search(rest):  # "The car is red": what is said of the subject
-        rest = match.group(1)
-        if plain_text(rest) == wanted:
-            return (True, "the sentence says so")
-    return None
+    right = any(plain_text(text) == wanted for text in _said(prediction))
+    return (True, "same words") if right else None
+
+
+def _said(text: str) -> Iterator[str]:
+    """The text, and what it says of its subject: "The car is red" says "red"."""
+    yield text
+    while match := _COPULA.search(text):
+        text = match.group(1)
+        yield text
 
 
 # -- lists
@@ -736,6 +772,7 @@ def _math(prediction: str, gold: str, options: Options) -> Decision:
 
 
 def _latex(text: str) -> str:
+    text = re.sub(r"√\s*(?=\{)", r"\\sqrt", text)
     text = re.sub(r"√\s*(\d+|\([^()]*\))", r"\\sqrt{\1}", text).replace("π", r"\pi ")
     text = re.sub(r"(?<!\\)\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     return re.sub(r"(?<![\\A-Za-z])pi\b", r"\\pi ", text)

@@ -158,6 +158,7 @@ class HttpEngine:
                 parts.append(part)
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no complete answer in {self.timeout:g} s")
+            response.close()  # read to the end or not, the connection is free for the next request only then
             if response.length:
                 raise http.client.IncompleteRead(b"".join(parts), response.length)
         except BaseException:

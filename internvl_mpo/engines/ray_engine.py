@@ -77,6 +77,7 @@ _REPLY_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
         ("num_tokens", pa.int64()),
         ("error", pa.string()),
+        ("served_model", pa.string()),
     ]
 )
 

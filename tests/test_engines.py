@@ -1,0 +1,216 @@
+"""The engine in this process, on a tiny random model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_world import make_model_folder, make_pictures
+
+from internvl_mpo.engines import Reply, Request, Sampling
+from internvl_mpo.engines.journal import Journal, sample_seed
+from internvl_mpo.engines.loading import EngineSettings, load_engine
+from internvl_mpo.engines.transformers_engine import TransformersEngine, draw_tokens, model_revision
+from internvl_mpo.errors import BadInputError
+
+DRAWN = Sampling(temperature=1.0, top_k=50, max_new_tokens=8)
+GREEDY = Sampling(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(model_folder) -> TransformersEngine:
+    return TransformersEngine(model_folder, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[str]:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def ask(engine, requests, **kwargs) -> dict[str, Reply]:
+    replies = list(engine.generate(requests, **kwargs))
+    assert len({reply.id for reply in replies}) == len(replies)
+    return {reply.id: reply for reply in replies}
+
+
+def sampled(pictures) -> list[Request]:
+    return [
+        Request(
+            id=f"{number}.{sample}",
+            question="What is it?" * (1 + number),
+            images=(pictures[number],) if number < 3 else (),
+            seed=10 * number + sample,
+            sampling=DRAWN,
+        )
+        for number in range(4)
+        for sample in range(3)
+    ]
+
+
+def test_a_reply_depends_on_its_seed_and_not_on_its_batch(engine, pictures):
+    requests = sampled(pictures)
+    expected = ask(engine, requests)
+    assert len({reply.text for reply in expected.values()}) > 6
+    engine.batch_size = 5
+    assert ask(engine, requests[::-1]) == expected
+    assert ask(engine, requests[4:5]) == {requests[4].id: expected[requests[4].id]}
+    engine.batch_size = 8
+
+
+def test_done_requests_are_not_answered_again(engine, pictures):
+    requests = sampled(pictures)
+    expected = ask(engine, requests)
+    done = {request.id for request in requests[:5]}
+    assert ask(engine, requests, done=done) == {id: r for id, r in expected.items() if id not in done}
+
+
+def test_greedy_says_what_chat_says(engine, pictures):
+    replies = ask(
+        engine,
+        [
+            Request(id="image", question="Say it", images=(pictures[2],), sampling=GREEDY),
+            Request(id="placeholder", question="<image>\nSay it", images=(pictures[2],), sampling=GREEDY),
+            Request(id="text", question="你好", sampling=GREEDY),
+        ],
+    )
+    with Image.open(pictures[2]) as image:
+        tiles = engine.processor.image_processor(image)["pixel_values"]
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    said = engine.model.chat(engine.tokenizer, tiles, "Say it", dict(settings))
+    assert replies["image"].text == replies["placeholder"].text == said
+    assert replies["text"].text == engine.model.chat(engine.tokenizer, None, "你好", dict(settings))
+
+
+def test_control_and_image_tokens_are_never_said(engine, pictures):
+    vocab = engine.tokenizer.get_vocab()
+    for token in ("<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|user|>"):
+        assert engine.suppressed[vocab[token]]
+    for token in ("<|im_end|>", "<box>", "</ref>"):
+        assert not engine.suppressed[vocab[token]]
+    requests = [
+        Request(id=str(seed), question="?", seed=seed, sampling=Sampling(temperature=9.0, max_new_tokens=64))
+        for seed in range(16)
+    ]
+    assert not any("<IMG_CONTEXT>" in reply.text or "<|im_" in reply.text for reply in ask(engine, requests).values())
+
+
+def test_end_of_turn_stops_and_is_counted(engine):
+    requests = [
+        Request(id=str(seed), question="?", seed=seed, sampling=Sampling(temperature=9.0, max_new_tokens=400))
+        for seed in range(8)
+    ]
+    replies = ask(engine, requests)
+    stopped = [reply for reply in replies.values() if reply.finish_reason == "stop"]
+    assert stopped
+    assert all(reply.num_tokens <= 400 for reply in stopped)
+    assert not any("<|im_end|>" in reply.text for reply in stopped)
+
+
+def test_a_broken_request_costs_only_itself(engine, pictures, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(pictures[2]).read_bytes()[:60])
+    replies = ask(
+        engine,
+        [
+            Request(id="good", question="Say it", images=(pictures[0],), sampling=GREEDY),
+            Request(id="broken", question="Say it", images=(str(broken),), sampling=GREEDY),
+            Request(id="missing", question="Say it", images=("none.png",), sampling=GREEDY),
+            Request(id="two", question="<image> <image>", images=(pictures[0],), sampling=GREEDY),
+            Request(id="spelled", question="<IMG_CONTEXT>", sampling=GREEDY),
+        ],
+    )
+    assert {id for id, reply in replies.items() if reply.error} == {"broken", "missing", "two", "spelled"}
+    assert replies["good"].text
+
+
+def test_prefix_is_continued_not_repeated(engine):
+    prompt = engine.render("Tell", 0, "The cat sat")
+    assert prompt.endswith("assistant\nThe cat sat")
+    (reply,) = engine.generate([Request(id="p", question="Tell", prefix="The cat sat", sampling=GREEDY)])
+    ids = engine.tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = engine.model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0]
+    assert prompt + reply.text == engine.tokenizer.decode(expected)
+
+
+def test_draw_follows_the_distribution_and_its_limits():
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    uniforms = (torch.arange(1000) + 0.5) / 1000
+    plain = Sampling(temperature=1.0)
+    counts = torch.bincount(draw_tokens(logits.expand(1000, 4), plain, uniforms), minlength=4)
+    assert counts.tolist() == [100, 200, 300, 400]
+    top_k = draw_tokens(logits.expand(1000, 4), Sampling(temperature=1.0, top_k=2), uniforms)
+    assert set(top_k.tolist()) == {2, 3}
+    top_p = draw_tokens(logits.expand(1000, 4), Sampling(temperature=1.0, top_p=0.65), uniforms)
+    assert set(top_p.tolist()) == {2, 3}
+    assert draw_tokens(logits, Sampling(), None).tolist() == [3]
+
+
+def test_revision_changes_with_the_weights(model_folder, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in model_folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert model_revision(str(copy)) == model_revision(str(model_folder))
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert model_revision(str(copy)) != model_revision(str(model_folder))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"engine": "http"}, "needs --base_url"),
+        ({}, "needs --model"),
+        ({"model": "m", "temperature": -1.0}, "temperature is -1.0"),
+        ({"model": "m", "top_p": 0.0}, "top_p is 0.0"),
+    ],
+)
+def test_impossible_settings_are_refused_before_loading(values, message):
+    with pytest.raises(BadInputError, match=message):
+        EngineSettings(**values).sampling(8)
+
+
+def test_a_folder_without_a_model_is_bad_input(tmp_path):
+    with pytest.raises(BadInputError, match="cannot load a model"):
+        load_engine(EngineSettings(model=str(tmp_path)))
+
+
+# The journal
+
+
+def test_journal_survives_a_torn_line(tmp_path):
+    output = tmp_path / "out.jsonl"
+    with Journal(output) as journal:
+        for number in range(3):
+            journal.append(Reply(id=str(number), text="ü" * number, finish_reason="stop", num_tokens=1))
+    with open(tmp_path / "out.jsonl.part", "ab") as part:
+        part.write(b'{"id": "3", "text": "to')
+    with Journal(output) as journal:
+        assert len(journal) == 3
+        journal.append(Reply(id="3", text="new", finish_reason="stop", num_tokens=1))
+        assert [journal[str(number)].text for number in range(4)] == ["", "ü", "üü", "new"]
+        assert journal.finish({"id": str(number)} for number in range(4)) == 4
+    assert not (tmp_path / "out.jsonl.part").exists()
+    assert len(output.read_text().splitlines()) == 4
+
+
+def test_journal_refuses_replies_of_other_settings(tmp_path):
+    with Journal(tmp_path / "out.jsonl") as journal:
+        journal.append(Reply(id="old", text="x", finish_reason="stop", num_tokens=1))
+        with pytest.raises(BadInputError, match="1 replies to other questions or settings"):
+            journal.check(["new"])
+        journal.check(["old", "new"])
+
+
+def test_seeds_differ_by_question_and_sample_and_fit_31_bits():
+    seeds = {sample_seed(0, f"q{question}", sample) for question in range(50) for sample in range(20)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert sample_seed(1, "q0", 0) not in seeds

@@ -1,0 +1,304 @@
+"""The engine behind a URL, against our server and against servers that misbehave."""
+
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from internvl_mpo.engines import Reply, Request, Sampling
+from internvl_mpo.engines.http_engine import HttpEngine, chat_payload, data_uri
+from internvl_mpo.engines.serve import BatchServer, read_requests
+from internvl_mpo.errors import BadInputError
+
+ANSWER = {"choices": [{"message": {"content": " 42 "}, "finish_reason": "stop"}], "usage": {"completion_tokens": 2}}
+
+
+class EchoEngine:
+    """Answers with question, prefix, number of pictures and seed; takes `seconds` per batch."""
+
+    name = model_id = "echo"
+    revision = None
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds = seconds
+        self.batch_sizes: list[int] = []
+
+    def generate(self, requests, done=()):
+        requests = list(requests)
+        self.batch_sizes.append(len(requests))
+        time.sleep(self.seconds)
+        for request in requests:
+            sizes = [image.size for image in request.images]
+            text = f"{request.prefix}|{request.question}|{sizes}|{request.seed}|{request.sampling.max_new_tokens}"
+            yield Reply(id=request.id, text=text, finish_reason="stop", num_tokens=3)
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(server):
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def misbehaving(behave):
+    """Return a server whose answer to the n-th chat completion is up to `behave(handler, n)`; None answers well."""
+    asked = Counter()
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def send(self, status: int, body: bytes, **headers: str) -> None:
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.send(200, json.dumps({"data": [{"id": "m"}]}).encode())
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                asked["all"] += 1
+                number = asked["all"]
+            if behave(self, number) is None:
+                answer = json.loads(json.dumps(ANSWER))
+                answer["choices"][0]["message"]["content"] = body["messages"][0]["content"]
+                self.send(200, json.dumps(answer).encode())
+
+        def log_message(self, *args) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.asked = asked
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    return server
+
+
+def questions(count: int) -> list[Request]:
+    return [Request(id=str(number), question=f"q{number}", seed=number) for number in range(count)]
+
+
+def test_question_pictures_prefix_and_sampler_arrive(serve, tmp_path):
+    server = serve(BatchServer(EchoEngine(), "echo"))
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (5, 7)).save(picture)
+    request = Request(
+        id="x",
+        question="Image-1: <image>\nImage-2: <image>\nSame?",
+        images=(str(picture), Image.new("L", (3, 2))),
+        prefix="They are",
+        seed=9,
+        sampling=Sampling(max_new_tokens=11),
+    )
+    (reply,) = HttpEngine(server.url).generate([request])
+    assert reply.text == "They are|Image-1: \n<image>\nImage-2: \n<image>\nSame?|[(5, 7), (3, 2)]|9|11"
+    assert (reply.id, reply.finish_reason, reply.num_tokens, reply.error) == ("x", "stop", 3, None)
+
+
+def test_64_in_flight_fill_the_server(serve):
+    engine = EchoEngine(seconds=0.05)
+    server = serve(BatchServer(engine, "echo", batch_size=64))
+    replies = list(HttpEngine(server.url, concurrency=64).generate(questions(640)))
+    assert {reply.id for reply in replies} == {str(number) for number in range(640)}
+    assert max(engine.batch_sizes) > 48
+    assert len(engine.batch_sizes) < 40  # 640 one after another would be 640 batches
+
+
+def test_every_reply_arrives_from_a_server_that_breaks_in_every_way(serve):
+    def behave(handler, number):
+        kind = number % 7
+        if kind == 1:
+            handler.send(429, b"slow down", Retry_After="0")
+        elif kind == 2:
+            handler.send(500, b"oops")
+        elif kind == 3:
+            handler.send(200, b"<html>garbage")
+        elif kind == 4:
+            handler.send(200, b'{"choices": []}')
+        elif kind == 5:  # cuts the connection in the middle of the answer
+            handler.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"cho')
+            handler.wfile.flush()
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            handler.close_connection = True
+        elif kind == 6 and number < 30:  # stalls
+            time.sleep(1.0)
+            handler.close_connection = True
+        else:
+            return None
+        return True
+
+    server = serve(misbehaving(behave))
+    engine = HttpEngine(server.url, concurrency=8, timeout=0.5, backoff=0.01, max_attempts=30)
+    replies = {reply.id: reply for reply in engine.generate(questions(40))}
+    assert {id: reply.text for id, reply in replies.items()} == {str(n): f"q{n}" for n in range(40)}
+    assert not any(reply.error for reply in replies.values())
+
+
+def test_what_does_not_arrive_is_named_with_the_reason(serve):
+    server = serve(misbehaving(lambda handler, number: handler.send(503, b"overloaded") or True))
+    engine = HttpEngine(server.url, concurrency=2, backoff=0.001, max_attempts=3)
+    replies = list(engine.generate(questions(5)))
+    assert len(replies) == 5
+    assert all("HTTP 503: overloaded (after 3 attempts)" in reply.error for reply in replies)
+    assert server.asked["all"] == 15
+
+
+def test_a_refusal_is_not_asked_again(serve):
+    server = serve(misbehaving(lambda handler, number: handler.send(400, b"bad picture") or True))
+    (reply,) = HttpEngine(server.url, backoff=0.001).generate(questions(1))
+    assert "bad picture" in reply.error
+    assert server.asked["all"] == 1
+
+
+def test_a_dead_server_ends_the_run_early(serve):
+    server = serve(misbehaving(lambda handler, number: handler.send(500, b"dead") or True))
+    engine = HttpEngine(server.url, concurrency=2, backoff=0.0, max_attempts=2)
+    replies = list(engine.generate(questions(200)))
+    assert len(replies) == 200
+    assert all(reply.error for reply in replies)
+    assert server.asked["all"] < 100
+
+
+def test_a_dripping_server_is_cut_off(serve):
+    def behave(handler, number):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
+        for _ in range(20):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.05)
+        handler.close_connection = True
+        return True
+
+    server = serve(misbehaving(behave))
+    start = time.monotonic()
+    (reply,) = HttpEngine(server.url, timeout=0.3, max_attempts=1).generate(questions(1))
+    assert "no complete answer in 0.3 s" in reply.error
+    assert time.monotonic() - start < 0.9
+
+
+def test_several_servers_share_the_work_and_a_dead_one_is_left_out(serve):
+    good = [serve(misbehaving(lambda handler, number: time.sleep(0.01))) for _ in range(2)]
+    dead = serve(misbehaving(lambda handler, number: handler.send(500, b"dead") or True))
+    engine = HttpEngine([dead.url, *(server.url for server in good)], concurrency=6, backoff=0.01)
+    replies = list(engine.generate(questions(60)))
+    assert not any(reply.error for reply in replies)
+    assert min(server.asked["all"] for server in good) > 15
+    assert dead.asked["all"] < 20
+
+
+def test_done_requests_are_not_sent(serve):
+    server = serve(misbehaving(lambda handler, number: None))
+    replies = list(HttpEngine(server.url).generate(questions(10), done={"3", "4"}))
+    assert {reply.id for reply in replies} == set("01256789")
+    assert server.asked["all"] == 8
+
+
+def test_rate_limit_spaces_requests(serve):
+    server = serve(misbehaving(lambda handler, number: None))
+    start = time.monotonic()
+    list(HttpEngine(server.url, requests_per_minute=1200).generate(questions(7)))
+    assert time.monotonic() - start >= 6 * 0.05
+
+
+def test_wrong_url_or_model_is_bad_input(serve):
+    server = serve(misbehaving(lambda handler, number: None))
+    with pytest.raises(BadInputError, match="serves m, not 'other'"):
+        HttpEngine(server.url, "other")
+    with pytest.raises(BadInputError, match="is no base URL"):
+        HttpEngine("ftp://host")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(BadInputError, match="does not answer"):
+        HttpEngine(f"http://127.0.0.1:{port}")
+
+
+def test_a_picture_that_is_none_never_travels(serve, tmp_path):
+    server = serve(misbehaving(lambda handler, number: None))
+    fake = tmp_path / "fake.png"
+    fake.write_text("no picture")
+    (reply,) = HttpEngine(server.url).generate([Request(id="x", question="?", images=(str(fake),))])
+    assert "cannot identify image" in reply.error
+    assert server.asked["all"] == 0
+
+
+def test_picture_files_keep_their_bytes_unless_mislabelled(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg")
+    Image.new("RGB", (2, 2)).save(tmp_path / "b.png", "BMP")
+    assert data_uri(tmp_path / "a.jpg").startswith("data:image/jpeg;base64,/9j/")
+    assert data_uri(tmp_path / "b.png").startswith("data:image/png;base64,iVBOR")
+
+
+def test_seed_and_sampler_are_in_the_payload():
+    request = Request(id="x", question="q", seed=7, sampling=Sampling(temperature=0.5, top_k=3, top_p=0.9))
+    payload = chat_payload(request, "m")
+    assert {key: payload[key] for key in ("temperature", "top_k", "top_p", "max_tokens", "seed")} == {
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "max_tokens": 1024,
+        "seed": 7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        ({"messages": "hi"}, "must be a list"),
+        ({"messages": [{"role": "user", "content": "a"}], "stream": True}, "does not stream"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, "expected one user message"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "type 'audio'"),
+        ({"messages": [{"role": "user", "content": "a"}], "temperature": -1}, "temperature is -1"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}
+                ]
+            },
+            "must be data URIs",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}
+                ]
+            },
+            "must be data URIs",
+        ),
+    ],
+)
+def test_server_refuses_what_it_does_not_do(payload, message):
+    with pytest.raises(BadInputError, match=message):
+        read_requests(payload)
+
+
+def test_system_message_and_n_are_served():
+    requests = read_requests(
+        {
+            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+            "n": 3,
+            "seed": 5,
+            "max_tokens": 4,
+        }
+    )
+    assert [request.seed for request in requests] == [5, 6, 7]
+    assert requests[0].question == "Be brief.\n\nWhy?"
+    assert requests[0].sampling == Sampling(temperature=1.0, max_new_tokens=4)

@@ -1,0 +1,202 @@
+"""Pairs by correctness and by Dropout-NTP, without a model."""
+
+import json
+import random
+
+import pytest
+
+from internvl_mpo.pairing import (
+    PairRules,
+    Statistics,
+    correctness_pairs,
+    cut_prefix,
+    entails,
+    group_key,
+    is_repetitive,
+    subset_name,
+    without_images,
+    write_meta,
+)
+from internvl_mpo.records import Response
+
+WAYS = ("I count them one by one.", "First the left ones, then the right ones.", "There are some here and there.")
+
+
+def response(answer: str | None, *, gold: str = "12", way: str = WAYS[0], seed: int = 0, **provenance) -> Response:
+    text = f"{way} That makes it so.\n" + (f"Final answer: {answer}" if answer is not None else "I do not know.")
+    return Response(
+        question_id="q",
+        images=("a.png",),
+        question="How many?",
+        answer=gold,
+        source="geo170k",
+        response=text,
+        provenance={"style": "cot", "seed": seed, **provenance},
+    )
+
+
+def build(responses: list[Response], **rules) -> list:
+    return correctness_pairs(responses, PairRules(**rules), Statistics())[0]
+
+
+def test_right_is_chosen_over_wrong_and_over_unparsable():
+    pairs = build([response("12"), response("13", way=WAYS[1]), response(None, way=WAYS[2])])
+    assert [(pair.rule, "12" in pair.chosen) for pair in pairs] == [("correctness", True), ("format", True)]
+    assert "Final answer: 13" in pairs[0].rejected
+    assert "I do not know" in pairs[1].rejected
+
+
+def test_order_of_responses_decides_nothing():
+    responses = [
+        response(str(9 + i % 6), way=f"{WAYS[i % 3]} Then {i} more things are seen.", seed=i) for i in range(24)
+    ]
+    expected = build(responses, pairs_per_question=5)
+    assert len(expected) == 5
+    for order in range(5):
+        random.Random(order).shuffle(responses)
+        assert build(responses, pairs_per_question=5) == expected
+    assert build(responses, pairs_per_question=5, seed=1) != expected
+
+
+def test_w4_entailment_works_on_words():
+    assert not entails("12", "1")
+    assert not entails("none", "no")
+    assert entails("12 or 13", "12")
+    assert entails("No, there is none", "no")
+    assert len(build([response("12"), response("121", way=WAYS[1])])) == 1
+    assert build([response("12"), response("12 or 13", way=WAYS[1])]) == []
+
+
+@pytest.mark.parametrize("gold", ["No", "N", "O", "one", "on"])
+def test_w4_short_answers_keep_their_format_pairs(gold):
+    pairs = build([response(gold, gold=gold), response(None, gold=gold, way=WAYS[1])])
+    assert [pair.rule for pair in pairs] == ["format"]
+
+
+def test_every_response_is_used_before_one_is_used_twice():
+    responses = [response("12", way=f"{way} Way {i}.") for i, way in enumerate(WAYS)]
+    responses += [response(str(20 + i), way=f"{way} Slip {i}.") for i, way in enumerate(WAYS)]
+    pairs = build(responses, pairs_per_question=3, max_similarity=1.0)
+    assert len({pair.chosen for pair in pairs}) == 3
+    assert len({pair.rejected for pair in pairs}) == 3
+
+
+def test_different_wrong_answers_come_first():
+    responses = [response("12")] + [response("13", way=f"{WAYS[0]} Slip {i}.") for i in range(6)] + [response("14")]
+    pairs = build(responses, pairs_per_question=2, max_similarity=1.0)
+    assert {pair.provenance["rejected_response"]["answer"] for pair in pairs} == {"13", "14"}
+
+
+def test_copies_and_near_copies_count_once():
+    long = " ".join(f"word{i}" for i in range(60))
+    responses = [response("12", way=long), response("12", way=long, seed=1), response("12", way=long + " end")]
+    assert len(build([*responses, response("13")])) == 1
+
+
+def test_truncated_repetitive_and_foreign_texts_are_not_chosen():
+    assert is_repetitive("the same thing again " * 30)
+    assert not is_repetitive(" ".join(f"word{i}" for i in range(60)))
+    for bad in (
+        response("12", finish_reason="length"),
+        response("12", way="the same thing again " * 30),
+        response("12", way="我数了一下图中的物体，左边有五个，右边有七个，所以一共是十二个。"),
+    ):
+        assert build([bad, response("13", way=WAYS[1])]) == []
+    assert len(build([response("12", finish_reason="length"), response("13", way=WAYS[1])], keep_truncated=True)) == 1
+
+
+def test_pass_rate_band_and_length_ratio():
+    responses = [response("12"), response("13", way=WAYS[1]), response("14", way=WAYS[2]), response("15", way="Hm.")]
+    assert build(responses, min_pass_rate=0.3) == []
+    assert len(build(responses, min_pass_rate=0.2, max_pass_rate=0.3)) == 3
+    short = build([response("12", way=WAYS[0] * 9), response("13")], max_length_ratio=2.0)
+    assert short == []
+
+
+def test_lengths_are_balanced_where_there_is_a_choice():
+    ways = ["Seen. " + "It goes on for long. " * repeats for repeats in (1, 4, 7)]
+    responses = [response(answer, way=way) for way in ways for answer in ("12", "13")]
+    for seed in range(5):
+        (pair,) = build(responses, pairs_per_question=1, max_similarity=1.0, seed=seed)
+        assert len(pair.chosen) == len(pair.rejected)
+
+
+def test_question_without_right_answer_is_handed_on_as_it_was():
+    stats = Statistics()
+    asked = response("13", original_question="How many?\nAnswer the question using a single word or phrase.")
+    pairs, question = correctness_pairs([asked], PairRules(), stats)
+    assert pairs == []
+    assert (question.id, question.answer, question.images) == ("q", "12", ("a.png",))
+    assert question.question.endswith("single word or phrase.")
+    assert "geo170k" in stats.table()
+
+
+def test_pairs_say_where_they_come_from():
+    (pair,) = build([response("12", model="m", temperature=0.7), response("13", way=WAYS[1])])
+    assert pair.provenance["model"] == "m"
+    assert pair.provenance["temperature"] == 0.7
+    assert pair.provenance["pass_rate"] == 0.5
+    assert pair.provenance["rejected_response"]["answer"] == "13"
+
+
+def test_group_key_depends_on_pictures_prompt_and_truth():
+    row = response("12").to_json()
+    keys = {group_key(row)}
+    for change in ({"image": "b.png"}, {"question": "Why?"}, {"answer_gt": "13"}):
+        keys.add(group_key({**row, **change}))
+    assert len(keys) == 4
+    assert group_key({**row, "response": "other"}) in keys
+
+
+# Dropout-NTP
+
+
+def test_prefix_is_cut_between_words_without_the_space():
+    assert cut_prefix("The cat sat on the mat", 0.5) == "The cat sat"
+    assert cut_prefix("One\ntwo  three\tfour", 0.5) == "One\ntwo"
+    assert cut_prefix("a b c", 0.34) == "a"
+    assert cut_prefix("word", 0.5) == ""
+    assert cut_prefix("The cat sat", 0.0) == ""
+    assert cut_prefix("The cat sat", 0.99) == "The cat"
+
+
+def test_w11_chinese_is_cut_by_characters():
+    assert cut_prefix("图中有一只白色的猫", 0.5) == "图中有一"
+    assert cut_prefix("图中有3只cat。", 0.5) == "图中有"
+
+
+def test_image_placeholders_leave_no_trace():
+    assert without_images("<image>\nWhat is it?") == "What is it?"
+    assert without_images("Image-1: <image>\nImage-2: <image>\nSame?") == "Same?"
+    assert without_images("What is <image> doing?") == "What is doing?"
+
+
+# MMPR layout
+
+
+def test_subset_names_follow_the_suffix_grammar():
+    assert subset_name("m3cot_train", "correctness") == "m3cot_train_pairs_vqa_correctness_rules"
+    assert subset_name("m3cot_train", "format") == "m3cot_train_pairs_vqa_format_rules"
+    assert subset_name("gqa", "dropout_ntp", ratio=0.5) == "gqa_prefix_pair_sr0.5_wo_image"
+    assert subset_name("gqa", "prefix_with_image", ratio=0.0, with_image=True) == "gqa_prefix_pair_sr0.0_with_image"
+    assert subset_name("../evil name", "correctness") == "_.._evil_name_pairs_vqa_correctness_rules".replace(
+        "_..", "..", 1
+    )
+
+
+def test_meta_is_relative_and_counts(tmp_path):
+    (tmp_path / "release" / "annotations").mkdir(parents=True)
+    (tmp_path / "release" / "images").mkdir()
+    annotation = tmp_path / "release" / "annotations" / "a.jsonl"
+    annotation.write_text("{}\n{}\n")
+    meta = tmp_path / "release" / "meta.json"
+    write_meta(meta, {"a_pairs_vqa_correctness_rules": {"root": tmp_path / "release/images", "annotation": annotation}})
+    assert json.loads(meta.read_text()) == {
+        "a_pairs_vqa_correctness_rules": {
+            "root": "images",
+            "annotation": "annotations/a.jsonl",
+            "data_augment": False,
+            "length": 2,
+            "repeat_time": 1,
+        }
+    }

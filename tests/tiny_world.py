@@ -1,0 +1,38 @@
+"""A tiny model folder, pictures and questions on disk, for tests that run programs."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+from tiny import tiny_model, tiny_processor
+
+
+def make_model_folder(folder: Path) -> Path:
+    """Save the tiny random model with its processor."""
+    model = tiny_model()
+    model.save_pretrained(folder)
+    tiny_processor(model.config).save_pretrained(folder)
+    return folder
+
+
+def make_pictures(folder: Path, count: int = 3) -> list[str]:
+    """Save pictures of one, two, three tiles and different colours; return their paths."""
+    paths = []
+    for number in range(count):
+        path = folder / f"{number}.png"
+        Image.new("RGB", (28 * (1 + number % 3), 28), (80 * number % 256, 120, 255 - 80 * number % 256)).save(path)
+        paths.append(str(path))
+    return paths
+
+
+def make_questions(folder: Path, count: int = 6) -> Path:
+    """Write questions about pictures `0.png`, ... (text only: every third) and return the file."""
+    path = folder / "questions.jsonl"
+    with open(path, "w", encoding="utf-8") as out:
+        for number in range(count):
+            row = {"question": f"What is {number} and one?", "answer": str(number + 1)}
+            if number % 3:
+                row["image"] = f"{number}.png"
+            out.write(json.dumps(row) + "\n")
+    make_pictures(folder, count)
+    return path
