@@ -1,14 +1,19 @@
 """The evaluation program with an engine that answers from a table: what is asked, kept, resumed and scored."""
 
+import base64
+import io
 import json
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import tiny_model, tiny_processor
 
 import evaluate_mpo
 from internvl_mpo.engines import Reply, Request
+from internvl_mpo.engines.serve import BatchServer
 from internvl_mpo.errors import run_program
 
 
@@ -32,7 +37,8 @@ class TableEngine:
                 raise KeyboardInterrupt
             self.asked.append(request.id)
             found = next((answer for text, answer in self.answers.items() if text in request.question), None)
-            yield Reply(id=request.id, text=found or "", error=None if found else "no such question")
+            reason = "stop" if found else ""
+            yield Reply(id=request.id, text=found or "", finish_reason=reason, error=None if found else "not known")
 
 
 @pytest.fixture
@@ -128,3 +134,169 @@ def test_bad_setting_is_one_sentence_that_names_it(monkeypatch, world, capsys, a
     assert run(monkeypatch, TableEngine(ANSWERS), world, *arguments) == 2
     error = capsys.readouterr().err
     assert offender in error and "Traceback" not in error
+
+
+# ------------------------------------------------------------------------- all eight, a judge, two runs side by side
+
+PICTURE = {"image": "a.png"}
+FIRST_ROWS = {
+    "m3cot": ("m3cot", "test.jsonl"),
+    "mathvista": ("mathvista", "testmini.jsonl"),
+    "mathvision": ("mathvision", "testmini.jsonl"),
+    "crpe": ("crpe", "crpe_relation.jsonl"),
+}
+
+
+class Judge(TableEngine):
+    """Knows the four judge prompts by a word of each."""
+
+    def __init__(self):
+        super().__init__(
+            {
+                "Grade an answer": "0.5",
+                "assistants answered": "8 6\nThe first is better.",
+                "Judge a model's answer": "It is true.\nRating: 4",
+                "Read the final answer": "3",
+            }
+        )
+
+
+@pytest.fixture
+def eight(tmp_path: Path) -> Path:
+    """A folder with one entry per benchmark, a few rows each."""
+    data = tmp_path / "data"
+    for name, (folder, file) in FIRST_ROWS.items():
+        rows = json.loads((Path(__file__).parent / "cases" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+        write_rows(data / folder / file, [{**row, **PICTURE} for row in rows])
+    pope = [{"question_id": n, **PICTURE, "text": "Is there a dog in the image?", "label": "yes"} for n in range(2)]
+    for category in ("random", "popular", "adversarial"):
+        write_rows(data / "pope" / f"coco_pope_{category}.json", pope)
+    mmvet = {"v1_0": {"imagename": "a.png", "question": "What is x?", "answer": "-1<AND>-5", "capability": ["ocr"]}}
+    (data / "mmvet").mkdir()
+    (data / "mmvet" / "mm-vet.json").write_text(json.dumps(mmvet), encoding="utf-8")
+    write_rows(
+        data / "llava_bench" / "questions.jsonl", [{**PICTURE, "text": "What?", "category": "conv", "question_id": 0}]
+    )
+    write_rows(data / "llava_bench" / "context.jsonl", [{**PICTURE, "caption": "A hat."}])
+    write_rows(data / "llava_bench" / "answers_gpt4.jsonl", [{"question_id": 0, "text": "A hat."}])
+    hat = {"question": "What is it?", "gt_answer": "A hat.", "image_content": ["Hat"], **PICTURE}
+    write_rows(data / "mmhal_bench" / "mmhal.jsonl", [hat])
+    for folder in data.iterdir():
+        Image.new("RGB", (40, 28), "red").save(folder / "a.png")
+    return data
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+@pytest.fixture
+def judge() -> Iterator[BatchServer]:
+    server = BatchServer(Judge(), "judge-1")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+EIGHT = "m3cot,mathvista,mathvision,mmvet,llava_bench,pope,crpe,mmhal_bench"
+
+
+def test_all_eight_through_a_tiny_model_and_a_judge(eight, judge, tmp_path, capsys):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor(model.config).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    command = ["--benchmarks", EIGHT, "--data", str(eight), "--output", str(out), "--mode", "direct,cot"]
+    command += ["--judge", "judge-1", "--judge_url", judge.url, "--judge_runs", "2"]
+    command += ["--model", str(tmp_path / "model"), "--max_new_tokens", "4", "--device", "cpu"]
+    assert run_program(evaluate_mpo.main, command) == 0
+    result = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    assert set(result) == set(EIGHT.split(","))
+    assert result["mmvet"]["cot"]["total"] == 50.0 and result["mmvet"]["cot"]["std"] == 0.0
+    assert result["llava_bench"]["direct"]["relative"] == 75.0
+    assert result["mmhal_bench"]["direct"]["rating"] == 4.0
+    assert result["mmvet"]["direct"]["judge"]["served"] == ["judge-1"]
+    assert all(s["num_unscored"] == 0 for modes in result.values() for s in modes.values())
+    table = capsys.readouterr().out
+    assert "MathVision MINI" in table and "LLaVA-Bench (wild)  direct" in table
+
+    num_asked = len(judge.engine.asked)
+    assert run_program(evaluate_mpo.main, command) == 0
+    assert len(judge.engine.asked) == num_asked > 0, "a judge reply was paid twice"
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "InternVL2-8B-MPO" in html and "data:image/jpeg;base64," in html and "<script>alert" not in html
+
+
+def test_without_a_judge_judged_benchmarks_are_unscored(monkeypatch, eight, tmp_path, capsys):
+    monkeypatch.setattr(evaluate_mpo, "make_engine", lambda settings: TableEngine({"": "A hat."}))
+    command = f"--model m --benchmarks mmvet --data {eight} --output {tmp_path / 'out'}".split()
+    assert run_program(evaluate_mpo.main, command) == 0
+    summary = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))["mmvet"]["direct"]
+    assert summary["total"] is None and summary["num_unscored"] == 1
+    assert "too few scored" in capsys.readouterr().out
+
+
+def test_changed_answer_is_judged_anew(monkeypatch, eight, judge, tmp_path):
+    for text in ("first", "second"):
+        monkeypatch.setattr(evaluate_mpo, "make_engine", lambda settings, text=text: TableEngine({"": text}))
+        command = f"--model m --benchmarks mmvet --data {eight} --output {tmp_path / 'out'} --judge judge-1".split()
+        assert run_program(evaluate_mpo.main, [*command, "--judge_url", judge.url]) == 0
+        (tmp_path / "out" / "answers.jsonl").unlink()
+    assert len(judge.engine.asked) == 2
+
+
+def test_compare_pairs_questions_and_names_what_flipped(monkeypatch, world, capsys):
+    worse = {**ANSWERS, "1 plus 1": "1 + 1 = 3.\nFinal answer: 3"}
+    better = {**ANSWERS, "2 plus 2": "2 + 2 = 4.\nFinal answer: 4"}
+    for name, answers in (("a", worse), ("b", better)):
+        run(monkeypatch, TableEngine(answers), world, "--mode", "cot", "--output", str(world / name))
+    capsys.readouterr()
+    assert run_program(evaluate_mpo.main, ["compare", str(world / "a"), str(world / "b")]) == 0
+    text = capsys.readouterr().out
+    assert "mini/cot: 25.00 -> 75.00, difference +50.00" in text
+    assert "2 better" in text and "0 worse" in text
+    html = (world / "b" / "compare.html").read_text(encoding="utf-8")
+    assert "flipped" in html and "1 + 1 = 3." in html and "2 + 2 = 4." in html
+
+
+def test_compare_of_an_empty_folder_is_refused(tmp_path, capsys):
+    assert run_program(evaluate_mpo.main, ["compare", str(tmp_path), str(tmp_path)]) == 2
+    assert "verdicts.jsonl" in capsys.readouterr().err
+
+
+def test_answer_that_looks_like_html_is_shown_as_text(monkeypatch, world):
+    run(monkeypatch, TableEngine({"": "<script>alert(1)</script>\nFinal answer: 2"}), world, "--mode", "cot")
+    html = (world / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in html and "&lt;script&gt;alert" in html
+
+
+def test_processes_share_the_work_and_rank_0_scores_all(monkeypatch, world):
+    monkeypatch.setattr(evaluate_mpo, "wait_for_other_processes", lambda world_size: None)
+    engines = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        engines.append(TableEngine(ANSWERS))
+        assert run(monkeypatch, engines[-1], world, "--mode", "cot") == 0
+    assert [len(engine.asked) for engine in engines] == [2, 2]
+    assert scores(world)["cot"]["num_unscored"] == 0
+
+
+def test_embedded_pictures_reach_model_and_report(monkeypatch, tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "blue").save(buffer, "PNG")
+    table = "index\timage\tquestion\tanswer\tcategory\n"
+    table += (
+        f"0\t{base64.b64encode(buffer.getvalue() + bytes(200)).decode()}\tIs there a dog in the image?\tNo\trandom\n"
+    )
+    (tmp_path / "POPE.tsv").write_text(table + "1\t0\tIs there a cat in the image?\tYes\trandom\n", encoding="utf-8")
+    engine = TableEngine({"dog": "No", "cat": "Yes"})
+    monkeypatch.setattr(evaluate_mpo, "make_engine", lambda settings: engine)
+    command = f"--model m --benchmarks pope --data {tmp_path / 'POPE.tsv'} --output {tmp_path / 'out'}".split()
+    assert run_program(evaluate_mpo.main, command) == 0
+    summary = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))["pope"]["direct"]
+    assert (summary["f1"], summary["accuracy"]) == (100.0, 100.0)
+    assert "data:image/jpeg" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

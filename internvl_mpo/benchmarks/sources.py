@@ -116,8 +116,11 @@ def parse_list(value: Any) -> list[str]:
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     content = read_json_file(path)
-    if isinstance(content, Mapping):  # {id: row}, the form of MathVista and MM-Vet
-        content = [{"id": key, **row} for key, row in content.items() if isinstance(row, Mapping)]
+    if isinstance(content, Mapping):
+        if all(isinstance(row, Mapping) for row in content.values()):  # {id: row}: MathVista and MM-Vet
+            content = [{"id": key, **row} for key, row in content.items()]
+        else:  # a JSONL file of one line
+            content = [content]
     if not isinstance(content, list) or not content or not all(isinstance(row, Mapping) for row in content):
         raise BadInputError(f"{path} must hold rows: a list of objects, one object per line, or an object of objects")
     return [dict(row) for row in content]
