@@ -1,6 +1,6 @@
 """Log-probs of the responses in a pack, without logits for the whole pack.
 
-    attach_scoring(model)                       # once, before DDP, DeepSpeed or peft wrap the model
+    attach_scoring(model)                       # once, before DDP or DeepSpeed wrap the model
     logps_R = response_logps(wrapped, pack)     # goes through wrapped(pack=pack), so gradient hooks work
 
 `attach_scoring` makes the model's own `forward` answer `model(pack=pack)` with the log-probs of the responses; all
@@ -30,7 +30,7 @@ def attach_scoring(model: nn.Module, *, attention: str = "auto") -> nn.Module:
     """Teach a model to answer `model(pack=pack)` with log-probs; see the top of this file.
 
     Args:
-        model: an InternVL chat model or a causal language model of transformers, not wrapped yet.
+        model: an InternVL chat model or a causal language model of transformers, or one with a LoRA adapter of peft.
         attention: back end for packs, see `use_packed_attention`.
 
     Returns:
@@ -40,20 +40,26 @@ def attach_scoring(model: nn.Module, *, attention: str = "auto") -> nn.Module:
         ValueError: the output head is not a plain linear layer (leave it out of LoRA's targets), or the back end is
             unknown.
     """
-    use_packed_attention(model, attention)
-    head = model.get_output_embeddings()
+    # LoRA lives inside the layers of the base model, and peft passes unknown arguments of forward on to it.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    use_packed_attention(base, attention)
+    head = base.get_output_embeddings()
     if isinstance(head, ScoringHead):
         return model
     if type(head) is not nn.Linear:
         raise ValueError(f"the output head is a {type(head).__name__}; scoring needs a plain nn.Linear")
-    model.set_output_embeddings(ScoringHead(head))
-    plain_forward = model.forward
+    base.set_output_embeddings(ScoringHead(head))
+    plain_forward = base.forward
 
     @functools.wraps(plain_forward)
-    def forward(*args: Any, pack: Pack | None = None, **kwargs: Any) -> Any:
-        return plain_forward(*args, **kwargs) if pack is None else _score(model, pack, **kwargs)
+    def forward(
+        *args: Any, pack: Pack | None = None, chunk_size: int = CHUNK_SIZE, temperature: float = 1.0, **kwargs: Any
+    ) -> Any:
+        if pack is None:
+            return plain_forward(*args, **kwargs)
+        return _score(base, pack, chunk_size, temperature)  # kwargs: peft adds arguments of its own, all None
 
-    model.forward = forward
+    base.forward = forward
     return model
 
 
@@ -84,15 +90,15 @@ def pair_logps(model: nn.Module, pack: Pack, **options: Any) -> tuple[Tensor, Te
     return logps_R[pack.chosen_index_P], logps_R[pack.rejected_index_P]
 
 
-def _score(model: nn.Module, pack: Pack, *, chunk_size: int, temperature: float) -> Tensor:
-    hidden_TD = trunk(model, pack)
+def _score(model: nn.Module, pack: Pack, chunk_size: int, temperature: float) -> Tensor:
+    hidden_TD = _trunk(model, pack)
     head = model.get_output_embeddings()
     logps_S = head(hidden_TD[pack.predict_index_S], pack.target_ids_S, chunk_size=chunk_size, temperature=temperature)
     zeros_R = logps_S.new_zeros(pack.num_responses)
     return zeros_R.index_add(0, pack.entry_response_E, logps_S[pack.entry_scored_E])
 
 
-def trunk(model: nn.Module, pack: Pack) -> Tensor:
+def _trunk(model: nn.Module, pack: Pack) -> Tensor:
     """Return the last hidden states of a pack, after the final norm. Shape: (T, D)"""
     images = {} if pack.pixel_values is None else {"pixel_values": pack.pixel_values.to(model.dtype)}
     # A ready 4-D mask is handed on as it is; with none, transformers would build a dense one from the positions.

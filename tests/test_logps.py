@@ -225,14 +225,18 @@ def test_a_padded_batch_after_attaching_is_masked_as_before():
     assert torch.allclose(plain(**batch).logits[0, 2:], scored(**batch).logits[0, 2:])
 
 
-def test_lora_trains_its_matrices_and_disabling_it_gives_the_start_model():
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_lora_trains_its_matrices_and_disabling_it_gives_the_start_model(attach_first, task_type):
     from peft import LoraConfig, get_peft_model
 
-    model = scoring_model()
-    pack = pack_groups(mixed_groups(model))
+    pack = pack_groups(mixed_groups(tiny_model()))
     with torch.no_grad():
-        start = response_logps(model, pack)
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        start = response_logps(scoring_model(), pack)
+    targets = ["q_proj", "v_proj"]
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type=task_type)
+    wrapped = get_peft_model(scoring_model() if attach_first else tiny_model(), config)
+    attach_scoring(wrapped)
     logps_R = response_logps(wrapped, pack)
     logps_R.sum().backward()
     grads = {name for name, p in wrapped.named_parameters() if p.grad is not None}
