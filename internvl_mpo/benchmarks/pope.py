@@ -69,7 +69,7 @@ def examples(source: Source, image_root: str | Path | None = None) -> list[Examp
                 id=f"{category}-{row.get('question_id', row.get('index'))}",
                 question=strip_answer_instruction(row.get("text") or row["question"]),
                 answer=label,
-                images=(image_source(row["image"], root),),
+                images=(image_source(row["image"], root),) if row.get("image") else (),
                 groups={"category": (category,)},
             )
         )
