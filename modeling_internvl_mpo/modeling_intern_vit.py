@@ -27,9 +27,8 @@ class InternRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        values = hidden_states.to(torch.float32)
-        values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * values.to(hidden_states.dtype)
+        normalised = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.variance_epsilon)
+        return self.weight * normalised
 
 
 def _norm(config: InternVisionConfig) -> nn.Module:

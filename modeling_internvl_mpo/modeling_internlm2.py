@@ -34,9 +34,9 @@ class InternLM2RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        values = hidden_states.to(torch.float32)
-        values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * values.to(hidden_states.dtype)
+        # The weight multiplies after the cast back, as in the original; rms_norm's own weight would come before it.
+        normalised = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.variance_epsilon)
+        return self.weight * normalised
 
 
 class InternLM2RotaryEmbedding(nn.Module):
@@ -56,7 +56,7 @@ class InternLM2RotaryEmbedding(nn.Module):
         self.factor = float(scaling.get("factor", 1.0))
         self._frequencies: torch.Tensor | None = None  # (D / 2,) float32, unscaled; made on first use per device
 
-    def _inv_freq(self, position_ids: torch.Tensor) -> torch.Tensor:
+    def _inv_freq(self, position_ids: torch.Tensor, total_length: int | torch.Tensor) -> torch.Tensor:
         """Inverse frequencies, shape (D / 2,)."""
         base, dim, limit = self.config.rope_theta, self.dim, self.config.max_position_embeddings
         if self._frequencies is None or self._frequencies.device != position_ids.device:
@@ -64,8 +64,9 @@ class InternLM2RotaryEmbedding(nn.Module):
             self._frequencies = 1.0 / (base**exponent)
         if self.kind == "linear":
             return self._frequencies / self.factor
-        if self.kind == "dynamic":
-            # No branch on the length: it would make the host wait for the device in every decoding step.
+        # Positions are asked for only where the row is long enough: looking at them in every decoding step would
+        # cost kernels. A long pack of short texts gets here and is left as it is.
+        if self.kind == "dynamic" and not (isinstance(total_length, int) and total_length <= limit):
             length = (position_ids.max() + 1).clamp(min=limit)
             stretch = (self.factor * length / limit - (self.factor - 1)) ** (dim / (dim - 2))
             exponent = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim
@@ -73,17 +74,18 @@ class InternLM2RotaryEmbedding(nn.Module):
         return self._frequencies
 
     @torch.no_grad()
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines, each (B or 1, L, D), in the dtype of `hidden_states`."""
-        angles = position_ids[..., None].float() * self._inv_freq(position_ids)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, total_length: int | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and signed sines, each (B or 1, L, 1, 1, D), in the dtype of `hidden_states`; see `rotate`."""
+        angles = (position_ids[..., None].float() * self._inv_freq(position_ids, total_length))[:, :, None, None]
+        cos, sin = angles.cos(), angles.sin()
+        return tuple(torch.cat(pair, dim=-1).to(hidden_states.dtype) for pair in ((cos, cos), (-sin, sin)))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate (B, heads, L, D) by angles whose cosines and sines are (B, 1, L, D); halves of D are the pairs."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotate the last dimension; its halves are the pairs, and the sign of a half's swapped partner is in `sin`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def eager_attention(
@@ -137,11 +139,9 @@ class InternLM2Attention(nn.Module):
         shape = hidden_states.shape[:-1]
         groups = self.num_key_value_groups
         qkv = self.wqkv(hidden_states).view(*shape, -1, groups + 2, self.head_dim)  # (B, L, K, H / K + 2, D)
-        query, key, value = qkv.split((groups, 1, 1), dim=-2)
-        query = query.reshape(*shape, -1, self.head_dim).transpose(1, 2)
-        key, value = key.squeeze(-2).transpose(1, 2), value.squeeze(-2).transpose(1, 2)
-        cos, sin = position_embeddings
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        rotated = rotate(qkv[..., :-1, :], *position_embeddings)  # queries and key of a group in one go
+        query = rotated[..., :-1, :].reshape(*shape, -1, self.head_dim).transpose(1, 2)
+        key, value = rotated[..., -1, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -237,8 +237,8 @@ class InternLM2Model(InternLM2PreTrainedModel):
             inputs_embeds = self.tok_embeddings(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)
         mask = create_causal_mask(
@@ -248,8 +248,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
-        position_embeddings = (cos.unsqueeze(1), sin.unsqueeze(1))
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids, past_length + inputs_embeds.shape[1])
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(

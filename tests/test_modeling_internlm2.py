@@ -74,6 +74,18 @@ def test_a_long_text_leaves_no_trace() -> None:
     assert torch.equal(model(short).logits, before)
 
 
+def test_a_long_pack_of_short_texts_is_not_stretched() -> None:
+    """The limit is about positions: packed rows restart theirs."""
+    model, _ = twins(rope_scaling={"type": "dynamic", "factor": 2.0})
+    texts = [torch.randint(0, 200, (1, 20)) for _ in range(4)]
+    block = torch.block_diag(*[torch.ones(20, 20)] * 4).tril().bool()
+    mask = torch.zeros(80, 80).masked_fill(~block, torch.finfo(torch.float32).min)[None, None]
+    positions = torch.arange(20).repeat(4).unsqueeze(0)
+    packed = model(torch.cat(texts, dim=1), attention_mask=mask, position_ids=positions).logits
+    apart = torch.cat([model(text).logits for text in texts], dim=1)
+    torch.testing.assert_close(packed, apart, atol=1e-5, rtol=0)
+
+
 def test_linear_scaling_needs_a_sane_factor() -> None:
     for scaling in ({"type": "yarn", "factor": 2.0}, {"type": "dynamic"}, {"type": "dynamic", "factor": 0.5}):
         with pytest.raises(ValueError, match="rope_scaling"):
