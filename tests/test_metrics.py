@@ -34,12 +34,12 @@ def test_readme_example_holds(name, tmp_path, module_cache):
 
     metric = evaluate.load(str(METRICS / name), cache_dir=str(tmp_path), experiment_id=f"test-{name}")
     block = re.search(r"```python\n(.*?)```", (METRICS / name / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    arguments = re.search(r"predictions=\[(.*)\],\n\s*references=\[(.*)\],", block)
     key, value = re.search(r'result\["(\w+)"\]  # ([\d.]+)', block).groups()
-    prediction, reference = (ast.literal_eval(text) for text in arguments.groups())
-    result = metric.compute(predictions=[prediction], references=[reference], rule="ours")
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call) and node.keywords]
+    arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in calls[0].keywords}
+    result = metric.compute(**arguments)
     assert result[key] == float(value)
-    assert result == compute_metric(name, [prediction], [reference])
+    assert result == compute_metric(name, **arguments)
 
 
 def test_reference_without_a_field_is_named():
