@@ -13,11 +13,13 @@ import json
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
 
@@ -25,9 +27,11 @@ from tqdm import tqdm
 
 from internvl_mpo.answers import FORMATS
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.pairing import PairRules, Statistics, correctness_pairs, group_key
+from internvl_mpo.pairing import PairRules, Statistics, correctness_pairs, group_key, subset_name, write_meta
 from internvl_mpo.records import Response, Row, atomic_writer, iter_jsonl
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
+
+MEGABYTE = 1 << 20
 
 
 @dataclass
@@ -35,7 +39,8 @@ class Settings:
     """Settings of the program; `--help` prints them."""
 
     responses: list[str] = setting(help="JSONL files of Response rows, separated by commas")
-    output: str = setting(help="JSONL file of PreferencePair rows to write")
+    output: str = setting(help="JSONL file of PreferencePair rows to write; a folder gets MMPR's layout and meta.json")
+    image_root: str = setting("", help="folder the image paths are relative to, for meta.json")
     all_wrong: str | None = setting(None, help="JSONL file of the questions without a right answer; empty is beside it")
     pairs_per_question: int = setting(15, help="most right-wrong pairs of one question")
     format_pairs_per_question: int | None = setting(None, help="most right-unparsable pairs; empty is the same number")
@@ -79,17 +84,34 @@ def main(argv: list[str]) -> int:
         keep_truncated=settings.keep_truncated,
     )
     output = Path(settings.output)
-    all_wrong = Path(settings.all_wrong or output.with_name(f"{output.stem}.all_wrong.jsonl"))
+    as_folder = output.suffix != ".jsonl"
+    all_wrong = Path(
+        settings.all_wrong or (output / "all_wrong.jsonl" if as_folder else output.with_suffix(".all_wrong.jsonl"))
+    )
     stats = Statistics()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        buckets = partition(settings.responses, Path(folder), settings.bucket_mb << 20)
-        work = partial(build_bucket, rules=rules)
-        with atomic_writer(output) as pairs_out, atomic_writer(all_wrong) as wrong_out:
-            for pairs, wrong, counted in tqdm(_map(work, buckets, settings.workers), total=len(buckets), unit="part"):
-                pairs_out.write(pairs)
+        buckets = partition(settings.responses, Path(folder), settings.bucket_mb * MEGABYTE)
+        built = tqdm(
+            _map(partial(build_bucket, rules=rules), buckets, settings.workers), total=len(buckets), unit="part"
+        )
+        with ExitStack() as files:
+            wrong_out = files.enter_context(atomic_writer(all_wrong))
+            outputs: dict[str, TextIO] = {}
+            for pairs, wrong, counted in tqdm(built, total=len(buckets), desc="pairing", unit="part"):
+                for source, rule, lines in pairs:
+                    name = f"annotations/{subset_name(source, rule)}.jsonl" if as_folder else ""
+                    if name not in outputs:
+                        outputs[name] = files.enter_context(atomic_writer(output / name))
+                    outputs[name].write(lines)
                 wrong_out.write(wrong)
                 stats.merge(counted)
+            if not as_folder and not outputs:
+                files.enter_context(atomic_writer(output))
+    if as_folder:
+        root = settings.image_root or output
+        names = {Path(name).stem: output / name for name in sorted(outputs)}
+        write_meta(output / "meta.json", {name: {"root": root, "annotation": path} for name, path in names.items()})
     print(stats.table())
     print(f"pairs -> {output}\nquestions without a right answer -> {all_wrong}")
     return 0
@@ -122,8 +144,12 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int) -> list[Path]:
     return buckets
 
 
-def build_bucket(path: Path, rules: PairRules) -> tuple[str, str, Statistics]:
-    """Return the pairs and the unanswered questions of one file as JSONL text, and the counts."""
+def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str]], str, Statistics]:
+    """Build the pairs of one file.
+
+    Returns:
+        (source, rule, pairs as JSONL text) in order, the unanswered questions as JSONL text, and the counts.
+    """
     groups: dict[str, list[Response]] = {}
     stats = Statistics()
     for where, row in iter_jsonl(path):
@@ -132,20 +158,21 @@ def build_bucket(path: Path, rules: PairRules) -> tuple[str, str, Statistics]:
             stats.add(response.source, "drop responses without ground truth")
             continue
         groups.setdefault(group_key(row), []).append(response)
-    pairs: list[str] = []
+    pairs: list[tuple[str, str, str]] = []
     wrong: list[str] = []
     for key in sorted(groups):
         built, question = correctness_pairs(groups[key], rules, stats)
-        pairs += _lines(built)
-        wrong += _lines([question] if question else [])
-    return "".join(pairs), "".join(wrong), stats
+        pairs += [(pair.source, pair.rule, _line(pair)) for pair in built]
+        if question is not None:
+            wrong.append(_line(question))
+    return pairs, "".join(wrong), stats
 
 
-def _lines(rows: Iterable[Row]) -> Iterator[str]:
-    return (json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
+def _line(row: Row) -> str:
+    return json.dumps(row.to_json(), ensure_ascii=False) + "\n"
 
 
-def _map(work: partial, buckets: list[Path], workers: int) -> Iterator[tuple[str, str, Statistics]]:
+def _map(work: partial, buckets: list[Path], workers: int) -> Iterator[tuple]:
     if workers == 1 or len(buckets) == 1:
         yield from map(work, buckets)
         return

@@ -119,12 +119,12 @@ def test_64_in_flight_fill_the_server(serve):
     replies = list(HttpEngine(server.url, concurrency=64).generate(questions(640)))
     assert {reply.id for reply in replies} == {str(number) for number in range(640)}
     assert max(engine.batch_sizes) > 48
-    assert len(engine.batch_sizes) < 40  # 640 one after another would be 640 batches
+    assert len(engine.batch_sizes) < 24  # 10 is the least; one after another it would be 640
 
 
 def test_every_reply_arrives_from_a_server_that_breaks_in_every_way(serve):
     def behave(handler, number):
-        kind = number % 7
+        kind = number % 7 if number < 80 else 0
         if kind == 1:
             handler.send(429, b"slow down", Retry_After="0")
         elif kind == 2:
@@ -138,15 +138,15 @@ def test_every_reply_arrives_from_a_server_that_breaks_in_every_way(serve):
             handler.wfile.flush()
             handler.connection.shutdown(socket.SHUT_RDWR)
             handler.close_connection = True
-        elif kind == 6 and number < 30:  # stalls
-            time.sleep(1.0)
+        elif kind == 6:  # stalls
+            time.sleep(0.6)
             handler.close_connection = True
         else:
             return None
         return True
 
     server = serve(misbehaving(behave))
-    engine = HttpEngine(server.url, concurrency=8, timeout=0.5, backoff=0.01, max_attempts=30)
+    engine = HttpEngine(server.url, concurrency=8, timeout=0.3, backoff=0.001, max_attempts=30)
     replies = {reply.id: reply for reply in engine.generate(questions(40))}
     assert {id: reply.text for id, reply in replies.items()} == {str(n): f"q{n}" for n in range(40)}
     assert not any(reply.error for reply in replies.values())

@@ -29,7 +29,7 @@ from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.settings import parse_settings, setting, show_settings
 
 MAX_BODY_BYTES = 256 << 20
-GATHER_SECONDS = 0.005  # how long a batch waits for company
+GATHER_SECONDS = 0.005  # a batch waits for company as long as requests follow each other this closely
 
 
 @dataclass
@@ -86,10 +86,9 @@ class BatchServer(ThreadingHTTPServer):
     def _run_batches(self) -> None:
         while (first := self._waiting.get()) is not None:
             batch = [first]
-            deadline = time.monotonic() + GATHER_SECONDS
             while len(batch) < self.batch_size:
                 try:
-                    item = self._waiting.get(timeout=max(0.0, deadline - time.monotonic()))
+                    item = self._waiting.get(timeout=GATHER_SECONDS)
                 except queue.Empty:
                     break
                 if item is None:

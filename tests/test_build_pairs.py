@@ -1,0 +1,120 @@
+"""The correctness program: the same bytes on any order, memory limit and number of workers."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from dataset_scripts import build_correctness_pairs
+from internvl_mpo.errors import run_program
+from internvl_mpo.prompts import ask
+from internvl_mpo.records import PreferencePair, Question, Response, read_rows, write_rows
+
+
+def make_responses(path: Path, num_questions: int = 60) -> list[Response]:
+    rng = random.Random(0)
+    rows = []
+    for number in range(num_questions):
+        question = Question(question=f"What is {number} and one?", answer=str(number + 1), source=f"set{number % 2}")
+        for sample in range(6):
+            answer = number + 1 + (0 if rng.random() < 0.4 else rng.randint(1, 9))
+            text = f"I look at it in way {rng.randint(0, 9)}.\n" + (f"Final answer: {answer}" if sample else "Hm.")
+            rows.append(
+                Response(
+                    question_id=question.id,
+                    question=ask(question.question, "cot"),
+                    answer=question.answer,
+                    source=question.source,
+                    response=text,
+                    provenance={"style": "cot", "seed": sample, "original_question": question.question},
+                )
+            )
+    write_rows(rows, path)
+    return rows
+
+
+def build(responses: str, output: Path, **settings) -> int:
+    values = {"responses": responses, "output": output, "pairs_per_question": 3, **settings}
+    argv = [part for key, value in values.items() for part in (f"--{key}", str(value))]
+    return run_program(build_correctness_pairs.main, argv)
+
+
+def test_order_buckets_and_workers_decide_nothing(tmp_path, monkeypatch, capsys):
+    rows = make_responses(tmp_path / "a.jsonl")
+    assert build(tmp_path / "a.jsonl", tmp_path / "one.jsonl") == 0
+    table = capsys.readouterr().out
+    assert "set0" in table and "set1" in table and "total" in table
+    random.Random(1).shuffle(rows)
+    write_rows(rows[:100], tmp_path / "b.jsonl")
+    write_rows(rows[100:], tmp_path / "c.jsonl")
+    assert build(f"{tmp_path / 'b.jsonl'},{tmp_path / 'c.jsonl'}", tmp_path / "two.jsonl") == 0
+    monkeypatch.setattr(build_correctness_pairs, "MEGABYTE", 1 << 14)  # several buckets from a small file
+    assert build(tmp_path / "b.jsonl", tmp_path / "half.jsonl") == 0
+    assert (
+        build(f"{tmp_path / 'c.jsonl'},{tmp_path / 'b.jsonl'}", tmp_path / "three.jsonl", bucket_mb=1, workers=2) == 0
+    )
+    pairs = read_rows(tmp_path / "one.jsonl", PreferencePair)
+    assert len(pairs) > 100
+    for other in ("two", "three"):
+        assert (tmp_path / f"{other}.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+        wrong = tmp_path / f"{other}.all_wrong.jsonl"
+        assert wrong.read_bytes() == (tmp_path / "one.all_wrong.jsonl").read_bytes()
+
+
+def test_right_is_always_on_the_chosen_side(tmp_path):
+    make_responses(tmp_path / "a.jsonl")
+    build(tmp_path / "a.jsonl", tmp_path / "pairs.jsonl")
+    for pair in read_rows(tmp_path / "pairs.jsonl", PreferencePair):
+        assert pair.chosen.endswith(f"Final answer: {pair.answer}")
+        assert not pair.rejected.endswith(f"Final answer: {pair.answer}")
+        assert ("Final answer" in pair.rejected) == (pair.rule == "correctness")
+
+
+def test_all_wrong_questions_can_be_asked_again(tmp_path):
+    make_responses(tmp_path / "a.jsonl", num_questions=200)
+    build(tmp_path / "a.jsonl", tmp_path / "pairs.jsonl")
+    questions = read_rows(tmp_path / "pairs.all_wrong.jsonl", Question)
+    assert questions
+    assert all(row.question.startswith("What is") and row.answer for row in questions)
+
+
+def test_a_folder_gets_the_mmpr_layout(tmp_path):
+    make_responses(tmp_path / "a.jsonl")
+    build(tmp_path / "a.jsonl", tmp_path / "one.jsonl")
+    (tmp_path / "images").mkdir()
+    assert build(tmp_path / "a.jsonl", tmp_path / "mmpr", image_root=tmp_path / "images") == 0
+    meta = json.loads((tmp_path / "mmpr" / "meta.json").read_text())
+    assert sorted(meta) == [f"set{i}_pairs_vqa_{rule}_rules" for i in (0, 1) for rule in ("correctness", "format")]
+    rows = []
+    for subset in meta.values():
+        found = read_rows(tmp_path / "mmpr" / subset["annotation"], PreferencePair)
+        assert len(found) == subset["length"]
+        assert (tmp_path / "mmpr" / subset["root"]).resolve() == tmp_path / "images"
+        rows += found
+    expected = read_rows(tmp_path / "one.jsonl", PreferencePair)
+    assert sorted(row.id for row in rows) == sorted(row.id for row in expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"responses": "none.jsonl"}, "cannot read none.jsonl"),
+        ({"min_pass_rate": 0.9, "max_pass_rate": 0.1}, "are no band"),
+        ({"answer_format": "xml"}, "answer_format is 'xml'"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(tmp_path, capsys, settings, message):
+    make_responses(tmp_path / "a.jsonl", num_questions=1)
+    values = {"responses": tmp_path / "a.jsonl", **settings}
+    assert build(values.pop("responses"), tmp_path / "pairs.jsonl", **values) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_a_bad_line_is_named(tmp_path, capsys):
+    make_responses(tmp_path / "a.jsonl", num_questions=1)
+    with open(tmp_path / "a.jsonl", "a") as out:
+        out.write('{"question": "q", "question_id": "x"}\n')
+    assert build(tmp_path / "a.jsonl", tmp_path / "pairs.jsonl") == 2
+    assert "a.jsonl:7: key 'response' is missing" in capsys.readouterr().err
