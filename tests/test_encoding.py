@@ -7,12 +7,15 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_config, tiny_model, tiny_processor
+from transformers import AutoTokenizer
 
 from internvl_mpo.encoding import encode_group, measure_group
 from internvl_mpo.logps import attach_scoring, response_logps, twin_logps
 from internvl_mpo.packing import pack_groups
 from internvl_mpo.records import PreferencePair, RowError
+from modeling_internvl_mpo import InternLM2Tokenizer, InternVLProcessor
 
+SHARED = Path(__file__).parent.parent / "../shared/tokenizers"
 SIZES = {"wide.png": (60, 28), "square.png": (28, 28), "tall.jpg": (30, 90)}
 BACKBONES = ["internlm2", "phi3", "qwen2", "qwen3"]
 
@@ -99,14 +102,15 @@ def test_measured_size_equals_the_encoded_one(root, name, backbone):
 def test_a_photo_turned_by_exif_is_measured_upright(root):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    Image.new("RGB", (30, 90)).save(root / "turned.jpg", exif=exif)
-    row = pair(images=("turned.jpg",))
-    processor = tiny_processor()
-    assert measure_group(processor, [row], root, max_tiles=2).tiles == len(
-        encode_group(processor, [row], root, max_tiles=2).tiles
-    )
-    grid = processor.image_processor.get_number_of_image_patches(30, 90, {"max_dynamic_patch": 12})
-    assert measure_group(processor, [row], root).tiles == grid
+    Image.new("RGB", (20, 29)).save(root / "turned.jpg", exif=exif)
+    Image.new("RGB", (20, 29)).save(root / "upright.jpg")
+    tiles = {}
+    for name in ("turned.jpg", "upright.jpg"):
+        size = measure_group(tiny_processor(), [pair(images=(name,))], root, max_tiles=2)
+        assert size.tiles == len(encode_group(tiny_processor(), [pair(images=(name,))], root, max_tiles=2).tiles)
+        tiles[name] = size.tiles
+    # 29 / 20 is nearer to 1 than to 2, but 20 / 29 is nearer to 1 / 2 than to 1.
+    assert tiles == {"turned.jpg": 1, "upright.jpg": 3}
 
 
 def test_every_kind_of_group_packs_and_equals_the_twin(root):
@@ -127,6 +131,30 @@ def test_a_long_response_is_cut_at_the_limit_and_loses_its_end(root):
 def test_spaces_around_a_response_are_not_scored(root):
     group = encode_group(tiny_processor(), [text_pair(chosen=" yes\n", rejected="no")], root)
     assert decode(tiny_processor(), group.responses[0]) == "yes<|im_end|>"
+
+
+def real_processor(name: str) -> InternVLProcessor:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"the real {name} vocabulary is not here")
+    loader = InternLM2Tokenizer if name == "internlm2" else AutoTokenizer
+    tokenizer = loader.from_pretrained(SHARED / name)
+    missing = [token for token in ("<img>", "</img>", "<IMG_CONTEXT>") if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    template = "internlm2-chat" if name == "internlm2" else "Hermes-2"
+    return InternVLProcessor(tiny_processor().image_processor, tokenizer, 1, template)
+
+
+@pytest.mark.parametrize("name", ["internlm2", "qwen2"])
+def test_real_vocabularies_go_on_from_the_header_as_generation_does(root, name):
+    processor = real_processor(name)
+    for text in ("The answer is 12.", "答案：十二", "A", "  Final answer: 3", "$x^2$\n\nso x", "- one\n- two 😀"):
+        row = text_pair(chosen=text, rejected="Something else entirely")
+        group = encode_group(processor, [row], root)
+        rendered = processor.apply_chat_template(
+            [{"role": "user", "content": row.question}, {"role": "assistant", "content": text.strip()}], tokenize=False
+        )
+        assert group.prompt_ids + group.responses[0] == processor.tokenizer(rendered)["input_ids"]
+        assert measure_group(processor, [row], root).num_tokens == group.num_tokens
 
 
 def refused(root: Path, row: PreferencePair, **limits) -> list[str]:

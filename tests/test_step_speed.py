@@ -1,0 +1,51 @@
+"""The benchmark runs, and the FLOP of our step do not grow. Run: pytest tests/test_step_speed.py"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import step_speed
+
+from internvl_mpo.errors import BadInputError
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_side_of_ours_trains_on_the_same_pairs(tmp_path):
+    path = tmp_path / "result.json"
+    argv = ["--preset", "tiny", "--rounds", "1", "--sides", "ours_live,ours_cached,twin", "--json", str(path)]
+    assert step_speed.main(argv) == 0
+    result = json.loads(path.read_text())
+    live, cached, twin = result["ours"]["live"], result["ours"]["cached"], result["twin"]
+    assert live["loss_of_first_step"] == pytest.approx(twin["loss_of_first_step"], rel=1e-5)
+    assert live["loss_of_first_step"] == cached["loss_of_first_step"]
+    assert cached["gflop"] < live["gflop"] < twin["gflop"]
+    assert result["ratio_details"]["twin_over_cached"]["min"] > 0
+
+
+def test_trl_computes_the_same_loss(tmp_path):
+    pytest.importorskip("trl")
+    path = tmp_path / "result.json"
+    assert step_speed.main(["--preset", "tiny", "--rounds", "1", "--sides", "ours_live,trl", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    # The two image processors round pixels differently, hence not closer.
+    assert result["trl"]["loss_of_first_step"] == pytest.approx(result["ours"]["live"]["loss_of_first_step"], rel=2e-4)
+
+
+@pytest.mark.parametrize(("side", "limit"), [("ours_live", 215.3), ("ours_cached", 163.2), ("twin", 391.2)])
+def test_flop_of_a_step_stay_where_they_are(tmp_path, side, limit):
+    settings = step_speed.Settings(preset="proportional")
+    world = step_speed.World(step_speed.PRESETS["proportional"], settings, tmp_path)
+    gflop = step_speed.count_flop(step_speed.build_side(side, world, settings)) / 1e9
+    assert limit - 1 < gflop < limit
+
+
+def test_unknown_presets_and_sides_are_refused():
+    with pytest.raises(BadInputError, match="preset is 'huge', expected one of tiny"):
+        step_speed.Settings(preset="huge")
+    with pytest.raises(BadInputError, match="expected some of ours_live"):
+        step_speed.Settings(sides=["theirs"])
