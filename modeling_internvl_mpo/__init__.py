@@ -16,7 +16,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 
 from .configuration_internvl_mpo import InternLM2Config, InternVisionConfig, InternVLChatConfig
 from .conversation_internvl_mpo import CONVERSATIONS, Conversation, get_conversation
-from .image_processing_internvl_mpo import InternVLImageProcessor, dynamic_preprocess, load_image
+from .image_processing_internvl_mpo import InternVLImageProcessor, dynamic_preprocess, load_image, video_frame_indices
 from .modeling_intern_vit import InternVisionModel
 from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
 from .modeling_internvl_mpo import InternVLChatModel
@@ -39,6 +39,7 @@ __all__ = [
     "dynamic_preprocess",
     "get_conversation",
     "load_image",
+    "video_frame_indices",
 ]
 
 AutoConfig.register("internvl_chat", InternVLChatConfig)

@@ -264,3 +264,21 @@ def load_image(image_file: Any, input_size: int = 448, max_num: int = 12) -> tor
     processor = InternVLImageProcessor(size={"height": input_size, "width": input_size}, max_dynamic_patch=max_num)
     with Image.open(image_file) as image:
         return processor(image)["pixel_values"]
+
+
+def video_frame_indices(
+    last_frame: int, fps: float, num_segments: int = 32, bound: tuple[float, float] | None = None
+) -> list[int]:
+    """Return the frames of the vendor's quick start: the middle of each of `num_segments` equal parts of a clip.
+
+    Write them into the question as `Frame1: <image>` lines, one tile per frame (`max_dynamic_patch=1`).
+
+    Args:
+        last_frame: index of the video's last frame.
+        fps: frames per second.
+        num_segments: how many frames.
+        bound: start and end of the clip in seconds; None means the whole video.
+    """
+    start, end = (0, last_frame) if bound is None else (max(0, round(bound[0] * fps)), round(bound[1] * fps))
+    size = (min(end, last_frame) - start) / num_segments
+    return [int(start + size / 2 + float(np.round(size * index))) for index in range(num_segments)]

@@ -251,7 +251,9 @@ class InternVLChatModel(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            if past_key_values is not None and past_key_values.get_seq_length() > 0 and pixel_values is None:
+            # While decoding, an image token is one the model chose to write, not a place for a tile.
+            decoding = past_key_values is not None and (input_ids.shape[1] == 1 or past_key_values.get_seq_length() > 0)
+            if decoding and pixel_values is None and visual_features is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
             else:
                 inputs_embeds = self.embed(input_ids, pixel_values, image_flags, visual_features)

@@ -115,7 +115,8 @@ class InternVLProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` (B, L), and `pixel_values` (I, 3, S, S) if there are images.
 
         Raises:
-            ValueError: placeholders and images differ in number, or a text spells out an image token itself.
+            ValueError: placeholders and images differ in number, a text spells out an image token itself, or
+                truncation would cut image tokens off.
         """
         if text is None:
             raise ValueError("give text; for images alone use processor.image_processor")
@@ -150,7 +151,18 @@ class InternVLProcessor(ProcessorMixin):
             if return_num_tiles:
                 features["num_tiles"] = tiles["num_tiles"]
             texts = self.expand_images(texts, tiles["num_tiles"].tolist())
-        return BatchFeature({**self.tokenizer(texts, **text_kwargs), **features})
+        encoded = self.tokenizer(texts, **text_kwargs)
+        if images:
+            wanted = sum(one.count(IMG_CONTEXT) for one in texts)
+            rows = encoded["input_ids"]
+            rows = rows.tolist() if hasattr(rows, "tolist") else rows
+            found = sum(row.count(self.image_token_id) for row in rows)
+            if found != wanted:
+                raise ValueError(
+                    f"truncation cut {wanted - found} of {wanted} image tokens off; raise max_length or lower "
+                    "max_dynamic_patch"
+                )
+        return BatchFeature({**encoded, **features})
 
     def expand_images(self, texts: list[str], num_tiles: list[int]) -> list[str]:
         """Replace every `<image>` by `<img>`, its image tokens and `</img>`.

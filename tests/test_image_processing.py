@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeling_internvl_mpo import InternVLImageProcessor, dynamic_preprocess, load_image
+from modeling_internvl_mpo import InternVLImageProcessor, dynamic_preprocess, load_image, video_frame_indices
 from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid, open_image, target_grids, to_rgb
 
 ORACLE = Path(__file__).parent.parent / "../shared/oracle/model"
@@ -58,6 +58,16 @@ def test_tiles_equal_the_original_bit_for_bit() -> None:
         if "tensor" in case:
             found = pixels[:, :, ::37, ::41] if "sample" in case else pixels
             torch.testing.assert_close(found, tensors[case["tensor"]], atol=1e-6, rtol=0)
+
+
+@needs_oracle
+def test_video_frames_equal_the_quick_start() -> None:
+    cases = json.loads((ORACLE / "video_frame_indices.json").read_text())
+    cases = [case for case in cases if case["kind"] == "quick_start_get_index" and case["first_idx"] == 0]
+    assert len(cases) >= 6
+    for case in cases:
+        found = video_frame_indices(case["max_frame"], case["fps"], case["num_segments"], case["bound"])
+        assert found == case["indices"], case
 
 
 def test_square_images_get_more_tiles_from_634_pixels_on() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import ARCHITECTURES, tiny_config, tiny_model, tiny_processor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, TextIteratorStreamer
 
 from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel
 from modeling_internvl_mpo.configuration_internvl_mpo import LORA_TARGETS
@@ -68,7 +68,11 @@ def test_cached_decoding_equals_recomputing(backbone: str) -> None:
     inputs = inputs_for(model)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     cached = model.generate(**inputs, **settings)
-    assert torch.equal(cached, model.generate(**inputs, use_cache=False, **settings))
+    whole = {**inputs, "input_ids": cached}
+    whole["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(2, 8)], dim=1).long()
+    positions = (whole["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    logits = model(**whole, position_ids=positions).logits
+    assert torch.equal(logits[:, -9:-1].argmax(-1), cached[:, -8:])
     assert torch.equal(cached, model.generate(**inputs, cache_implementation="static", **settings))
 
 
@@ -313,6 +317,39 @@ def test_every_published_size(size: str, tmp_path: Path) -> None:
     logits = model(**inputs).logits
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModel.from_pretrained(tmp_path)(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("backbone", ["internlm2", "qwen2"])
+def test_tied_embeddings_survive(backbone: str, tmp_path: Path) -> None:
+    model = tiny_model(backbone, llm_config={"tie_word_embeddings": True})
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    ids = torch.arange(6).unsqueeze(0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_official_loading_arguments_and_device_map(tmp_path: Path) -> None:
+    """What the vendor's examples pass, with and without `trust_remote_code`, on a folder that has no code."""
+    model = tiny_model("internlm2")
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(6).unsqueeze(0)
+    for extra in ({"trust_remote_code": True}, {"device_map": "auto"}, {"attn_implementation": "eager"}):
+        loaded = AutoModel.from_pretrained(
+            tmp_path, dtype=torch.float32, low_cpu_mem_usage=True, use_flash_attn=True, **extra
+        )
+        torch.testing.assert_close(loaded.eval()(ids.to(loaded.device)).logits.cpu(), model(ids).logits)
+
+
+def test_streamed_answer_is_the_answer() -> None:
+    model = tiny_model()
+    tokenizer = tiny_processor(model.config).tokenizer
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=10)
+    tiles = torch.rand(2, 3, 28, 28)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    answer = model.chat(tokenizer, tiles, "How many?", {**settings, "streamer": streamer})
+    assert "".join(streamer).split("<|im_end|>")[0].strip() == answer
 
 
 def test_no_argument_configuration_and_unknown_parts() -> None:

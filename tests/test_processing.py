@@ -155,6 +155,13 @@ def test_counts_that_do_not_fit_are_refused(processor: InternVLProcessor) -> Non
         processor(images=image)
 
 
+def test_more_tiles_than_fit_are_refused(processor: InternVLProcessor) -> None:
+    image = Image.new("RGB", (400, 100))
+    with pytest.raises(ValueError, match=r"truncation cut 3 of 5 image tokens off"):
+        processor(text="<image>\nQ", images=image, truncation=True, max_length=3)
+    assert processor(text="<image>\nQ", images=image, truncation=True, max_length=8, return_tensors="pt")
+
+
 def test_chat_refuses_tiles_without_a_place(processor: InternVLProcessor) -> None:
     model, tokenizer, tiles = tiny_model(), tiny_tokenizer(), torch.zeros(2, 3, 28, 28)
     with pytest.raises(ValueError, match="adds up to another number than the 2 tiles"):
