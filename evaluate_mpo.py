@@ -13,6 +13,10 @@ in the environment variable JUDGE_API_KEY); MathVista reads answers better with 
 
 tells two runs apart: the paired difference on every benchmark with its interval, the questions that flipped, and both
 models' answers side by side in RUN_B/compare.html.
+
+    python evaluate_mpo.py card RUN MODEL_FOLDER
+
+writes a run's numbers on the model's card: `model-index` in README.md and `.eval_results/`.
 """
 
 import dataclasses
@@ -32,6 +36,7 @@ from tqdm import tqdm
 from internvl_mpo.benchmarks import load_benchmark
 from internvl_mpo.benchmarks.common import Benchmark, Example, Mode, Rule, Score, open_image
 from internvl_mpo.benchmarks.comparison import compare_runs
+from internvl_mpo.benchmarks.model_card import add_to_card
 from internvl_mpo.benchmarks.report import report_html
 from internvl_mpo.benchmarks.run_files import Log
 from internvl_mpo.engines import Engine, Request, Sampling
@@ -95,13 +100,15 @@ def main(argv: Sequence[str]) -> int:
     """Answer, judge, score and report."""
     if argv[:1] == ["compare"]:
         return compare(argv[1:])
+    if argv[:1] == ["card"]:
+        return card(argv[1:])
     settings = parse_settings(EvaluateSettings, argv, program="evaluate_mpo.py", about=__doc__)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     output = Path(settings.output)
     tasks = load_tasks(settings)
     if rank == 0:
         print(show_settings(settings, "evaluate_mpo.py"))
-        write_settings(settings, output / "settings.yaml")
+        write_settings(settings, output / ("settings.score.yaml" if settings.score_only else "settings.yaml"))
     with Log(output / "answers.jsonl", rank) as answers:
         if not settings.score_only:
             answer_tasks(tasks, answers, settings, rank, world_size)
@@ -393,6 +400,15 @@ def compare(argv: Sequence[str]) -> int:
         print(difference.text())
     write_report(runs, runs[1] / "compare.html")
     print(f"side by side: {runs[1] / 'compare.html'}")
+    return 0
+
+
+def card(argv: Sequence[str]) -> int:
+    """Write a run's numbers on a model's card."""
+    if len(argv) != 2:
+        raise BadInputError(f"card takes a run folder and a model folder, got {len(argv)} arguments")
+    for path in add_to_card(Path(argv[0]), Path(argv[1])):
+        print(path)
     return 0
 
 

@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
@@ -300,3 +302,21 @@ def test_embedded_pictures_reach_model_and_report(monkeypatch, tmp_path):
     summary = json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))["pope"]["direct"]
     assert (summary["f1"], summary["accuracy"]) == (100.0, 100.0)
     assert "data:image/jpeg" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_card_replaces_its_own_numbers_and_keeps_the_rest(monkeypatch, eight, tmp_path):
+    monkeypatch.setattr(evaluate_mpo, "make_engine", lambda settings: TableEngine({"": "Yes"}))
+    out, model = tmp_path / "out", tmp_path / "model"
+    model.mkdir()
+    (model / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n", encoding="utf-8")
+    command = f"--model m --benchmarks pope --data {eight} --output {out}".split()
+    assert run_program(evaluate_mpo.main, command) == 0
+    for _ in range(2):
+        assert run_program(evaluate_mpo.main, ["card", str(out), str(model)]) == 0
+    loaded = ModelCard.load(model / "README.md")
+    assert loaded.data.license == "mit" and "# A model" in loaded.text
+    (result,) = loaded.data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("lmms-lab/POPE", "f1", 100.0)
+    (entry,) = yaml.safe_load((model / ".eval_results" / "pope.yaml").read_text(encoding="utf-8"))
+    assert entry["dataset"]["id"] == "lmms-lab/POPE" and entry["value"] == 100.0
+    assert "rule ours" in entry["notes"]
