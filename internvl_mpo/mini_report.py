@@ -27,7 +27,7 @@ tr.mpo { font-weight: 600; } .note { opacity: .75; } .table { overflow-x: auto; 
   font-size: .85rem; overflow-wrap: anywhere; } .answer.right { border-color: var(--good); }
 .answer b { display: block; font-size: .75rem; } .plots { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); } .plots figure { margin: 0; background: #fff;
-  border-radius: .5rem; } .plots img { width: 100%; } 
+  border-radius: .5rem; } .plots img { width: 100%; }
 figcaption { color: #333; padding: 0 .8rem .5rem; font-size: .85rem; }
 """
 

@@ -435,6 +435,13 @@ class MPOTrainer(Trainer):
             rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Save weights, config and processor; the settings are in settings.yaml, not in a pickle."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them and what this file adds to a checkpoint."""
         super()._load_optimizer_and_scheduler(checkpoint)
