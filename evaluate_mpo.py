@@ -26,18 +26,19 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
 from internvl_mpo.benchmarks import load_benchmark
-from internvl_mpo.benchmarks.common import Benchmark, Example, Mode, Rule, Score, open_image
+from internvl_mpo.benchmarks.common import Benchmark, Example, Mode, Picture, Rule, Score, open_image, picture_bytes
 from internvl_mpo.benchmarks.comparison import compare_runs
 from internvl_mpo.benchmarks.model_card import add_to_card
-from internvl_mpo.benchmarks.report import report_html
+from internvl_mpo.benchmarks.report import MAX_QUESTIONS, report_html
 from internvl_mpo.benchmarks.run_files import Log
 from internvl_mpo.engines import Engine, Request, Sampling
 from internvl_mpo.errors import BadInputError, run_program
@@ -59,7 +60,9 @@ class EvaluateSettings:
     mode: list[Mode] = setting(["direct"], help="direct, cot, or both")
     rule: Rule = setting("ours", help="ours, official, vlmevalkit or internvl")
     limit: int | None = setting(None, help="first questions of each benchmark only")
-    engine: str = setting("transformers", help="transformers (in this process) or http (an OpenAI-compatible server)")
+    engine: Literal["transformers", "http"] = setting(
+        "transformers", help="transformers (in this process) or http (an OpenAI-compatible server)"
+    )
     base_url: str = setting("http://127.0.0.1:8000/v1", help="address of the server with --engine http")
     batch_size: int = setting(32, help="answers generated at the same time")
     max_new_tokens: int | None = setting(None, help="longest answer; without it, the benchmark's own limit")
@@ -67,7 +70,7 @@ class EvaluateSettings:
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", help="auto, float32, bfloat16, float16")
     trust_remote_code: bool = setting(False, help="run code inside the model folder (not needed for InternVL)")
-    judge: str | None = setting(None, help="model that judges; without it, only replies already kept are used")
+    judge: str | None = setting(None, help="model that judges; its kept replies are used again")
     judge_url: str = setting("https://api.openai.com/v1", help="address of the judge's server")
     judge_runs: int = setting(1, help="replies per answer; scores are means over runs with their deviation")
     judge_temperature: float = setting(0.0, help="of the judge's replies")
@@ -131,7 +134,14 @@ def load_tasks(settings: EvaluateSettings) -> list[Task]:
         benchmark = load_benchmark(name)
         if settings.rule not in benchmark.RULES:
             raise BadInputError(f"{name} has no rule '{settings.rule}'; choose from {', '.join(benchmark.RULES)}")
-        examples = benchmark.examples(data_source(settings, benchmark), settings.image_root)[: settings.limit]
+        source = data_source(settings, benchmark)
+        try:
+            examples = benchmark.examples(source, settings.image_root)[: settings.limit]
+        except KeyError as error:
+            raise BadInputError(f"a row of {source} has no field {error}, which {name} needs") from error
+        twice = [id for id, count in Counter(example.id for example in examples).items() if count > 1]
+        if twice:
+            raise BadInputError(f"{source} holds the question '{twice[0]}' of {name} more than once")
         for mode in settings.mode:
             if mode in benchmark.MAX_NEW_TOKENS:
                 tasks.append(Task(name, mode, benchmark, examples))
@@ -179,7 +189,6 @@ def answer_tasks(tasks: Sequence[Task], answers: Log, settings: EvaluateSettings
         )
         for key, task, example in questions
     )
-
     num_failed = 0
     replies = engine.generate(requests, done=set(answers.rows))
     for reply in tqdm(replies, total=num_missing, desc="answers", unit="answer", disable=rank > 0):
@@ -206,7 +215,8 @@ def make_engine(settings: EvaluateSettings) -> Engine:
     if settings.engine == "http":
         from internvl_mpo.engines.http_engine import HttpEngine
 
-        return HttpEngine(settings.base_url, settings.model, concurrency=settings.batch_size)
+        key = os.environ.get("MODEL_API_KEY")
+        return HttpEngine(settings.base_url, settings.model, concurrency=settings.batch_size, api_key=key)
     import torch
 
     from internvl_mpo.engines.transformers_engine import TransformersEngine
@@ -225,11 +235,11 @@ def make_engine(settings: EvaluateSettings) -> Engine:
     )
 
 
-def for_engine(image: Path | bytes, engine: Engine) -> Any:
+def for_engine(image: Picture, engine: Engine) -> Any:
     """Return a picture as an engine takes it: decoded one by one for requests that are sent, undecoded for batches."""
     if isinstance(image, Path):
         return image
-    return open_image(image) if engine.name == "http" else io.BytesIO(image)
+    return open_image(image) if engine.name == "http" else io.BytesIO(picture_bytes(image))
 
 
 def answer_key(task: Task, example: Example) -> str:
@@ -250,8 +260,9 @@ def judge_tasks(tasks: Sequence[Task], answers: Log, settings: EvaluateSettings)
     A reply is kept under the judge's model, the whole prompt (which holds the answer) and the run, so that a new judge,
     prompt or answer is asked anew and nothing is paid twice.
     """
+    if settings.judge is None:
+        return Judged({}, {})
     questions: dict[str, list[tuple[str, str, int]]] = {}
-    texts: dict[str, str] = {}
     for task in tasks:
         template = judge_template(task, settings)
         for example in task.examples if template else ():
@@ -260,9 +271,9 @@ def judge_tasks(tasks: Sequence[Task], answers: Log, settings: EvaluateSettings)
             for run in range(settings.judge_runs if asked else 0):
                 about = (settings.judge, settings.judge_temperature, asked)
                 key = f"{answer_key(task, example)}/{content_id(*about)}/{run}"
-                texts[key] = asked.replace("<image>", "(image)")  # an engine would look for the picture
+                text = asked.replace("<image>", "(image)")  # an engine would look for the picture
                 limit = task.benchmark.JUDGE_MAX_NEW_TOKENS
-                questions.setdefault(answer_key(task, example), []).append((key, texts[key], limit))
+                questions.setdefault(answer_key(task, example), []).append((key, text, limit))
     identity = {
         "asked": settings.judge,
         "temperature": settings.judge_temperature,
@@ -271,11 +282,9 @@ def judge_tasks(tasks: Sequence[Task], answers: Log, settings: EvaluateSettings)
             task.name: content_id(judge_template(task, settings)) for task in tasks if judge_template(task, settings)
         },
     }
-    if not questions:
-        return Judged({}, identity)
     with Log(Path(settings.output) / "judgements.jsonl") as judgements:
         missing = [entry for entries in questions.values() for entry in entries if entry[0] not in judgements.rows]
-        if missing and settings.judge and not settings.score_only:
+        if missing and not settings.score_only:
             ask_judge(missing, judgements, settings)
         replies = {
             answer: [judgements.rows[key]["reply"] for key, _, _ in entries if key in judgements.rows]
@@ -355,9 +364,10 @@ def write_scores(
     with atomic_writer(output / "verdicts.jsonl") as file:
         for task, task_scores in verdicts:
             summary = task.benchmark.summarise(task_scores, settings.rule)
-            judge = {"judge": judged.identity} if hasattr(task.benchmark, "JUDGE_PROMPT") else {}
+            judge = {"judge": judged.identity} if judged.identity and hasattr(task.benchmark, "JUDGE_PROMPT") else {}
             scores.setdefault(task.name, {})[task.mode] = {"rule": settings.rule, **summary, **judge}
-            for example, score in zip(task.examples, task_scores, strict=True):
+            for number, (example, score) in enumerate(zip(task.examples, task_scores, strict=True)):
+                shown = example.images if number < MAX_QUESTIONS else ()
                 row = {
                     "benchmark": task.name,
                     "mode": task.mode,
@@ -365,7 +375,7 @@ def write_scores(
                     "question": example.question,
                     "choices": example.choices,
                     "gold": example.answer,
-                    "images": [kept_picture(image, output) for image in example.images],
+                    "images": [kept_picture(image, output) for image in shown],
                     "answer": answers.rows.get(answer_key(task, example), {}).get("answer"),
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -374,14 +384,15 @@ def write_scores(
     return scores
 
 
-def kept_picture(image: Path | bytes, output: Path) -> str:
+def kept_picture(image: Picture, output: Path) -> str:
     """Return a path at which the report finds the picture; embedded ones are written to the run folder once."""
     if isinstance(image, Path):
         return str(image.resolve())
-    path = output / "pictures" / content_id(len(image), hashlib.sha256(image).hexdigest())
+    content = picture_bytes(image)
+    path = output / "pictures" / hashlib.sha256(content).hexdigest()[:16]
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(image)
+        path.write_bytes(content)
     return str(path.resolve())
 
 

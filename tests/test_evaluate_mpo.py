@@ -7,6 +7,7 @@ import threading
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -14,6 +15,8 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 import evaluate_mpo
+from internvl_mpo.benchmarks import load_benchmark
+from internvl_mpo.benchmarks.common import open_image
 from internvl_mpo.engines import Reply, Request
 from internvl_mpo.engines.serve import BatchServer
 from internvl_mpo.errors import run_program
@@ -320,3 +323,33 @@ def test_card_replaces_its_own_numbers_and_keeps_the_rest(monkeypatch, eight, tm
     (entry,) = yaml.safe_load((model / ".eval_results" / "pope.yaml").read_text(encoding="utf-8"))
     assert entry["dataset"]["id"] == "lmms-lab/POPE" and entry["value"] == 100.0
     assert "rule ours" in entry["notes"]
+
+
+def test_hub_pictures_are_read_only_when_needed(monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "blue").save(buffer, "PNG")
+    row = {"question_id": "1", "question": "Is there a dog?", "answer": "yes", "category": "random"}
+    table = datasets.Dataset.from_list([{**row, "image": {"bytes": buffer.getvalue(), "path": None}}])
+    table = table.cast_column("image", datasets.Image())
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or table)
+    (example,) = load_benchmark("pope").examples("hub:lmms-lab/POPE@abc:test")
+    assert asked == [(("lmms-lab/POPE",), {"split": "test", "revision": "abc"})]
+    assert callable(example.images[0]) and open_image(example.images[0]).size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "offender"),
+    [
+        ([{"id": "1", "choices": ["a", "b"], "answer": "A"}], "no field 'question'"),
+        ([{"id": "1", "question": "?", "choices": ["a", "b"], "answer": "A", "image": 5}], "a picture must be"),
+        ([{"id": "1", "question": "?", "choices": "a or b", "answer": "A"}], "a list was expected"),
+        ([{"id": "1", "question": "?", "choices": "__import__('os').listdir()", "answer": "A"}], "a list was expected"),
+        ([], "must hold rows"),
+    ],
+)
+def test_bad_row_is_one_sentence_that_names_it(tmp_path, capsys, rows, offender):
+    write_rows(tmp_path / "test.jsonl", rows)
+    command = f"--model m --benchmarks m3cot --data {tmp_path} --output {tmp_path / 'out'}".split()
+    assert run_program(evaluate_mpo.main, command) == 2
+    assert offender in capsys.readouterr().err

@@ -20,6 +20,7 @@ from internvl_mpo.errors import BadInputError
 Mode = Literal["direct", "cot"]
 Rule = Literal["ours", "official", "vlmevalkit", "internvl"]
 T = TypeVar("T")
+Picture = Path | bytes | Callable[[], bytes]  # a file, an encoded picture, or what reads one
 
 NUM_RESAMPLES = 1000
 MAX_REPLY = 200_000  # characters
@@ -34,7 +35,7 @@ class Example:
         id: unique within the benchmark.
         question: the question's own text, without options or instructions.
         answer: gold answer as the benchmark states it; for multiple choice the letter. None where a judge decides.
-        images: paths or encoded bytes, opened by `open_image` only when a model needs them.
+        images: opened by `open_image` only when a model or the report needs them.
         choices: option texts, A first; empty for open questions.
         groups: breakdowns, name -> the values this question counts under ("skill" -> two skills).
         details: what only this benchmark knows (answer type, precision, hint, reference answer, ...).
@@ -43,7 +44,7 @@ class Example:
     id: str
     question: str
     answer: str | None = None
-    images: tuple[Path | bytes, ...] = ()
+    images: tuple[Picture, ...] = ()
     choices: tuple[str, ...] = ()
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -113,15 +114,21 @@ def plain_text(answer: str | None) -> str:
     return text if len(text) <= MAX_REPLY else text[: MAX_REPLY // 2] + text[-MAX_REPLY // 2 :]
 
 
-def open_image(source: Path | bytes) -> Image.Image:
-    """Return an RGB picture from a path or encoded bytes.
+def picture_bytes(source: bytes | Callable[[], bytes]) -> bytes:
+    """Return the encoded bytes of a picture that is no file of its own."""
+    return source() if callable(source) else source
+
+
+def open_image(source: Picture) -> Image.Image:
+    """Return an RGB picture.
 
     Raises:
         BadInputError: it is missing or no picture.
     """
-    name = f"picture {source}" if isinstance(source, Path) else f"an embedded picture of {len(source)} bytes"
+    content = source if isinstance(source, Path) else picture_bytes(source)
+    name = f"picture {content}" if isinstance(content, Path) else f"an embedded picture of {len(content)} bytes"
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+        with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInputError(f"cannot open {name}: {error}") from error

@@ -61,7 +61,7 @@ def examples(source: Source, image_root: str | Path | None = None) -> list[Examp
         picture = row.get("imagename") or row.get("image")
         found.append(
             Example(
-                id=str(row.get("id") or row.get("question_id") or row.get("index")),
+                id=str(next(row[key] for key in ("id", "question_id", "index") if key in row)),
                 question=row["question"],
                 answer=str(row["answer"]),
                 images=(image_source(picture, root),) if picture else (),

@@ -102,8 +102,12 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     scored = [score for score in scores if score.value is not None]
     outcomes = [(score.groups["category"][0], *_outcome(score, rule)) for score in scored]
     categories = {
-        category: {**_rates(Counter(o[1:] for o in outcomes if o[0] == category)), "num_examples": num}
-        for category, num in sorted(Counter(o[0] for o in outcomes).items())
+        category: {
+            **_rates(Counter(outcome[1:] for outcome in outcomes if outcome[0] == category)),
+            "yes_ratio": percent([s.extracted == "yes" for s in scored if s.groups["category"][0] == category]),
+            "num_examples": num,
+        }
+        for category, num in sorted(Counter(outcome[0] for outcome in outcomes).items())
     }
     statistic = _pooled_f1 if rule == "vlmevalkit" else _mean_f1
     return {
@@ -183,7 +187,6 @@ def _rates(counts: Mapping[tuple[bool, bool], int]) -> dict[str, float | None]:
         "accuracy": ratio(true_yes + true_no, total),
         "precision": ratio(true_yes, true_yes + false_yes),
         "recall": ratio(true_yes, true_yes + false_no),
-        "yes_ratio": ratio(true_yes + false_yes, total),
     }
 
 

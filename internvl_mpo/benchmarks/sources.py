@@ -7,10 +7,11 @@ import csv
 import json
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.benchmarks.common import Source
+from internvl_mpo.benchmarks.common import Picture, Source
 from internvl_mpo.errors import BadInputError
 
 HUB_PREFIX = "hub:"
@@ -80,11 +81,11 @@ def read_json_file(path: Path) -> Any:
     return rows
 
 
-def image_source(value: Any, root: Path | None) -> Path | bytes:
+def image_source(value: Any, root: Path | None) -> Picture:
     """Return a picture as rows hold it (a path, base64 text, bytes, or the Hub's `{"bytes", "path"}`) unopened."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, (bytes, Path)):
+    if isinstance(value, (bytes, Path)) or callable(value):
         return value
     if not isinstance(value, str) or not value:
         raise BadInputError(f"a picture must be a path, base64 text or bytes, found {type(value).__name__}")
@@ -152,7 +153,17 @@ def _hub_rows(name: str) -> list[dict[str, Any]]:
         raise BadInputError(
             f"cannot load split {split} of {name} from the Hub: {error}; give a local copy with --data"
         ) from error
-    for column, feature in table.features.items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(column, datasets.Image(decode=False))
-    return list(table)
+    pictures = [column for column, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    rows = list(table.remove_columns(pictures))
+    for column in pictures:
+        table = table.cast_column(column, datasets.Image(decode=False))
+    for index, row in enumerate(rows):  # thousands of pictures stay on disk until a model or the report asks for one
+        row.update({column: partial(_hub_picture, table, index, column) for column in pictures})
+    return rows
+
+
+def _hub_picture(table: Any, index: int, column: str) -> bytes:
+    picture = table[index][column] or {}
+    if not picture.get("bytes"):
+        raise BadInputError(f"row {index} of the data set holds no picture in column '{column}'")
+    return picture["bytes"]
