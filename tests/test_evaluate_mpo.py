@@ -5,6 +5,7 @@ import io
 import json
 import threading
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -196,14 +197,22 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
-@pytest.fixture
-def judge() -> Iterator[BatchServer]:
-    server = BatchServer(Judge(), "judge-1")
+@contextmanager
+def serving(engine: TableEngine, name: str) -> Iterator[BatchServer]:
+    server = BatchServer(engine, name)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def judge() -> Iterator[BatchServer]:
+    with serving(Judge(), "judge-1") as server:
+        yield server
 
 
 EIGHT = "m3cot,mathvista,mathvision,mmvet,llava_bench,pope,crpe,mmhal_bench"
@@ -353,3 +362,11 @@ def test_bad_row_is_one_sentence_that_names_it(tmp_path, capsys, rows, offender)
     command = f"--model m --benchmarks m3cot --data {tmp_path} --output {tmp_path / 'out'}".split()
     assert run_program(evaluate_mpo.main, command) == 2
     assert offender in capsys.readouterr().err
+
+
+def test_model_behind_a_server_is_evaluated_like_any_other(eight, tmp_path):
+    with serving(TableEngine({"": "Yes"}), "closed-model") as server:
+        command = f"--engine http --base_url {server.url} --model closed-model --benchmarks pope --data {eight}".split()
+        assert run_program(evaluate_mpo.main, [*command, "--output", str(tmp_path / "out")]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert {(row["model"], row["answer"]) for row in answers} == {("closed-model", "Yes")} and len(answers) == 6

@@ -93,7 +93,8 @@ def choose_option(text: str, choices: Sequence[str]) -> tuple[str | None, str]:
     parenthesised = {letter.upper() for letter in _PARENTHESISED.findall(said)}
     if parenthesised:
         return settle(parenthesised, "letter in parentheses")
-    whole = [letter for letter, choice in zip(valid, choices, strict=False) if _plain(choice) == _plain(said)]
+    words = _plain(said)
+    whole = [letter for letter, choice in zip(valid, choices, strict=False) if words and _plain(choice) == words]
     if len(whole) == 1:
         return whole[0], "text of the option"
     if len(said) > MAX_LINE:
@@ -123,9 +124,12 @@ def _options_named(text: str, choices: Sequence[str]) -> list[str]:
     ]
 
 
+_WORD_OR_SYMBOL = re.compile(r"\w+(?:[.%/]\w+)*%?|[^\w\s.,;:!?\"'()\[\]{}$\\`*_]")
+
+
 def _plain(text: str) -> str:
-    """Lower-case words and numbers only, single spaces."""
-    return " ".join(re.findall(r"[+-]?\w+(?:[.%/+-]\w+)*%?", str(text).casefold()))
+    """Lower-case words, numbers and symbols with single spaces between; punctuation and LaTeX dressing left out."""
+    return " ".join(_WORD_OR_SYMBOL.findall(str(text).casefold()))
 
 
 _UNITS = re.compile(

@@ -122,9 +122,13 @@ class _Parser:
         self.advance()
 
     def relation(self, whole: bool) -> Number:
-        if self.kind == "letter":  # "x = 5" is 5
+        if self.kind == "letter":
+            start = self.position, self.token, self.kind
             self.advance()
-            self.take("=")
+            if self.token == "=":  # "x = 5" is 5
+                self.advance()
+            else:
+                self.position, self.token, self.kind = start
         value = self.sum()
         if whole and self.kind != "end":
             raise _NoValue
@@ -200,16 +204,16 @@ class _Parser:
 
     def postfix(self, value: Number) -> Number:
         while self.token in ("!", "\\%", "'"):
-            if self.token == "!":
+            sign = self.token
+            self.advance()
+            if sign == "!":
                 if not isinstance(value, int) or not 0 <= value <= 1000:
                     raise _NoValue
                 value = math.factorial(value)
-            elif self.token == "\\%":
+            elif sign == "\\%":
+                if self.starts_factor():  # read as a remainder upstream
+                    raise _NoValue
                 value = value / 100
-            percent = self.token == "\\%"
-            self.advance()
-            if percent and self.starts_factor():
-                raise _NoValue
         return value
 
     def atom(self) -> Number:

@@ -51,9 +51,10 @@ def compute_metric(
         missing = [field for field in REFERENCE_FIELDS[name] if field not in row]
         if missing:
             raise BadInputError(f"reference {number} of {name} has no field '{missing[0]}'")
-    examples = [benchmark.examples([{"question": "", **row}])[0] for row in references]
-    if name == "crpe":  # rotations of a question are found by their order
+    if name == "crpe":  # the rotations of a question are found by their order
         examples = benchmark.examples(references)
+    else:
+        examples = [benchmark.examples([{"question": "", **row}])[0] for row in references]
     scores = [benchmark.score(example, text, rule) for example, text in zip(examples, predictions, strict=True)]
     return benchmark.summarise(scores, rule)
 
