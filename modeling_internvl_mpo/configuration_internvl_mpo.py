@@ -171,6 +171,8 @@ class InternVLChatConfig(PreTrainedConfig):
         self.vision_config = _vision_config(self.vision_config)
         self.llm_config = _language_config(self.llm_config)
         super().__post_init__(**_without_stale_keys(kwargs, keep={"auto_map"}))
+        # Later official files store the width on top as well; libraries that size optimizer buckets look for it there.
+        self.hidden_size = self.llm_config.hidden_size
         # 1B's base model ties its embeddings, its checkpoint does not; every file stores an output matrix.
         self.tie_word_embeddings = bool(self.llm_config.tie_word_embeddings)
         if self.ps_version not in ("v1", "v2"):
@@ -188,11 +190,6 @@ class InternVLChatConfig(PreTrainedConfig):
     def num_image_token(self) -> int:
         """Image tokens per tile."""
         return int(self.force_image_size / self.vision_config.patch_size * self.downsample_ratio) ** 2
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the language model; libraries that size optimizer buckets look for it here."""
-        return self.llm_config.hidden_size
 
     def to_dict(self) -> dict[str, Any]:
         """Return the official schema: `llm_config` with `rope_theta` and `rope_scaling`, nothing left out."""

@@ -6,7 +6,6 @@ official state-dict keys `vision_model.`, `mlp1.`, `language_model.`.
 Letters: B rows, L tokens, I tiles of all rows, S side of a tile, N image tokens per tile, C width.
 """
 
-import json
 import os
 from typing import Any, ClassVar
 
@@ -14,13 +13,13 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import cached_file, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from .configuration_internvl_mpo import InternVLChatConfig
 from .conversation_internvl_mpo import IMAGE_PLACEHOLDER, IMG_CONTEXT, IMG_END, IMG_START, get_conversation
 from .modeling_intern_vit import InternVisionModel
 from .modeling_internlm2 import InternLM2ForCausalLM
-from .tokenization_internvl_mpo import decode_answers
+from .tokenization_internvl_mpo import decode_answers, find_token_id, hub_arguments
 
 
 def pixel_shuffle(x: torch.Tensor, scale_factor: float = 0.5, ps_version: str = "v2") -> torch.Tensor:
@@ -124,9 +123,7 @@ class InternVLChatModel(PreTrainedModel, GenerationMixin):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.image_token_id is None:
-            where = {
-                key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs
-            }
+            where = hub_arguments(kwargs)
             model.config.image_token_id = find_token_id(pretrained_model_name_or_path, IMG_CONTEXT, **where)
         return loaded
 
@@ -505,24 +502,6 @@ class InternVLChatModel(PreTrainedModel, GenerationMixin):
         )
         answers = decode_answers(tokenizer, sequences[:, input_ids.shape[1] :])
         return [answer.split(sep)[0].strip() for answer in answers]
-
-
-def find_token_id(folder: str | os.PathLike, token: str, **where: Any) -> int | None:
-    """Return the id of an added token from the tokenizer files of a folder or Hub repository, or None."""
-    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
-        path = cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **where)
-        if path is None:
-            continue
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        if name == "added_tokens.json" and token in content:
-            return content[token]
-        added = content.get("added_tokens_decoder", {}).items()
-        added = [(int(key), value) for key, value in added] + [(v["id"], v) for v in content.get("added_tokens", [])]
-        for token_id, value in added:
-            if value["content"] == token:
-                return token_id
-    return None
 
 
 def _language_model(config: Any) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from .conversation_internvl_mpo import IMAGE_PLACEHOLDER, IMG_CONTEXT, IMG_END, IMG_START, get_conversation
 from .image_processing_internvl_mpo import InternVLImageProcessor
+from .tokenization_internvl_mpo import hub_arguments
 
 
 class InternVLProcessor(ProcessorMixin):
@@ -73,11 +74,10 @@ class InternVLProcessor(ProcessorMixin):
         The parts are loaded by their classes: where torchvision is absent, AutoImageProcessor is not there in every
         version of transformers.
         """
-        names = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code")
-        where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        hub = hub_arguments(kwargs)
+        where = {**hub, "trust_remote_code": kwargs.get("trust_remote_code")}
 
         def text_of(name: str) -> str | None:
-            hub = {key: value for key, value in where.items() if key != "trust_remote_code"}
             path = cached_file(pretrained_model_name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub)
             return None if path is None else Path(path).read_text(encoding="utf-8")
 
@@ -118,6 +118,9 @@ class InternVLProcessor(ProcessorMixin):
             ValueError: placeholders and images differ in number, a text spells out an image token itself, or
                 truncation would cut image tokens off.
         """
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name} is not taken; a video goes in as its frames, one image each")
         if text is None:
             raise ValueError("give text; for images alone use processor.image_processor")
         texts = [text] if isinstance(text, str) else list(text)

@@ -137,6 +137,29 @@ def convert_internlm2(
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
+def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return those of `from_pretrained`'s arguments that say where files come from."""
+    names = ("revision", "cache_dir", "token", "local_files_only")
+    return {name: arguments[name] for name in names if arguments.get(name) is not None}
+
+
+def find_token_id(folder: str | os.PathLike, token: str, **where: Any) -> int | None:
+    """Return the id of an added token from the tokenizer files of a folder or Hub repository, or None."""
+    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        path = cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **where)
+        if path is None:
+            continue
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if name == "added_tokens.json" and token in content:
+            return content[token]
+        added = content.get("added_tokens_decoder", {}).items()
+        added = [(int(key), value) for key, value in added] + [(v["id"], v) for v in content.get("added_tokens", [])]
+        for token_id, value in added:
+            if value["content"] == token:
+                return token_id
+    return None
+
+
 def decode_answers(tokenizer: Any, sequences: torch.LongTensor) -> list[str]:
     """Decode rows of ids without special tokens, spelling broken UTF-8 as sentencepiece does.
 
@@ -180,7 +203,7 @@ class InternLM2Tokenizer(PreTrainedTokenizerFast):
             OSError: a file is missing.
             ValueError: `tokenizer.model` is of another kind.
         """
-        where = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+        where = hub_arguments(kwargs)
         with open(
             cached_file(pretrained_model_name_or_path, "tokenizer_config.json", **where), encoding="utf-8"
         ) as file:

@@ -1,9 +1,12 @@
 """The tile cutter: bit-exact with the original, and every odd image is an error or a documented result."""
 
 import base64
+import functools
 import hashlib
 import io
 import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +163,18 @@ def test_images_come_from_paths_and_base64_too(tmp_path: Path) -> None:
         found = InternVLImageProcessor()(array)["pixel_values"]
         assert torch.equal(found, InternVLImageProcessor()(image)["pixel_values"])
     assert torch.equal(load_image(tmp_path / "a.png"), InternVLImageProcessor()(image)["pixel_values"])
+
+
+def test_images_come_from_addresses(tmp_path: Path) -> None:
+    noise(40, 30).save(tmp_path / "a.png")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert np.array_equal(np.asarray(open_image(f"{address}/a.png")), np.asarray(noise(40, 30)))
+        with pytest.raises(ValueError, match="404"):
+            open_image(f"{address}/b.png")
+        server.shutdown()
 
 
 def test_settings_survive_saving_and_return_types(tmp_path: Path) -> None:

@@ -369,5 +369,13 @@ def test_text_config_is_another_name_of_llm_config() -> None:
     assert config.text_config is config.llm_config
     assert config.get_text_config() is config.llm_config
     assert "text_config" not in config.to_dict()
+    newer = {
+        **config.to_dict(),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "eos_token_id": 1,
+        "output_attentions": False,
+    }
+    assert InternVLChatConfig(**newer).hidden_size == 32
     again = InternVLChatConfig(**config.to_dict())
     assert again.to_dict() == config.to_dict()

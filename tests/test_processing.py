@@ -151,6 +151,8 @@ def test_counts_that_do_not_fit_are_refused(processor: InternVLProcessor) -> Non
         processor(text=["<image>", "<image>"], images=[[image, image]])
     with pytest.raises(ValueError, match="spells out <IMG_CONTEXT>"):
         processor(text="<IMG_CONTEXT>")
+    with pytest.raises(ValueError, match="videos is not taken"):
+        processor(text="a", videos=[[image]])
     with pytest.raises(ValueError, match="give text"):
         processor(images=image)
 
