@@ -233,16 +233,10 @@ def test_hostile_answers_are_scored_within_50_ms(name):
     for example in examples_of(name):
         for rule in benchmark.RULES:
             for answer in HOSTILE:
-                scores = []
-                start = time.perf_counter()
-                for _ in range(2):  # the faster of two, so that a busy machine does not fail the test
-                    begin = time.perf_counter()
-                    scores.append(benchmark.score(example, answer, rule))
-                    elapsed = time.perf_counter() - begin
-                    if elapsed < 0.05:
-                        break
-                assert elapsed < 0.05, (rule, str(answer)[:20], elapsed, start)
-                assert scores[-1].value is None or 0 <= scores[-1].value <= 6
+                start = time.process_time()  # not wall time: a busy machine must not fail the test
+                score = benchmark.score(example, answer, rule)
+                assert time.process_time() - start < 0.05, (rule, str(answer)[:20])
+                assert score.value is None or 0 <= score.value <= 6
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -11,7 +11,7 @@ from internvl_mpo.benchmarks.common import LETTERS
 from internvl_mpo.benchmarks.latex_value import latex_value
 
 # A reply beyond this length has run into a loop; what it says last is at its end.
-MAX_CHARS = 50_000
+MAX_CHARS = 20_000
 # A line beyond this length argues; an option it mentions need not be the one it settles on.
 MAX_LINE = 240
 _EDGES = " \t\r\n$*_`\"'“”"
@@ -30,6 +30,7 @@ _BOXED = re.compile(r"\\?boxed\s{0,3}+\{")
 _DRESSING = re.compile(r"\\(?:text|mathrm|mathbf|mbox|rm)\s{0,3}+\{([^{}]{0,200})\}")
 _PARENTHESISED = re.compile(r"[(（\[]\s?([A-Za-z])\s?[)）\]]")
 _LONE = re.compile(r"(?:the\s)?(?:option|choice|letter)?\W{0,8}([A-Za-z])\W{0,8}", re.IGNORECASE)
+_LEADING = re.compile(r"(?:option\s)?[(\[]?([A-Z])[)\].:：]{1,2}\s*", re.IGNORECASE)
 _STANDING = re.compile(r"(?<![A-Za-z0-9'’])([A-Z])(?![A-Za-z0-9'’])(\s?[.):：,、;]|\s(?!or\b|and\b)[a-z])?")
 
 
@@ -72,8 +73,9 @@ def _last_box(text: str) -> tuple[int, str] | None:
 def choose_option(text: str, choices: Sequence[str]) -> tuple[str | None, str]:
     """Return the letter of the option a reply settles on, or None, and why.
 
-    In order: a lone letter, "(B)", the text of exactly one option, a letter standing on its own, a line that names
-    exactly one option. Of a reply without a marked answer the last line counts; "A" before a small letter is not one.
+    In order: a lone letter, a letter before its option's text, "(B)", the text of exactly one option, a letter standing
+    on its own, a line that names exactly one option. Of a reply without a marked answer the last line counts; "A"
+    before a small letter is not one.
     """
     segment = final_segment(text)
     said = _DRESSING.sub(r"\1", segment.text).strip(_EDGES)
@@ -90,6 +92,11 @@ def choose_option(text: str, choices: Sequence[str]) -> tuple[str | None, str]:
     lone = _LONE.fullmatch(said)
     if lone:
         return settle({lone.group(1).upper()}, "letter")
+    leading = _LEADING.match(said)
+    if leading and leading.group(1) in valid:  # "C: sample A" is C, whatever letters its text holds
+        words = _plain(choices[valid.index(leading.group(1))])
+        if words and f"{_plain(said[leading.end() :])} ".startswith(f"{words} "):
+            return leading.group(1), "letter and text of the option"
     parenthesised = {letter.upper() for letter in _PARENTHESISED.findall(said)}
     if parenthesised:
         return settle(parenthesised, "letter in parentheses")
