@@ -32,6 +32,7 @@ from internvl_mpo.records import Response, Row, atomic_writer, iter_jsonl
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 MEGABYTE = 1 << 20
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass
@@ -169,7 +170,7 @@ def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str
 
 
 def _line(row: Row) -> str:
-    return json.dumps(row.to_json(), ensure_ascii=False) + "\n"
+    return _ENCODER.encode(row.to_json()) + "\n"
 
 
 def _map(work: partial, buckets: list[Path], workers: int) -> Iterator[tuple]:

@@ -12,6 +12,7 @@ rows in the order of the questions. A killed run goes on where it stopped and en
         --image_root images --output open_responses.jsonl --style plain --num_samples 1 --temperature 0
 """
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ from internvl_mpo.settings import parse_settings, setting, show_settings, write_
 class Settings(EngineSettings):
     """Settings of the program; `--help` prints them."""
 
-    questions: list[str] = setting(help="JSONL files with image, question, answer, separated by commas")
+    questions: list[str] = setting(
+        help="JSONL files with image, question, answer, separated by commas; hub:OWNER/NAME[:SPLIT] for a Hub dataset"
+    )
     output: str = setting(help="JSONL file of Response rows to write")
     image_root: str = setting("", help="folder the image paths of the questions are relative to")
     style: list[str] = setting(["cot"], help=f"how to ask: {', '.join(STYLES)}, by_source, or several with commas")
@@ -75,7 +78,9 @@ def load_questions(settings: Settings) -> list[Question]:
     rows: dict[str, Question] = {}
     num_read = 0
     for path in settings.questions:
-        for row in read_rows(path, Question, source=Path(path).stem):
+        local = not path.startswith("hub:")
+        found = read_rows(path, Question, source=Path(path).stem) if local else hub_questions(path, settings)
+        for row in found:
             num_read += 1
             rows.setdefault(row.id, row)
     if not rows:
@@ -83,6 +88,59 @@ def load_questions(settings: Settings) -> list[Question]:
     if len(rows) < num_read:
         print(f"{num_read - len(rows)} repeated questions are asked once")
     return list(rows.values())[: settings.limit]
+
+
+def hub_questions(name: str, settings: Settings) -> Iterator[Question]:
+    """Stream questions from a Hub dataset with columns question, answer and image (or images).
+
+    Pictures are saved under `image_root` by the hash of their content, where all later stages find them.
+
+    Raises:
+        BadInputError: the dataset cannot be loaded or lacks a question column.
+    """
+    import datasets
+
+    repository, _, split = name.removeprefix("hub:").partition(":")
+    try:
+        table = datasets.load_dataset(repository, split=split or "train", streaming=True)
+    except Exception as error:  # the Hub client raises dozens of types
+        raise BadInputError(
+            f"cannot load {name}: {str(error).splitlines()[0]}; expected hub:OWNER/NAME:SPLIT"
+        ) from error
+    columns = table.column_names or []
+    if "question" not in columns:
+        raise BadInputError(f"{name} has the columns {', '.join(columns)}; a 'question' column is needed")
+    pictures = [column for column in ("image", "images") if column in columns]
+    root = Path(settings.image_root)
+    for number, row in enumerate(table):
+        if number == settings.limit:
+            break
+        found = [image for column in pictures for image in _as_list(row[column])]
+        answer = row.get("answer")
+        yield Question(
+            images=[image if isinstance(image, str) else save_picture(image, root) for image in found],
+            question=row["question"],
+            answer=None if answer is None else str(answer),
+            source=repository.rpartition("/")[2],
+        )
+
+
+def save_picture(image: Any, root: Path) -> str:
+    """Save a PIL image as PNG under a name made of its pixels, and return the path relative to the root."""
+    name = f"hub/{hashlib.sha256(f'{image.mode}{image.size}'.encode() + image.tobytes()).hexdigest()[:24]}.png"
+    path = root / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        image.save(partial, "PNG")
+        partial.replace(path)
+    return name
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 class Plan:

@@ -240,6 +240,7 @@ Options = dict[str, str]
 
 _OPTION = re.compile(r"(?m)^[ \t]*\(?([A-H])[.):：][ \t]*(\S.*)$")
 _INLINE_OPTION = re.compile(r"\(([A-H])\)[ \t]*([^()\n]+)")
+_GOLD_LETTER = re.compile(r"\(?([A-H])\)?\.?")
 _OTHER_LETTER = re.compile(r"^(?:(?:and|or)\b|[,&/])?\s*\(?(?:[B-H]\b|A\b(?! \w))(?!')|^(?:and|or)\b")
 _DENIAL = re.compile(r"(?i)\b(?:not|neither|except|incorrect|wrong)\b|n't\b")
 _LETTER = re.compile(r"^(?:option|choice|answer)?\s*[(\[]?\s*([A-Ha-h])\s*(?:[)\].:,]|$)\s*(.*)$", re.IGNORECASE)
@@ -304,11 +305,11 @@ def _option_by_text(text: str, options: Options) -> str | None:
 
 
 def _choice(prediction: str, gold: str, options: Options) -> Decision:
-    wanted = re.fullmatch(r"\(?([A-H])\)?\.?", gold)
+    wanted = _GOLD_LETTER.fullmatch(gold)
+    if wanted is None and not options:
+        return None
     letter = wanted.group(1) if wanted else _option_by_text(gold, options)
     if letter is None or (options and letter not in options):
-        return None
-    if not wanted and not options:
         return None
     given = option_letter(prediction, options)
     if given is None:

@@ -184,6 +184,8 @@ def is_repetitive(text: str) -> bool:
     """Return whether a text loops: fewer than half of its runs of four words (or of eight characters) are distinct."""
     words = text.split()
     if len(words) >= 24:
+        if len(set(words)) - 3 >= 0.5 * len(words):
+            return False  # every distinct word opens a distinct run
         runs = [*zip(words, words[1:], words[2:], words[3:], strict=False)]
         return len(set(runs)) < 0.5 * len(runs)
     if len(text) >= 96:
@@ -204,16 +206,16 @@ def _diverse(
         text = item.response.response
         if not text.strip():
             continue
+        if text in texts:
+            stats.add(item.response.source, "drop copies")
+            continue
         reason = unfit(item.response)
         if reason is not None:
             stats.add(item.response.source, f"drop {reason}")
             continue
-        if text in texts:
-            stats.add(item.response.source, "drop copies")
-            continue
         if rules.max_similarity < 1 and len(ordered) > 1:
             mine = _shingles(text)
-            if any(_similar(mine, other, rules.max_similarity) for other in shingles):
+            if _has_similar(mine, shingles, rules.max_similarity):
                 stats.add(item.response.source, "drop near copies")
                 continue
             shingles.append(mine)
@@ -232,12 +234,14 @@ def _shingles(text: str) -> frozenset:
     return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset(words)
 
 
-def _similar(a: frozenset, b: frozenset, limit: float) -> bool:
-    small, large = sorted((len(a), len(b)))
-    if small < limit * large:
-        return False
-    common = len(a & b)
-    return common >= limit * (small + large - common)
+def _has_similar(mine: frozenset, others: list[frozenset], limit: float) -> bool:
+    """Whether the Jaccard similarity with any other reaches the limit."""
+    size = len(mine)
+    share = limit / (1 + limit)  # |A & B| / |A | B| >= limit, in terms of |A| + |B|
+    return any(
+        limit * size <= len(other) <= size / limit and len(mine & other) >= share * (size + len(other))
+        for other in others
+    )
 
 
 def _choose(
@@ -260,8 +264,8 @@ def _choose(
                 stats.add(pair[0].response.source, f"drop {reason}")
         if not waiting:
             break
-        best = min(range(len(waiting)), key=lambda i: abs(balance + _log_ratio(*waiting[i])))
-        pair = waiting.pop(best)
+        distances = [abs(balance + _log_ratio(*pair)) for pair in waiting]
+        pair = waiting.pop(distances.index(min(distances)))
         balance += _log_ratio(*pair)
         taken.append(pair)
     return taken

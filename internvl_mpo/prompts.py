@@ -191,3 +191,13 @@ def style_for(question_id: str, source: str, styles: list[str], seed: int) -> st
             options.append(style)
     draw = hashlib.sha256(f"{seed}/{question_id}".encode()).digest()
     return options[int.from_bytes(draw[:8], "big") % len(options)]
+
+
+def judge_prompt(question: str, answer: str, response: str) -> str:
+    """Return what a judge is asked about one response."""
+    return (
+        "Decide whether the final answer of a response is right. Compare it with the reference answer only; the "
+        "reasoning does not count. A response without a clear final answer is not right.\n\n"
+        f"Question:\n{question}\n\nReference answer:\n{answer}\n\nResponse:\n{response}\n\n"
+        "Is the final answer of the response right? Reply with one word, yes or no."
+    )

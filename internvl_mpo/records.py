@@ -22,6 +22,9 @@ from internvl_mpo.errors import BadInputError
 RULES = ("correctness", "format", "direct", "dropout_ntp", "prefix_with_image", "vote", "other")
 
 
+_CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
 class RowError(BadInputError):
     """One row is unusable; `reason` says why without the position in the file."""
 
@@ -32,8 +35,7 @@ class RowError(BadInputError):
 
 def content_id(*parts: Any) -> str:
     """Return a stable 16-digit hexadecimal id of JSON-able parts; equal parts give equal ids on every machine."""
-    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(_CANONICAL.encode(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dataset_scripts import build_correctness_pairs
+from dataset_scripts import build_correctness_pairs, verify_pairs
+from internvl_mpo.engines import Reply
 from internvl_mpo.errors import run_program
 from internvl_mpo.prompts import ask
 from internvl_mpo.records import PreferencePair, Question, Response, read_rows, write_rows
@@ -94,6 +95,45 @@ def test_a_folder_gets_the_mmpr_layout(tmp_path):
         rows += found
     expected = read_rows(tmp_path / "one.jsonl", PreferencePair)
     assert sorted(row.id for row in rows) == sorted(row.id for row in expected)
+
+
+class Judge:
+    """Answers as told by the last line of the response it is asked about."""
+
+    name = model_id = "judge"
+    revision = None
+
+    def __init__(self, verdicts: dict[str, str]):
+        self.verdicts = verdicts
+
+    def generate(self, requests, done=()):
+        for request in requests:
+            if request.id in done:
+                continue
+            response = request.question.split("Response:\n")[1].split("\n\nIs the final")[0]
+            text = self.verdicts.get(response, "yes" if response.endswith(" 3") else "No.")
+            error = None if text else "no server"
+            yield Reply(id=request.id, text=text, finish_reason="stop", num_tokens=1, error=error)
+
+
+def test_a_judge_refuses_pairs_and_a_missing_verdict_is_asked_again(tmp_path, monkeypatch, capsys):
+    rejected = ["Hm.\nFinal answer: 4", "So.\nFinal answer: three", "Oh.\nFinal answer: 5", "Ah.\nFinal answer: 6"]
+    pairs = [
+        PreferencePair(question="1+2?", answer="3", chosen="Sum.\nFinal answer: 3", rejected=text, rule="correctness")
+        for text in rejected
+    ]
+    write_rows(pairs, tmp_path / "pairs.jsonl")
+    verdicts = {rejected[1]: "yes", rejected[2]: "perhaps", rejected[3]: ""}
+    monkeypatch.setattr(verify_pairs, "load_engine", lambda settings: Judge(verdicts))
+    argv = ["--pairs", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "kept.jsonl"), "--model", "judge"]
+    assert run_program(verify_pairs.main, argv) == 1
+    assert [row.id for row in read_rows(tmp_path / "kept.jsonl", PreferencePair)] == [pairs[0].id]
+    assert "1 rejected judged right, 1 unclear verdict" in capsys.readouterr().out
+    verdicts[rejected[3]] = "no"
+    assert run_program(verify_pairs.main, argv) == 0
+    assert [row.id for row in read_rows(tmp_path / "kept.jsonl", PreferencePair)] == [pairs[0].id, pairs[3].id]
+    refused = read_rows(tmp_path / "kept.refused.jsonl", PreferencePair)
+    assert [row.provenance["judge_replies"] for row in refused] == [["yes", "yes"], ["yes", "perhaps"]]
 
 
 @pytest.mark.parametrize(

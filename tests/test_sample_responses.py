@@ -198,6 +198,23 @@ def test_killed_at_any_moment_it_ends_in_the_same_file(world, tmp_path):
     assert output.read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
 
 
+def test_questions_of_a_hub_dataset_bring_their_pictures(world, tmp_path):
+    import datasets
+    from PIL import Image
+
+    table = datasets.Dataset.from_dict(
+        {"question": ["What?", "Why?"], "answer": [1, 2], "image": [str(world / "1.png"), str(world / "2.png")]}
+    ).cast_column("image", datasets.Image())
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    table.to_parquet(str(folder / "train.parquet"))
+    assert sample(world, tmp_path / "out.jsonl", questions=f"hub:{folder}", image_root=tmp_path / "pictures") == 0
+    rows = read_rows(tmp_path / "out.jsonl", Response)
+    assert [(row.answer, row.source) for row in rows[::3]] == [("1", "dataset"), ("2", "dataset")]
+    with Image.open(tmp_path / "pictures" / rows[0].images[0]) as saved, Image.open(world / "1.png") as original:
+        assert saved.tobytes() == original.tobytes()
+
+
 # Dropout-NTP
 
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, Dy
 
 from internvl_mpo.engines import Reply, Request, Sampling
 from internvl_mpo.errors import BadInputError
-from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLProcessor
+from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLChatProcessor
 from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid, to_rgb
 
 # Requests looked at together when batches are formed: enough to sort by length, few enough to keep in memory.
@@ -301,13 +301,13 @@ def draw_tokens(logits_RV: torch.Tensor, sampling: Sampling, uniform_R: torch.Te
     return ids.gather(-1, index).squeeze(-1)
 
 
-def load_processor(model_path: str) -> InternVLProcessor:
+def load_processor(model_path: str) -> InternVLChatProcessor:
     """Return the processor of a model; official folders have none, theirs is made from config.json."""
     try:
-        return InternVLProcessor.from_pretrained(model_path)
+        return InternVLChatProcessor.from_pretrained(model_path)
     except OSError:
         config = InternVLChatConfig.from_pretrained(model_path)
-        return InternVLProcessor.from_config(config, AutoTokenizer.from_pretrained(model_path))
+        return InternVLChatProcessor.from_config(config, AutoTokenizer.from_pretrained(model_path))
 
 
 def model_revision(model_path: str) -> str | None:

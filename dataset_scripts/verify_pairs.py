@@ -1,0 +1,108 @@
+r"""Ask a judge whether the chosen answer of each pair is right and the rejected one is not; keep what it agrees with.
+
+Reads PreferencePair rows with a ground truth (build_correctness_pairs.py) and writes those the judge agrees with; the
+others go to a second file with its replies. The judge sees question, ground truth and one response at a time, no image.
+Every reply is kept while the program runs: a killed run goes on where it stopped.
+
+    python dataset_scripts/verify_pairs.py --pairs pairs_correctness.jsonl --output pairs_verified.jsonl \
+        --engine http --base_url http://localhost:8000/v1 --temperature 0
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
+
+from internvl_mpo.engines import Reply, Request, Sampling
+from internvl_mpo.engines.journal import Journal, collect_replies, report_missing, sample_seed
+from internvl_mpo.engines.loading import EngineSettings, load_engine
+from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.pairing import without_images
+from internvl_mpo.prompts import judge_prompt
+from internvl_mpo.records import PreferencePair, content_id, read_rows, write_rows
+from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
+
+
+@dataclass(kw_only=True)
+class Settings(EngineSettings):
+    """Settings of the program; `--help` prints them."""
+
+    pairs: list[str] = setting(help="JSONL files of PreferencePair rows, separated by commas")
+    output: str = setting(help="JSONL file of the pairs the judge agrees with")
+    refused: str | None = setting(None, help="JSONL file of the other pairs; empty is beside the output")
+    temperature: float = setting(0.0, help="0 is greedy")
+    max_new_tokens: int = setting(16, help="longest reply of the judge in tokens")
+
+
+def main(argv: list[str]) -> int:
+    """Run the program; see the module's text."""
+    settings = parse_settings(Settings, argv, program="dataset_scripts/verify_pairs.py", about=__doc__)
+    sampling = settings.sampling(settings.max_new_tokens)
+    print(show_settings(settings, "Verifying pairs"))
+    write_settings(settings, f"{settings.output}.settings.yaml")
+    pairs = [pair for path in settings.pairs for pair in read_rows(path, PreferencePair)]
+    if not pairs:
+        raise BadInputError(f"no pairs in {', '.join(settings.pairs)}")
+    output = Path(settings.output)
+    refused_path = Path(settings.refused or output.with_suffix(".refused.jsonl"))
+    engine = load_engine(settings)
+    requests = {request.id: request for pair in pairs for request in judge_requests(pair, sampling, engine.model_id)}
+    refused: list[PreferencePair] = []
+    kept: list[PreferencePair] = []
+    reasons: Counter[str] = Counter()
+    with Journal(output) as journal:
+        missing = collect_replies(engine, requests.values, len(requests), journal)
+        for pair in pairs:
+            reason, replies = judge_pair(pair, sampling, engine.model_id, journal)
+            judged = replace(pair, provenance={**pair.provenance, "judge": engine.model_id, "judge_replies": replies})
+            if reason is None:
+                kept.append(judged)
+            elif reason != "no reply":
+                refused.append(judged)
+                reasons[reason] += 1
+        write_rows(refused, refused_path)
+        if missing:  # the replies stay in the journal, so that the next run asks only for the missing ones
+            write_rows(kept, output)
+        else:
+            journal.finish(pair.to_json() for pair in kept)
+    print(f"{len(kept)} of {len(pairs)} pairs -> {output}\n{len(refused)} -> {refused_path}")
+    if reasons:
+        print("refused: " + ", ".join(f"{amount} {reason}" for reason, amount in sorted(reasons.items())))
+    return report_missing(missing, settings.output)
+
+
+def judge_requests(pair: PreferencePair, sampling: Sampling, judge: str) -> Iterator[Request]:
+    """Yield the two questions about a pair, chosen first."""
+    if pair.answer is None:
+        raise BadInputError(f"pair {pair.id} has no ground truth; verify pairs of build_correctness_pairs.py only")
+    for response in (pair.chosen, pair.rejected):
+        asked = judge_prompt(without_images(pair.question), pair.answer, response)
+        id = content_id(asked, judge)
+        yield Request(id=id, question=asked, seed=sample_seed(0, id, 0), sampling=sampling)
+
+
+def judge_pair(pair: PreferencePair, sampling: Sampling, judge: str, journal: Journal) -> tuple[str | None, list[str]]:
+    """Return why a pair is refused (None: it is kept) and the judge's two replies."""
+    found = [journal[request.id] for request in judge_requests(pair, sampling, judge) if request.id in journal]
+    replies = [reply.text for reply in found]
+    if len(found) < 2:
+        return "no reply", replies
+    chosen, rejected = (read_verdict(reply) for reply in found)
+    if chosen is None or rejected is None:
+        return "unclear verdict", replies
+    if not chosen:
+        return "chosen judged wrong", replies
+    return ("rejected judged right" if rejected else None), replies
+
+
+def read_verdict(reply: Reply) -> bool | None:
+    """Return True for a reply that begins with "yes", False for "no", else None."""
+    words = reply.text.lower().replace(",", " ").replace(".", " ").split()
+    return {"yes": True, "no": False}.get(words[0]) if words else None
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
