@@ -180,14 +180,14 @@ def convert(source: str | Path, output: str | Path) -> Path:
 def _write_native(source: Path, raw: dict[str, Any], output: Path) -> None:
     from transformers import GenerationConfig, InternVLConfig
 
-    from modeling_internvl_mpo import InternVLChatConfig, InternVLProcessor, get_conversation
+    from modeling_internvl_mpo import InternVLChatConfig, InternVLChatProcessor, get_conversation
 
     config = InternVLChatConfig(**raw)
     language = config.llm_config
     if config.ps_version != "v2" or language.model_type == "phi3":
         what = "a Phi3 language model" if language.model_type == "phi3" else f"ps_version {config.ps_version}"
         raise BadInputError(f"{source} has {what}, which the native layout cannot express; keep the official layout")
-    processor = InternVLProcessor.from_pretrained(source)
+    processor = InternVLChatProcessor.from_pretrained(source)
     text_config = _llama_config(language) if language.model_type == "internlm2" else language.to_dict()
     vision = config.vision_config
     kept = {name: getattr(config, name) for name in _KEPT_FIELDS}
@@ -247,7 +247,7 @@ def _write_native(source: Path, raw: dict[str, Any], output: Path) -> None:
 def _write_official(source: Path, raw: dict[str, Any], output: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig, InternVLConfig
 
-    from modeling_internvl_mpo import InternLM2Config, InternVLChatConfig, InternVLProcessor
+    from modeling_internvl_mpo import InternLM2Config, InternVLChatConfig, InternVLChatProcessor
 
     native = InternVLConfig(**raw)
     kept = dict(raw.get(_KEPT, {"template": "internvl2_5", "dynamic_image_size": True, "use_thumbnail": True}))
@@ -284,7 +284,7 @@ def _write_official(source: Path, raw: dict[str, Any], output: Path) -> None:
         )
     except ValueError as error:
         raise BadInputError(f"{source / 'config.json'}: {error}") from error
-    processor = InternVLProcessor.from_config(config, AutoTokenizer.from_pretrained(source))
+    processor = InternVLChatProcessor.from_config(config, AutoTokenizer.from_pretrained(source))
     config.save_pretrained(output)
     shapes = _shapes("internlm2" if architecture == "InternLM2ForCausalLM" else text.model_type, text)
     tensors = to_official(dict(_tensors(source)), shapes)

@@ -52,7 +52,7 @@ def encode_group(
     """Encode pairs that share images and question.
 
     Args:
-        processor: `InternVLProcessor` of the model.
+        processor: `InternVLChatProcessor` of the model.
         pairs: at least one; all with the same `group_key`.
         image_root: folder that image paths are relative to.
         max_tiles: most tiles of a single image, thumbnail not counted; several images share it, `max_tiles // n` each

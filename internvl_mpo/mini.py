@@ -311,7 +311,7 @@ def train_start_model(settings: StartSettings) -> None:
     from internvl_mpo.logps import attach_scoring, response_logps
     from internvl_mpo.packing import pack_groups
     from internvl_mpo.publish import write_model_folder
-    from modeling_internvl_mpo import InternVLChatModel, InternVLProcessor, get_conversation
+    from modeling_internvl_mpo import InternVLChatModel, InternVLChatProcessor, get_conversation
 
     world = Path(settings.world)
     rows = read_rows(world / "annotations.jsonl", Response)
@@ -319,7 +319,7 @@ def train_start_model(settings: StartSettings) -> None:
     texts = [conversation.render([("user", row.question), ("assistant", row.response)], SYSTEM_MESSAGE) for row in rows]
     tokenizer = train_tokenizer(texts)
     config = make_config(tokenizer)
-    processor = InternVLProcessor.from_config(config, tokenizer)
+    processor = InternVLChatProcessor.from_config(config, tokenizer)
     torch.manual_seed(settings.seed)
     model = InternVLChatModel(config)
     groups = _encode(rows, processor, world)

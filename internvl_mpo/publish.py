@@ -23,7 +23,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_internvl_mpo.InternVLChatModel",
     "AutoModelForImageTextToText": "modeling_internvl_mpo.InternVLChatModel",
     "AutoModelForMultimodalLM": "modeling_internvl_mpo.InternVLChatModel",
-    "AutoProcessor": "processing_internvl_mpo.InternVLProcessor",
+    "AutoProcessor": "processing_internvl_mpo.InternVLChatProcessor",
     "AutoImageProcessor": "image_processing_internvl_mpo.InternVLImageProcessor",
 }
 
@@ -46,7 +46,7 @@ def write_model_folder(model: Any, processor: Any, output_dir: str | Path) -> Pa
 
     Args:
         model: an `InternVLChatModel`; adapters must have been merged.
-        processor: its `InternVLProcessor`.
+        processor: its `InternVLChatProcessor`.
         output_dir: made if absent.
 
     Returns:
@@ -78,7 +78,7 @@ def build_model_folder(source: str | Path, output_dir: str | Path) -> Path:
     """
     from transformers import GenerationConfig
 
-    from modeling_internvl_mpo import InternVLChatConfig, InternVLProcessor
+    from modeling_internvl_mpo import InternVLChatConfig, InternVLChatProcessor
 
     source, output_dir = Path(source), Path(output_dir)
     if source.resolve() == output_dir.resolve():
@@ -91,7 +91,7 @@ def build_model_folder(source: str | Path, output_dir: str | Path) -> Path:
         )
     try:
         config = InternVLChatConfig(**raw)
-        processor = InternVLProcessor.from_pretrained(source)
+        processor = InternVLChatProcessor.from_pretrained(source)
     except (ValueError, OSError, KeyError) as error:
         raise BadInputError(f"{source}: {str(error).splitlines()[0]}") from error
     config.image_token_id = processor.image_token_id

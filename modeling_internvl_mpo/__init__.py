@@ -20,7 +20,7 @@ from .image_processing_internvl_mpo import InternVLImageProcessor, dynamic_prepr
 from .modeling_intern_vit import InternVisionModel
 from .modeling_internlm2 import InternLM2ForCausalLM, InternLM2Model
 from .modeling_internvl_mpo import InternVLChatModel
-from .processing_internvl_mpo import InternVLProcessor
+from .processing_internvl_mpo import InternVLChatProcessor
 from .tokenization_internvl_mpo import InternLM2Tokenizer
 
 __all__ = [
@@ -32,8 +32,8 @@ __all__ = [
     "InternLM2Tokenizer",
     "InternVLChatConfig",
     "InternVLChatModel",
+    "InternVLChatProcessor",
     "InternVLImageProcessor",
-    "InternVLProcessor",
     "InternVisionConfig",
     "InternVisionModel",
     "dynamic_preprocess",
@@ -46,5 +46,5 @@ AutoConfig.register("internvl_chat", InternVLChatConfig)
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
     _auto_class.register(InternVLChatConfig, InternVLChatModel)
 AutoImageProcessor.register(InternVLChatConfig, slow_image_processor_class=InternVLImageProcessor)
-AutoProcessor.register(InternVLChatConfig, InternVLProcessor)
+AutoProcessor.register(InternVLChatConfig, InternVLChatProcessor)
 AutoTokenizer.register(InternLM2Config, fast_tokenizer_class=InternLM2Tokenizer)

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, ProcessorMixin
@@ -16,8 +16,10 @@ from .image_processing_internvl_mpo import InternVLImageProcessor
 from .tokenization_internvl_mpo import hub_arguments
 
 
-class InternVLProcessor(ProcessorMixin):
+class InternVLChatProcessor(ProcessorMixin):
     """Text with `<image>` placeholders and images in, tensors out.
+
+    The name must differ from transformers' own `InternVLProcessor`: a saved folder is opened by it.
 
     Args:
         image_processor: an `InternVLImageProcessor`.
@@ -54,7 +56,7 @@ class InternVLProcessor(ProcessorMixin):
         self.image_token_id = vocabulary[IMG_CONTEXT]
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig, tokenizer: Any) -> "InternVLProcessor":
+    def from_config(cls, config: PreTrainedConfig, tokenizer: Any) -> Self:
         """Build the processor that a model's config.json describes."""
         side = config.force_image_size
         image_processor = InternVLImageProcessor(
@@ -68,10 +70,13 @@ class InternVLProcessor(ProcessorMixin):
         return cls(image_processor, tokenizer, config.num_image_token, config.template, config.system_message)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "InternVLProcessor":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "InternVLChatProcessor":
         """Load a folder or Hub repository; an official one, which has no processor file, is read from config.json.
 
-        The parts are loaded by their classes: where torchvision is absent, AutoImageProcessor is not there in every
+        Settings of the image processor among the keywords replace the saved ones. The parts are loaded by their
+        classes: where torchvision is absent, AutoImageProcessor is not there in every
         version of transformers.
         """
         hub = hub_arguments(kwargs)
@@ -89,7 +94,7 @@ class InternVLProcessor(ProcessorMixin):
             )
         settings = json.loads(saved)
         return cls(
-            InternVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **where),
+            InternVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **where),
             chat_template=text_of("chat_template.jinja"),
             **{name: settings[name] for name in ("num_image_token", "template", "system_message") if name in settings},

@@ -13,7 +13,7 @@ from internvl_mpo.encoding import encode_group, measure_group
 from internvl_mpo.logps import attach_scoring, response_logps, twin_logps
 from internvl_mpo.packing import pack_groups
 from internvl_mpo.records import PreferencePair, RowError
-from modeling_internvl_mpo import InternLM2Tokenizer, InternVLProcessor
+from modeling_internvl_mpo import InternLM2Tokenizer, InternVLChatProcessor
 
 SHARED = Path(__file__).parent.parent / "../shared/tokenizers"
 SIZES = {"wide.png": (60, 28), "square.png": (28, 28), "tall.jpg": (30, 90)}
@@ -133,7 +133,7 @@ def test_spaces_around_a_response_are_not_scored(root):
     assert decode(tiny_processor(), group.responses[0]) == "yes<|im_end|>"
 
 
-def real_processor(name: str) -> InternVLProcessor:
+def real_processor(name: str) -> InternVLChatProcessor:
     if not (SHARED / name).is_dir():
         pytest.skip(f"the real {name} vocabulary is not here")
     loader = InternLM2Tokenizer if name == "internlm2" else AutoTokenizer
@@ -141,7 +141,7 @@ def real_processor(name: str) -> InternVLProcessor:
     missing = [token for token in ("<img>", "</img>", "<IMG_CONTEXT>") if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing, special_tokens=True)
     template = "internlm2-chat" if name == "internlm2" else "Hermes-2"
-    return InternVLProcessor(tiny_processor().image_processor, tokenizer, 1, template)
+    return InternVLChatProcessor(tiny_processor().image_processor, tokenizer, 1, template)
 
 
 @pytest.mark.parametrize("name", ["internlm2", "qwen2"])

@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
+from transformers import AutoProcessor
 
-from modeling_internvl_mpo import CONVERSATIONS, InternVLProcessor, get_conversation
+from modeling_internvl_mpo import CONVERSATIONS, InternVLChatProcessor, get_conversation
 
 ORACLE = Path(__file__).parent.parent / "../shared/oracle/model"
 
 
 @pytest.fixture(scope="module")
-def processor() -> InternVLProcessor:
+def processor() -> InternVLChatProcessor:
     return tiny_processor()
 
 
@@ -69,12 +70,12 @@ def test_system_message_of_the_configuration_reaches_chat_and_processor() -> Non
         ("<image>\nQ", "<image>\nQ"),
     ],
 )
-def test_where_images_go_in_a_message(processor: InternVLProcessor, content: list, expected: str) -> None:
+def test_where_images_go_in_a_message(processor: InternVLChatProcessor, content: list, expected: str) -> None:
     prompt = processor.apply_chat_template([{"role": "user", "content": content}])
     assert prompt.endswith(f"<|im_start|>user\n{expected}<|im_end|>")
 
 
-def test_unknown_content_and_roles_are_refused(processor: InternVLProcessor) -> None:
+def test_unknown_content_and_roles_are_refused(processor: InternVLChatProcessor) -> None:
     with pytest.raises(Exception, match="content type 'audio' is not known"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}])
     with pytest.raises(Exception, match="role 'tool' is not known"):
@@ -83,7 +84,7 @@ def test_unknown_content_and_roles_are_refused(processor: InternVLProcessor) -> 
         processor.encode_conversation([("tool", "x")])
 
 
-def test_chat_and_processor_give_the_model_the_same_ids(processor: InternVLProcessor) -> None:
+def test_chat_and_processor_give_the_model_the_same_ids(processor: InternVLChatProcessor) -> None:
     model = tiny_model()
     tokenizer, image = processor.tokenizer, Image.new("RGB", (90, 30), "red")
     content = [{"type": "image", "image": image}, {"type": "text", "text": "How many?"}]
@@ -109,7 +110,7 @@ def test_chat_and_processor_give_the_model_the_same_ids(processor: InternVLProce
     assert decoded.strip() == answer
 
 
-def test_images_in_messages_from_every_source(processor: InternVLProcessor, tmp_path: Path) -> None:
+def test_images_in_messages_from_every_source(processor: InternVLChatProcessor, tmp_path: Path) -> None:
     image = Image.new("RGB", (60, 30), "green")
     image.save(tmp_path / "a.png")
     buffer = io.BytesIO()
@@ -130,7 +131,7 @@ def test_images_in_messages_from_every_source(processor: InternVLProcessor, tmp_
         assert torch.equal(output["pixel_values"], outputs[0]["pixel_values"])
 
 
-def test_batches_are_padded_on_the_left(processor: InternVLProcessor) -> None:
+def test_batches_are_padded_on_the_left(processor: InternVLChatProcessor) -> None:
     image = Image.new("RGB", (30, 30))
     outputs = processor(text=["<image>a", "b"], images=[[image], []], padding=True, return_tensors="pt")
     assert outputs["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 0, 1]]
@@ -139,7 +140,7 @@ def test_batches_are_padded_on_the_left(processor: InternVLProcessor) -> None:
     assert right["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
 
-def test_counts_that_do_not_fit_are_refused(processor: InternVLProcessor) -> None:
+def test_counts_that_do_not_fit_are_refused(processor: InternVLChatProcessor) -> None:
     image = Image.new("RGB", (30, 30))
     with pytest.raises(ValueError, match="2 <image> placeholders and there are 1 images"):
         processor(text="<image><image>", images=image)
@@ -157,14 +158,14 @@ def test_counts_that_do_not_fit_are_refused(processor: InternVLProcessor) -> Non
         processor(images=image)
 
 
-def test_more_tiles_than_fit_are_refused(processor: InternVLProcessor) -> None:
+def test_more_tiles_than_fit_are_refused(processor: InternVLChatProcessor) -> None:
     image = Image.new("RGB", (400, 100))
     with pytest.raises(ValueError, match=r"truncation cut 3 of 5 image tokens off"):
         processor(text="<image>\nQ", images=image, truncation=True, max_length=3)
     assert processor(text="<image>\nQ", images=image, truncation=True, max_length=8, return_tensors="pt")
 
 
-def test_chat_refuses_tiles_without_a_place(processor: InternVLProcessor) -> None:
+def test_chat_refuses_tiles_without_a_place(processor: InternVLChatProcessor) -> None:
     model, tokenizer, tiles = tiny_model(), tiny_tokenizer(), torch.zeros(2, 3, 28, 28)
     with pytest.raises(ValueError, match="adds up to another number than the 2 tiles"):
         model.chat(tokenizer, tiles, "Q", {}, num_patches_list=[1])
@@ -178,13 +179,13 @@ def test_chat_refuses_tiles_without_a_place(processor: InternVLProcessor) -> Non
         model.batch_chat(tokenizer, tiles, ["Q"], {}, history=[])
 
 
-def test_tokenizer_without_image_tokens_is_refused(processor: InternVLProcessor) -> None:
+def test_tokenizer_without_image_tokens_is_refused(processor: InternVLChatProcessor) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(ValueError, match="no token <img>"):
-        InternVLProcessor(processor.image_processor, bare)
+        InternVLChatProcessor(processor.image_processor, bare)
 
 
 @pytest.mark.parametrize("template", list(CONVERSATIONS))
@@ -203,14 +204,17 @@ def test_labels_score_answers_and_their_end_only(template: str) -> None:
     assert (unanswered["labels"] == -100).all()
 
 
-def test_saved_processor_is_the_same(processor: InternVLProcessor, tmp_path: Path) -> None:
+def test_saved_processor_is_the_same(processor: InternVLChatProcessor, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
-    loaded = InternVLProcessor.from_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
+    loaded = InternVLChatProcessor.from_pretrained(tmp_path)
     assert loaded.chat_template == processor.chat_template
     assert loaded.num_image_token == processor.num_image_token == 1
     image = Image.new("RGB", (90, 30), "red")
     ours, theirs = (one(text="<image>Q", images=image, return_tensors="pt") for one in (processor, loaded))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    fewer = AutoProcessor.from_pretrained(tmp_path, max_dynamic_patch=1)
+    assert len(fewer(text="<image>Q", images=image, return_tensors="pt")["pixel_values"]) == 1
 
 
 TEXT = st.text(max_size=20).filter(lambda text: "<" not in text)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLProcessor
+from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLChatProcessor
 
 SPECIAL_TOKENS = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
@@ -100,6 +100,6 @@ def tiny_model(backbone: str = "qwen2", seed: int = 0, **overrides: Any) -> Inte
     return model
 
 
-def tiny_processor(config: InternVLChatConfig | None = None) -> InternVLProcessor:
+def tiny_processor(config: InternVLChatConfig | None = None) -> InternVLChatProcessor:
     """Return the processor that goes with `tiny_config`."""
-    return InternVLProcessor.from_config(config or tiny_config(), tiny_tokenizer())
+    return InternVLChatProcessor.from_config(config or tiny_config(), tiny_tokenizer())
