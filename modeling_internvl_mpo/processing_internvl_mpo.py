@@ -129,26 +129,11 @@ class InternVLChatProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("give text; for images alone use processor.image_processor")
         texts = [text] if isinstance(text, str) else list(text)
-        nested = isinstance(images, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in images)
-        if nested and len(images) != len(texts):
-            raise ValueError(f"images has {len(images)} lists for {len(texts)} texts")
-        groups = images if nested else None
+        is_nested = isinstance(images, (list, tuple)) and len(images) > 0
+        is_nested = is_nested and all(isinstance(group, (list, tuple)) for group in images)
+        groups = images if is_nested else None
         images = [] if images is None else make_flat_list_of_images(self.image_processor.fetch_images(images))
-        for index, one in enumerate(texts):
-            if IMG_CONTEXT in one:
-                raise ValueError(
-                    f"text {index} spells out {IMG_CONTEXT}; write {IMAGE_PLACEHOLDER} where an image goes"
-                )
-            if groups is not None and one.count(IMAGE_PLACEHOLDER) != len(groups[index]):
-                raise ValueError(
-                    f"text {index} has {one.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} placeholders "
-                    f"and {len(groups[index])} images"
-                )
-        num_placeholders = sum(one.count(IMAGE_PLACEHOLDER) for one in texts)
-        if num_placeholders != len(images):
-            raise ValueError(
-                f"the text has {num_placeholders} {IMAGE_PLACEHOLDER} placeholders and there are {len(images)} images"
-            )
+        _check_placeholders(texts, groups, len(images))
         names = set(self.image_processor._valid_kwargs_names) - {"return_tensors"}
         image_kwargs = {name: kwargs.pop(name) for name in names & set(kwargs)} | kwargs.pop("images_kwargs", {})
         text_kwargs = {"padding_side": "left", "return_token_type_ids": False} | kwargs.pop("text_kwargs", {}) | kwargs
@@ -239,3 +224,22 @@ class InternVLChatProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Names of the tensors a call returns."""
         return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _check_placeholders(texts: list[str], groups: Sequence[Sequence[Any]] | None, num_images: int) -> None:
+    """Refuse texts whose placeholders do not fit the images, in all or (with one list per text) one by one."""
+    if groups is not None and len(groups) != len(texts):
+        raise ValueError(f"images has {len(groups)} lists for {len(texts)} texts")
+    for index, text in enumerate(texts):
+        if IMG_CONTEXT in text:
+            raise ValueError(f"text {index} spells out {IMG_CONTEXT}; write {IMAGE_PLACEHOLDER} where an image goes")
+        if groups is not None and text.count(IMAGE_PLACEHOLDER) != len(groups[index]):
+            raise ValueError(
+                f"text {index} has {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} placeholders "
+                f"and {len(groups[index])} images"
+            )
+    num_placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+    if num_placeholders != num_images:
+        raise ValueError(
+            f"the text has {num_placeholders} {IMAGE_PLACEHOLDER} placeholders and there are {num_images} images"
+        )

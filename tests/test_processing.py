@@ -136,6 +136,7 @@ def test_batches_are_padded_on_the_left(processor: InternVLChatProcessor) -> Non
     outputs = processor(text=["<image>a", "b"], images=[[image], []], padding=True, return_tensors="pt")
     assert outputs["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 0, 1]]
     assert set(outputs) == {"input_ids", "attention_mask", "pixel_values"}
+    assert set(processor(text="b", images=[])) == set(processor(text="b")) == {"input_ids", "attention_mask"}
     right = processor(text=["ab", "b"], padding=True, padding_side="right", return_tensors="pt")
     assert right["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
