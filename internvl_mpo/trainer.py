@@ -548,11 +548,11 @@ class ConsoleCallback(TrainerCallback):
 
     def on_log(self, args: MPOArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Write the line; explain the first one."""
-        if self.bar is None or not logs:
+        if not state.is_world_process_zero or not logs:
             return
         with open(self.path, "a", encoding="utf-8") as out:
             out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if "loss" not in logs:
+        if "loss" not in logs or self.bar is None:
             return
         self.bar.set_postfix(
             {"loss": f"{logs['loss']:.3f}", "accuracy": f"{logs['rewards/accuracy']:.2f}",

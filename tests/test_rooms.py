@@ -1,0 +1,94 @@
+"""What each room may import. Imports point one way: programs -> method -> nothing of ours; the model files stand alone.
+
+The table is read together with `docs/design.md`; a new import that breaks it is either a mistake or a decision, and a
+decision changes both.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN = {"tqdm", "yaml"}  # progress bars and settings files may appear anywhere
+METHOD = "internvl_mpo."
+# module -> third-party packages and modules of ours it may import
+ROOMS = {
+    "internvl_mpo/errors.py": set(),
+    "internvl_mpo/settings.py": {METHOD + "errors"},
+    "internvl_mpo/records.py": {METHOD + "errors"},
+    "internvl_mpo/prompts.py": {METHOD + "errors"},
+    "internvl_mpo/mmpr.py": {METHOD + "errors", METHOD + "records"},
+    "internvl_mpo/math_equality.py": {METHOD + "errors", "math_verify"},
+    "internvl_mpo/answers.py": {METHOD + "math_equality"},
+    "internvl_mpo/pairing.py": {METHOD + "answers", METHOD + "prompts", METHOD + "records"},
+    "internvl_mpo/objective.py": {"torch"},
+    "internvl_mpo/packing.py": {"torch"},
+    "internvl_mpo/steps.py": {METHOD + "packing"},
+    "internvl_mpo/packed_attention.py": {"torch", "transformers", METHOD + "packing"},
+    "internvl_mpo/logps.py": {"torch", METHOD + "packing", METHOD + "packed_attention"},
+    "internvl_mpo/encoding.py": {"torch", "PIL", METHOD + "packing", METHOD + "records"},
+    "internvl_mpo/reference_cache.py": {"torch", "pyarrow", METHOD + "errors", METHOD + "records"},
+}
+# folder -> packages and modules that no file in it may import
+FORBIDDEN = {
+    "modeling_internvl_mpo": {"internvl_mpo", "peft", "deepspeed", "datasets", "torchvision", "timm", "einops"},
+    "internvl_mpo": {"train_mpo", "evaluate_mpo", "app", "dataset_scripts", "torchvision", "trl"},
+    "internvl_mpo/benchmarks": {"internvl_mpo.engines", "internvl_mpo.trainer", "torch", "transformers"},
+    "dataset_scripts": {"train_mpo", "evaluate_mpo", "app", "internvl_mpo.trainer"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names a file imports anywhere, relative ones left out."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module)
+    return names
+
+
+def within(name: str, allowed: set[str]) -> bool:
+    return any(name == entry or name.startswith(f"{entry}.") for entry in allowed)
+
+
+@pytest.mark.parametrize("file", ROOMS)
+def test_a_room_imports_only_what_the_table_allows(file):
+    allowed = ROOMS[file] | PLAIN
+    outside = {
+        name
+        for name in imports(ROOT / file)
+        if name.split(".")[0] not in sys.stdlib_module_names and not within(name, allowed)
+    }
+    assert not outside
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_a_folder_never_imports_what_depends_on_it(folder):
+    found = {
+        (path.name, name)
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imports(path)
+        if within(name, FORBIDDEN[folder])
+    }
+    assert not found
+
+
+def test_model_files_are_flat_and_use_single_dot_imports():
+    folder = ROOT / "modeling_internvl_mpo"
+    assert not [path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, f"{path.name}: only siblings travel with a checkpoint"
+                assert node.module, f"{path.name}: 'from . import name' is not understood by remote code"
+
+
+def test_no_file_evaluates_text():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "internvl_mpo").rglob("*.py"), *(ROOT / "dataset_scripts").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec"), f"{path.name}:{node.lineno}"

@@ -1,0 +1,108 @@
+"""Settings files and overrides: what is refused, and what the refusal says."""
+
+import dataclasses
+from typing import Literal
+
+import pytest
+
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.settings import build_settings, parse_settings, read_yaml, setting, show_settings, write_settings
+
+
+@dataclasses.dataclass
+class Settings:
+    model: str = setting(help="folder")
+    rate: float = setting(5e-6, help="rate")
+    steps: int = setting(100, help="steps")
+    kind: Literal["dpo", "none"] = setting("dpo", help="kind")
+    limit: int | None = setting(None, help="limit")
+    names: list[str] = setting(["a"], help="names")
+    flag: bool = setting(False, help="flag")
+    title: str | None = setting(None, help="title")
+
+
+def parse(*argv: str) -> Settings:
+    return parse_settings(Settings, argv, program="program.py", about="About.")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_command_line_wins_over_the_file(config):
+    settings = parse("--config", config("model: m\nrate: 1.0e-3\nsteps: 7"), "--steps", "9")
+    assert (settings.model, settings.rate, settings.steps) == ("m", 1e-3, 9)
+
+
+def test_yaml_text_5e_6_is_a_number(config):
+    assert parse("--config", config("model: m\nrate: 5e-6")).rate == 5e-6  # YAML 1.1 reads 5e-6 as text
+
+
+def test_none_is_a_choice_where_it_is_one_and_nothing_elsewhere():
+    settings = parse("--model", "m", "--kind", "none", "--limit", "none", "--title", "none")
+    assert (settings.kind, settings.limit, settings.title) == ("none", None, None)
+
+
+def test_a_bare_flag_is_true_and_lists_take_commas():
+    settings = parse("--model", "m", "--flag", "--names", "x, y")
+    assert settings.flag is True
+    assert settings.names == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--rate", "1"], "missing setting 'model'"),
+        (["--model", "m", "--stepz", "1"], "unknown setting 'stepz'.*did you mean 'steps'"),
+        (["--model", "m", "--steps", "many"], "'steps' is 'many'.*a whole number"),
+        (["--model", "m", "--steps", "1.5"], "'steps' is '1.5'.*a whole number"),
+        (["--model", "m", "--flag", "maybe"], "'flag' is 'maybe'.*true or false"),
+        (["--model", "m", "--kind", "ppo"], "'kind' is 'ppo'.*one of dpo, none"),
+        (["--model", "m", "--steps", "none"], "'steps' is 'none'"),
+        (["--model", "m", "stray"], "unexpected argument 'stray'"),
+        (["--config", "absent.yaml"], "cannot read config file absent.yaml"),
+    ],
+)
+def test_a_refusal_names_the_offender(argv, words):
+    with pytest.raises(BadInputError, match=words):
+        parse(*argv)
+
+
+def test_broken_yaml_is_named_with_its_line(config):
+    with pytest.raises(BadInputError, match=r"run\.yaml, line 2 is not valid YAML"):
+        read_yaml(config("model: m\n  rate: [1"))
+
+
+def test_a_yaml_list_is_not_settings(config):
+    with pytest.raises(BadInputError, match="must hold 'key: value' lines"):
+        read_yaml(config("- model"))
+
+
+def test_true_is_not_a_number():
+    with pytest.raises(BadInputError, match="'steps' is True"):
+        build_settings(Settings, {"model": "m", "steps": True})
+
+
+def test_saved_settings_repeat_the_run(tmp_path):
+    settings = parse("--model", "m", "--rate", "0.1", "--names", "x,y", "--kind", "none")
+    write_settings(settings, tmp_path / "saved.yaml")
+    assert parse("--config", str(tmp_path / "saved.yaml")) == settings
+
+
+def test_no_arguments_print_the_usage(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse()
+    assert stop.value.code == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_the_table_shows_every_value():
+    table = show_settings(parse("--model", "m"), "title")
+    assert table.splitlines()[0] == "title"
+    assert "  limit  -" in table

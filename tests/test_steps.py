@@ -1,0 +1,165 @@
+"""Which pairs a step holds must not depend on ranks, packs or interruptions."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internvl_mpo.mmpr import PairRow, iter_pairs, read_meta, repeats, split_subset_name
+from internvl_mpo.records import PreferencePair
+from internvl_mpo.steps import StepSampler, largest_pack, plan_steps, split_step
+
+KEYS = ["q0"] * 5 + ["q1"] * 3 + ["q2", "q3", "q4", "q5"]
+
+
+def sampler(num_ranks=1, rank=0, accumulation=1, keys=KEYS, pairs_per_step=4, **changes) -> StepSampler:
+    return StepSampler(
+        keys,
+        changes.get("counts", [1] * len(keys)),
+        changes.get("costs", [10] * len(keys)),
+        pairs_per_step=pairs_per_step,
+        pairs_per_group=changes.get("pairs_per_group", 2),
+        num_ranks=num_ranks,
+        rank=rank,
+        gradient_accumulation_steps=accumulation,
+        seed=0,
+    )
+
+
+def pairs_of(step) -> list[int]:
+    return sorted(row for group in step for row in group)
+
+
+def test_every_pair_is_seen_once_and_steps_are_full():
+    steps = sampler().steps()
+    assert [len(pairs_of(step)) for step in steps] == [4, 4, 4]
+    assert sorted(row for step in steps for row in pairs_of(step)) == list(range(12))
+
+
+def test_a_group_holds_pairs_of_one_question_and_at_most_so_many():
+    for step in sampler().steps():
+        for group in step:
+            assert len({KEYS[row] for row in group}) == 1
+            assert len(group) <= 2
+
+
+@pytest.mark.parametrize(("num_ranks", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_ranks_and_accumulation_do_not_change_what_a_step_holds(num_ranks, accumulation):
+    expected = [pairs_of(step) for step in sampler().steps()]
+    ranks = [list(sampler(num_ranks, rank, accumulation)) for rank in range(num_ranks)]
+    assert {len(packs) for packs in ranks} == {len(expected) * accumulation}
+    for number, step in enumerate(expected):
+        packs = [rank[number * accumulation + turn] for rank in ranks for turn in range(accumulation)]
+        assert all(packs), "a rank without a pack would wait for the others for ever"
+        assert sorted(row for pack in packs for group in pack for row in group) == step
+
+
+def test_epochs_differ_and_repeat_exactly():
+    one, other = sampler(), sampler()
+    first = list(one)
+    one.set_epoch(1)
+    assert list(one) != first
+    assert list(other) == first
+
+
+def test_a_last_step_without_enough_pairs_for_every_rank_is_left_out():
+    keys = [f"q{i}" for i in range(9)]
+    assert sampler(keys=keys, pairs_per_step=4).num_steps == 3
+    assert sampler(keys=keys, pairs_per_step=4, accumulation=2).num_steps == 2
+
+
+def test_repeated_pairs_never_share_a_group():
+    steps = plan_steps(["q"] * 2, [3, 2], pairs_per_step=5, pairs_per_group=5, seed=0, epoch=0)
+    groups = [group for step in steps for group in step]
+    assert sorted(row for group in groups for row in group) == [0, 0, 0, 1, 1]
+    assert all(len(set(group)) == len(group) for group in groups)
+
+
+def test_a_step_too_small_for_the_ranks_is_refused():
+    with pytest.raises(ValueError, match="2 pairs cannot fill 3 packs"):
+        split_step([(0, 1)], [1, 1], 3)
+
+
+def test_largest_pack_counts_the_dearest_one():
+    assert largest_pack(sampler(keys=["a", "b"], pairs_per_step=2, costs=[3, 4]), 1) == 7
+    assert largest_pack(sampler(keys=["a", "b"], pairs_per_step=2, costs=[3, 4], accumulation=2), 1) == 4
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=40),
+    st.integers(1, 7),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
+def test_any_data_is_seen_exactly_as_often_as_asked(questions, pairs_per_step, pairs_per_group, epoch):
+    counts = [question % 3 for question in questions]
+    steps = plan_steps(
+        questions, counts, pairs_per_step=pairs_per_step, pairs_per_group=pairs_per_group, seed=1, epoch=epoch
+    )
+    seen = [row for step in steps for group in step for row in group]
+    assert [seen.count(row) for row in range(len(questions))] == counts
+    assert all(sum(map(len, step)) == pairs_per_step for step in steps[:-1])
+
+
+def rows(count: int, repeat_time: float, subset: str = "s") -> list[PairRow]:
+    pairs = [PreferencePair(question=f"{subset}{i}", chosen="a", rejected="b") for i in range(count)]
+    return [PairRow(pair, "", None, "", subset, repeat_time) for pair in pairs]
+
+
+@pytest.mark.parametrize(("repeat_time", "total"), [(0, 0), (0.25, 25), (1, 100), (2.5, 250), (3, 300)])
+def test_repeat_time_is_honoured_exactly_also_above_one(repeat_time, total):
+    counts = repeats(rows(100, repeat_time), seed=0)
+    assert sum(counts) == total
+    assert max(counts) - min(counts) <= 1
+
+
+def test_repeat_time_belongs_to_its_subset():
+    assert repeats([*rows(4, 0.5, "a"), *rows(2, 2, "b")], seed=0)[4:] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("geo170k_pairs_vqa_correctness_rules", ("geo170k", "correctness")),
+        ("dvqa_pairs_vqa_format_rules", ("dvqa", "format")),
+        ("m3cot_prefix_pair_sr0.5_wo_image", ("m3cot", "dropout_ntp")),
+        ("gqa_prefix_pair_sr0.0_with_image", ("gqa", "prefix_with_image")),
+        ("RLAIF-V", ("RLAIF-V", "other")),
+    ],
+)
+def test_subset_names_tell_source_and_rule(name, expected):
+    assert split_subset_name(name) == expected
+
+
+def test_meta_json_is_read_relative_to_itself(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "a.jsonl").write_text(
+        '{"image": "1.png", "question": "q", "chosen": "c", "rejected": "r"}\n'
+        '{"image": "1.png", "question": "q", "chosen": "c", "rejected": "c"}\n'
+    )
+    meta = tmp_path / "meta.json"
+    meta.write_text(
+        '{"a_pairs_vqa_correctness_rules": {"root": "images", "annotation": "annotations/a.jsonl", '
+        '"repeat_time": 0.5, "max_dynamic_patch": 6}}'
+    )
+    good, bad = iter_pairs(meta)
+    assert (good.pair.rule, good.pair.source, good.max_tiles) == ("correctness", "a", 6)
+    assert good.image_root == tmp_path / "images"
+    assert str(bad).startswith(f"{tmp_path / 'annotations' / 'a.jsonl'}:2: 'chosen' equals 'rejected'")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "must be an object of subsets"),
+        ('{"a": {"root": "x", "repeat_time": 1}}', "subset 'a': key 'annotation' is missing"),
+        ('{"a": {"root": "x", "annotation": "no.jsonl", "repeat_time": 1}}', "no.jsonl does not exist"),
+        ('{"a": {"root": "x", "annotation": "no.jsonl", "repeat_time": "1"}}', "'repeat_time' has the wrong type"),
+    ],
+)
+def test_a_broken_meta_json_is_named(tmp_path, text, words):
+    from internvl_mpo.errors import BadInputError
+
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(BadInputError, match=words):
+        read_meta(tmp_path / "meta.json")

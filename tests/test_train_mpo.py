@@ -1,0 +1,301 @@
+"""The training program on a tiny random model: refusals before any work, splits that change nothing, exact resume.
+
+pytest tests/test_train_mpo.py
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_world import make_model_folder, make_pictures
+
+import train_mpo
+from internvl_mpo.errors import run_program
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A model folder, pictures, and 12 pairs: three of each question, text-only ones among them."""
+    folder = tmp_path_factory.mktemp("world")
+    make_model_folder(folder / "start")
+    make_pictures(folder, 4)
+    rows = []
+    for number in range(12):
+        question = number // 3
+        row = {
+            "question": f"What is shown in {question}?",
+            "chosen": f"A colour, {number}." * (1 + number % 3),
+            "rejected": f"Nothing {number}" + " at all" * (number % 4),
+        }
+        if question:
+            row["image"] = f"{question}.png"
+        rows.append(row)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(world: Path, output: Path, *more: str) -> list[str]:
+    settings = {
+        "model": world / "start",
+        "data": world / "pairs.jsonl",
+        "output_dir": output,
+        "pairs_per_step": 4,
+        "pairs_per_group": 2,
+        "max_length": 900,
+        "max_tokens_per_pack": 4000,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "save_steps": 2,
+        "use_cpu": "true",
+    }
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))] + list(more)
+
+
+def train(world: Path, output: Path, *more: str) -> int:
+    return run_program(train_mpo.main, arguments(world, output, *more))
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Loss of every step; a step that was run twice must have been logged once."""
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    found = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    assert len(found) == len(dict(found)), "a step was logged twice"
+    return dict(found)
+
+
+def write_pair(path: Path, **changes: object) -> None:
+    row = {"question": "q", "chosen": "c", "rejected": "r", **changes}
+    path.write_text(json.dumps({key: value for key, value in row.items() if value is not None}) + "\n")
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_arguments_print_how_to_use_it(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_mpo.main([])
+    assert stop.value.code == 2
+    assert "configs/mini.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--beta", "high"], "'beta' is 'high'"),
+        (["--betta", "0.1"], "unknown setting 'betta'"),
+        (["--beta", "-1"], "beta is -1"),
+        (["--preference", "ppo"], "'preference' is 'ppo'"),
+        (["--data", "absent.jsonl"], "data file 'absent.jsonl' does not exist"),
+        (["--config", "absent.yaml"], "config file 'absent.yaml' does not exist"),
+        (["--model", "./absent"], "model folder './absent' does not exist"),
+        (["--pairs_per_step", "99"], "one epoch has 12 pairs, fewer than the 99"),
+        (["--max_tokens_per_pack", "100"], "more than max_tokens_per_pack 100"),
+        (["--preference", "none", "--quality", "none", "--generation", "none"], "nothing to train on"),
+    ],
+)
+def test_bad_settings_stop_with_one_sentence_and_leave_nothing(world, tmp_path, capsys, more, words):
+    output = tmp_path / "run"
+    assert train(world, output, *more) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert words in message
+    assert not output.exists()
+
+
+def test_a_missing_setting_is_named(world, capsys):
+    assert run_program(train_mpo.main, ["--data", str(world / "pairs.jsonl"), "--output_dir", "x"]) == 2
+    assert "missing setting 'model'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"chosen": "same", "rejected": "same"}, "bad.jsonl:1: 'chosen' equals 'rejected'"),
+        ({"rejected": "   "}, "bad.jsonl:1: 'rejected' is empty"),
+        ({"chosen": None}, "bad.jsonl:1: key 'chosen' is missing"),
+        ({"chosen": 7}, "bad.jsonl:1: key 'chosen' must be text"),
+        ({"image": "absent.png"}, "absent.png' does not exist"),
+        ({"image": "0.png", "question": "<image> <image>"}, "2 <image> placeholders for 1 images"),
+        ({"question": "long " * 500}, "no response fits below the limit of 900"),
+    ],
+)
+def test_bad_rows_stop_the_run_before_training(world, tmp_path, capsys, changes, words):
+    write_pair(world / "bad.jsonl", **changes)
+    output = tmp_path / "run"
+    assert train(world, output, "--data", f"{world / 'bad.jsonl'},{world / 'pairs.jsonl'}") == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in message
+    assert "1 of 13 rows are unusable" in message
+    rejects = [json.loads(line) for line in (tmp_path / "run.rejects.jsonl").read_text().splitlines()]
+    assert len(rejects) == 1
+    assert "bad.jsonl:1" in rejects[0]["row"]
+    assert not output.exists()
+
+
+def test_a_folder_of_another_model_family_is_refused(world, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llava"}')
+    assert train(world, tmp_path / "run", "--model", str(tmp_path / "other")) == 2
+    assert "model_type 'llava', expected 'internvl_chat'" in capsys.readouterr().err
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unbroken(world, tmp_path_factory) -> Path:
+    """A run of four steps from start to end."""
+    output = tmp_path_factory.mktemp("unbroken") / "run"
+    assert train(world, output) == 0
+    return output
+
+
+def test_the_first_loss_is_0_832_plus_nll(unbroken):
+    first = json.loads((unbroken / "log.jsonl").read_text().splitlines()[0])
+    assert first["loss_preference"] == pytest.approx(0.6931, abs=1e-3)
+    assert first["loss_quality"] == pytest.approx(1.3863, abs=1e-3)
+    assert first["loss"] == pytest.approx(0.8318 + first["loss_generation"], abs=1e-3)
+    assert abs(first["rewards/chosen"]) < 1e-3  # the cached reference equals the live policy
+
+
+def test_the_trained_folder_differs_from_the_start_and_loads_by_itself(world, unbroken):
+    code = (
+        "import sys; from transformers import AutoModel, AutoProcessor\n"
+        "model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert 'internvl_mpo' not in sys.modules\n"
+        "print(model.chat(processor.tokenizer, None, 'Hello', {'max_new_tokens': 2, 'do_sample': False}))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(unbroken / "model")], cwd="/", capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    before, after = (load_file(folder / "model.safetensors") for folder in (world / "start", unbroken / "model"))
+    assert before.keys() == after.keys()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any(name.startswith("vision_model") for name in moved)
+    assert any(name.startswith("language_model") for name in moved)
+    assert not list((unbroken / "model").glob("*.bin")), "no pickle in a published folder"
+
+
+@pytest.mark.parametrize("more", [["--max_tokens_per_pack", "1200"], ["--pairs_per_group", "1"]])
+def test_smaller_packs_give_the_same_losses(world, unbroken, tmp_path, more):
+    # groups of one pair change the order of pairs, so only the first step, at policy = reference, is compared there
+    assert train(world, tmp_path / "run", *more) == 0
+    steps = (1, 2, 3, 4) if "1200" in more else ()
+    expected, found = losses(unbroken), losses(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for step in steps:
+        assert found[step] == pytest.approx(expected[step], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        ["--preference", "none", "--quality", "none"],
+        ["--preference", "orpo", "--quality", "none"],
+        ["--preference", "ipo", "--quality", "none", "--generation", "sft_token"],
+        ["--reward_shift", "inclusive", "--preference", "robust_dpo", "--label_smoothing", "0.1"],
+        ["--reward_shift", "ema", "--preference", "aot"],
+    ],
+)
+def test_every_kind_of_term_trains(world, tmp_path, mix):
+    assert train(world, tmp_path / "run", "--max_steps", "2", *mix) == 0
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_held_out_questions_are_evaluated_and_not_trained_on(world, tmp_path):
+    output = tmp_path / "run"
+    assert train(world, output, "--held_out_share", "0.4", "--max_steps", "2", "--pairs_per_step", "2") == 0
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    accuracy = [row["eval_rewards/accuracy"] for row in rows if "eval_rewards/accuracy" in row]
+    assert len(accuracy) == 1
+    assert 0 <= accuracy[0] <= 1
+
+
+def test_lora_trains_adapters_and_saves_a_merged_folder(world, tmp_path):
+    output = tmp_path / "run"
+    assert train(world, output, "--lora_rank", "2", "--max_steps", "2") == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (world / "start", output / "model"))
+    assert before.keys() == after.keys()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert moved
+    assert all(name.startswith("language_model") for name in moved)
+
+
+def test_skipping_bad_rows_is_possible_when_asked_for(world, tmp_path, capsys):
+    write_pair(world / "bad.jsonl", image="absent.png")
+    data = f"{world / 'bad.jsonl'},{world / 'pairs.jsonl'}"
+    assert train(world, tmp_path / "run", "--data", data, "--on_bad_row", "skip", "--max_steps", "1") == 0
+    assert "left out 1 unusable rows" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_pair_ids(world, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(world, output, "--learning_rate", "1e30", "--max_grad_norm", "0") == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the loss is not finite at step" in message
+    dump = json.loads(next(output.glob("not_finite_*.json")).read_text())
+    assert dump["pair_ids"][0] in message
+    assert not (output / "model").exists()
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_continues_and_repeats_every_loss_to_the_bit(world, unbroken, tmp_path):
+    output = tmp_path / "run"
+    assert train(world, output, "--max_steps", "2", "--lr_scheduler_type", "constant") == 0
+    assert train(world, output, "--max_steps", "4", "--lr_scheduler_type", "constant") == 0
+    assert train(world, tmp_path / "whole", "--lr_scheduler_type", "constant") == 0
+    assert losses(output) == losses(tmp_path / "whole")
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (output, tmp_path / "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_half_written_checkpoints_are_passed_over(world, unbroken, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(world, output) == 0
+    (output / "checkpoint-4" / "mpo_state.json").unlink()
+    assert train(world, output) == 0
+    assert "checkpoint-4 is half-written and was removed" in capsys.readouterr().out
+    assert losses(output) == losses(unbroken)
+
+
+@pytest.mark.parametrize(("more", "words"), [(["--data", "other"], "another data"), (["--pairs_per_step", "3"], "3")])
+def test_a_checkpoint_of_another_run_is_refused(world, unbroken, capsys, more, words):
+    if "other" in more:
+        lines = (world / "pairs.jsonl").read_text().splitlines()
+        (world / "other.jsonl").write_text("\n".join(lines[:8]) + "\n")
+        more = ["--data", str(world / "other.jsonl")]
+    assert train(world, unbroken, *more) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds_into_training", [0.4, 0.9, 1.6])
+def test_kill_9_and_the_same_command_give_the_same_losses(world, tmp_path, seconds_into_training):
+    output = tmp_path / "killed"
+    # many small steps and a checkpoint after each, so that a kill falls into training or into saving
+    more = ("--max_steps", "30", "--save_steps", "1", "--num_train_epochs", "10")
+    command = [sys.executable, str(ROOT / "train_mpo.py"), *arguments(world, output, *more)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (output / "log.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(seconds_into_training)
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert train(world, tmp_path / "whole", *more) == 0
+    assert losses(output) == losses(tmp_path / "whole")
