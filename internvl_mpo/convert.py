@@ -59,6 +59,8 @@ _KEPT_FIELDS = (
     *("template", "system_message", "dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch"),
     *("pad2square", "force_image_size"),
 )
+# What the vendor's own native checkpoints (InternVL3 and later) stand for.
+_DEFAULTS = {"template": "internvl2_5", "dynamic_image_size": True, "use_thumbnail": True, "max_dynamic_patch": 12}
 
 
 @dataclass
@@ -250,7 +252,7 @@ def _write_official(source: Path, raw: dict[str, Any], output: Path) -> None:
     from modeling_internvl_mpo import InternLM2Config, InternVLChatConfig, InternVLChatProcessor
 
     native = InternVLConfig(**raw)
-    kept = dict(raw.get(_KEPT, {"template": "internvl2_5", "dynamic_image_size": True, "use_thumbnail": True}))
+    kept = dict(raw.get(_KEPT, _DEFAULTS))
     text = native.text_config
     architecture = kept.pop("llm_architecture", f"{text.model_type.capitalize()}ForCausalLM")
     llm_config = text.to_dict()

@@ -272,6 +272,21 @@ def test_native_layout_and_back(backbone: str, tmp_path: Path) -> None:
     assert saved.keys() == converted.keys()
 
 
+def test_a_native_folder_of_another_origin(tmp_path: Path) -> None:
+    """The vendor's own native folders say nothing about templates and tiles; they are those of InternVL3."""
+    model = tiny_model("qwen2")
+    folder = write_model_folder(model, tiny_processor(model.config), tmp_path / "ours")
+    convert(folder, tmp_path / "native")
+    config = json.loads((tmp_path / "native/config.json").read_text())
+    del config["internvl_chat"]
+    (tmp_path / "native/config.json").write_text(json.dumps(config))
+    back = InternVLChatModel.from_pretrained(convert(tmp_path / "native", tmp_path / "back"))
+    assert back.template == "internvl2_5"
+    assert (back.config.max_dynamic_patch, back.config.use_thumbnail) == (12, True)
+    ids = torch.arange(5).unsqueeze(0)
+    assert torch.equal(back(ids).logits, model(ids).logits)
+
+
 def test_what_the_native_layout_cannot_say_is_refused(tmp_path: Path) -> None:
     model = tiny_model("phi3")
     folder = write_model_folder(model, tiny_processor(model.config), tmp_path / "ours")
