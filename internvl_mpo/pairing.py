@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,10 +137,10 @@ def correctness_pairs(
         ("format", Outcome.UNPARSABLE, rules.format_pairs_per_question),
     ):
         rejected = _diverse(by_outcome[outcome], rules, stats, lambda response: None)
-        for right, other in _choose(chosen, rejected, cap, rules, stats):
-            pairs.append(_pair(right, other, rule, rate))
-            stats.add(source, rule)
-            stats.add(source, "log length ratio", _log_ratio(right, other))
+        taken = _choose(chosen, rejected, cap, rules, stats)
+        pairs += [_pair(right, other, rule, rate) for right, other in taken]
+        stats.add(source, rule, len(taken))
+        stats.add(source, "log length ratio", sum(_log_ratio(*pair) for pair in taken))
     return pairs, None
 
 
@@ -204,7 +205,7 @@ def _diverse(
     shingles: list[frozenset] = []
     for item in ordered:
         text = item.response.response
-        if not text.strip():
+        if not text or text.isspace():
             continue
         if text in texts:
             stats.add(item.response.source, "drop copies")
@@ -283,13 +284,14 @@ def _diagonal(rows: list[Judged], columns: list[Judged]) -> Iterator[tuple[Judge
 def _unfit_pair(right: Judged, other: Judged, rules: PairRules) -> str | None:
     if right.response.response == other.response.response:
         return "pairs of equal texts"
-    if other.verdict.answer is not None and entails(other.verdict.answer, right.verdict.answer or ""):
+    if other.verdict.outcome is Outcome.WRONG and entails(other.verdict.answer or "", right.verdict.answer or ""):
         return "pairs whose wrong answer contains the right one"
     if rules.max_length_ratio and math.exp(abs(_log_ratio(right, other))) > rules.max_length_ratio:
         return "pairs of too different lengths"
     return None
 
 
+@lru_cache(maxsize=65536)
 def entails(answer: str, part: str) -> bool:
     """Return whether `part` occurs in `answer` as whole words, so that calling `answer` wrong would be unsafe.
 

@@ -61,8 +61,9 @@ class Row:
     _text_keys: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "images", tuple(self.images))
-        if not self.question.strip():
+        if type(self.images) is not tuple:
+            object.__setattr__(self, "images", tuple(self.images))
+        if _is_blank(self.question):
             raise RowError("the question is empty")
         if not self.id:
             texts = [getattr(self, key) for key in self._text_keys]
@@ -153,7 +154,7 @@ class PreferencePair(Row):
 
     def __post_init__(self) -> None:
         for key in ("chosen", "rejected"):
-            if not getattr(self, key).strip():
+            if _is_blank(getattr(self, key)):
                 raise RowError(f"'{key}' is empty")
         if self.chosen == self.rejected:
             raise RowError("'chosen' equals 'rejected', so there is nothing to prefer")
@@ -225,6 +226,10 @@ def atomic_writer(path: str | Path) -> Iterator[IO[str]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:

@@ -1,6 +1,8 @@
 """The engine in this process, on a tiny random model."""
 
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -214,3 +216,42 @@ def test_seeds_differ_by_question_and_sample_and_fit_31_bits():
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert sample_seed(1, "q0", 0) not in seeds
+
+
+def test_vllm_is_asked_as_its_interface_wants(monkeypatch, tmp_path):
+    """A stand-in for the module; the real one needs CUDA."""
+    calls = []
+
+    class LLM:
+        def __init__(self, **kwargs):
+            self.settings = kwargs
+
+        def chat(self, conversations, params, **kwargs):
+            calls.append((conversations, params, kwargs))
+            reasons = ["stop", "abort", "stop"]
+            return [
+                SimpleNamespace(outputs=[SimpleNamespace(text=" hi", finish_reason=reason, token_ids=[1, 2])])
+                for reason, _ in zip(reasons, conversations, strict=False)
+            ]
+
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, lambda **kwargs: kwargs
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    engine = load_engine(EngineSettings(model=str(tmp_path), engine="vllm", max_tiles=6))
+    replies = ask(
+        engine,
+        [
+            Request(id="a", question="A?", seed=3, sampling=DRAWN),
+            Request(id="b", question="B?", sampling=DRAWN),
+            Request(id="c", question="C?", prefix="So", sampling=DRAWN),
+            Request(id="d", question="D?", images=("none.png",), sampling=DRAWN),
+        ],
+    )
+    assert (replies["a"].text, replies["c"].text) == ("hi", " hi")
+    assert replies["b"].error == "vLLM ended with 'abort'"
+    assert "none.png" in replies["d"].error
+    (_, params, plain), (conversations, _, continued) = calls
+    assert params[0] == {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "max_tokens": 8, "seed": 3}
+    assert (plain["add_generation_prompt"], plain["continue_final_message"]) == (True, False)
+    assert (continued["add_generation_prompt"], continued["continue_final_message"]) == (False, True)
+    assert conversations[0][-1] == {"role": "assistant", "content": "So"}
