@@ -257,10 +257,13 @@ def add_lora(settings: Any, model: Any) -> Any:
         return model
     from peft import LoraConfig, get_peft_model
 
+    from modeling_internvl_mpo.configuration_internvl_mpo import LORA_TARGETS
+
+    kind = model.config.llm_config.model_type
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
-        target_modules=model.lora_target_modules(),
+        target_modules=rf".*language_model.*\.({'|'.join(LORA_TARGETS[kind])})",
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)

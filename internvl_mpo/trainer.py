@@ -72,8 +72,6 @@ class MPOArguments(TrainingArguments):
     logging_steps: float = setting(1, help="steps between log lines")
     save_steps: float = setting(200, help="steps between checkpoints")
     save_total_limit: int | None = setting(2, help="checkpoints kept")
-    bf16: bool = setting(False, help="train in bfloat16 autocast")
-    gradient_checkpointing: bool | None = setting(False, help="recompute activations in the backward pass")
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work.
