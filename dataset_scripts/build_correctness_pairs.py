@@ -28,7 +28,7 @@ from tqdm import tqdm
 from internvl_mpo.answers import FORMATS
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.pairing import PairRules, Statistics, correctness_pairs, group_key, subset_name, write_meta
-from internvl_mpo.records import Response, Row, atomic_writer, iter_jsonl
+from internvl_mpo.records import Response, Row, atomic_writer, iter_json_lines
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 MEGABYTE = 1 << 20
@@ -121,6 +121,8 @@ def main(argv: list[str]) -> int:
 def partition(paths: list[str], folder: Path, bucket_bytes: int) -> list[Path]:
     """Spread rows over files by the hash of their question, so that each fits in memory and holds whole questions.
 
+    A line of such a file is the key of the question, where the row comes from, and the row, with tabs between.
+
     Returns:
         The files in hash order; concatenating what is built from them, each sorted, is sorted.
     """
@@ -129,36 +131,36 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int) -> list[Path]:
         if not Path(path).is_file():
             raise BadInputError(f"cannot read {path}: no such file")
         size += Path(path).stat().st_size
-    count = min(512, -(-size // bucket_bytes))
-    if count <= 1 and len(paths) == 1:
-        return [Path(paths[0])]
-    buckets = [folder / f"{number:03d}.jsonl" for number in range(max(1, count))]
-    files = [open(bucket, "w", encoding="utf-8") for bucket in buckets]  # noqa: SIM115 - closed below
-    try:
-        for path in tqdm(paths, desc="sorting", unit="file"):
-            for _, row in iter_jsonl(path):
-                number = int(group_key(row)[:8], 16) * len(files) >> 32
-                files[number].write(json.dumps(row, ensure_ascii=False) + "\n")
-    finally:
-        for file in files:
-            file.close()
+    count = max(1, min(512, -(-size // bucket_bytes)))
+    buckets = [folder / f"{number:03d}.tsv" for number in range(count)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(bucket, "w", encoding="utf-8")) for bucket in buckets]
+        bar = stack.enter_context(tqdm(total=size, desc="sorting", unit="B", unit_scale=True))
+        for path in paths:
+            for where, line, row in iter_json_lines(path):
+                key = group_key(row)
+                where = where.replace("\t", " ")
+                files[int(key[:8], 16) * count >> 32].write(f"{key}\t{where}\t{line.rstrip()}\n")
+                bar.update(len(line))
     return buckets
 
 
 def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str]], str, Statistics]:
-    """Build the pairs of one file.
+    """Build the pairs of one file of `partition`.
 
     Returns:
         (source, rule, pairs as JSONL text) in order, the unanswered questions as JSONL text, and the counts.
     """
     groups: dict[str, list[Response]] = {}
     stats = Statistics()
-    for where, row in iter_jsonl(path):
-        response = Response.from_json(row, where=where)
-        if not (response.answer or "").strip():
-            stats.add(response.source, "drop responses without ground truth")
-            continue
-        groups.setdefault(group_key(row), []).append(response)
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            key, where, text = line.split("\t", 2)
+            response = Response.from_json(json.loads(text), where=where)
+            if response.answer and not response.answer.isspace():
+                groups.setdefault(key, []).append(response)
+            else:
+                stats.add(response.source, "drop responses without ground truth")
     pairs: list[tuple[str, str, str]] = []
     wrong: list[str] = []
     for key in sorted(groups):

@@ -178,6 +178,12 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         BadInputError: the file cannot be read.
         RowError: a line is not a JSON object.
     """
+    for where, _, row in iter_json_lines(path):
+        yield where, row
+
+
+def iter_json_lines(path: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (`file:line`, the line as it stands, object); see `iter_jsonl`."""
     try:
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
@@ -190,7 +196,7 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise RowError(f"not valid JSON ({error.msg} at column {error.colno})", where) from error
                 if not isinstance(row, dict):
                     raise RowError(f"expected a JSON object, found {type(row).__name__}", where)
-                yield where, row
+                yield where, line, row
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -152,7 +152,7 @@ def test_bad_input_ends_with_one_sentence(tmp_path, capsys, settings, message):
     assert not (tmp_path / "pairs.jsonl").exists()
 
 
-def test_a_bad_line_is_named(tmp_path, capsys):
+def test_a_bad_line_is_named(tmp_path, capsys):  # in the user's file, not in a temporary one
     make_responses(tmp_path / "a.jsonl", num_questions=1)
     with open(tmp_path / "a.jsonl", "a") as out:
         out.write('{"question": "q", "question_id": "x"}\n')
