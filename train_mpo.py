@@ -306,6 +306,8 @@ def reference_logps(
     )
     attach_scoring(model)
     missing = set(cache.missing())
+    if settings.world_size > 1:  # nobody writes before all have read, so that all agree on what is missing
+        torch.distributed.barrier()
     if not missing:
         return cache
 

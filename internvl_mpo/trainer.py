@@ -435,6 +435,8 @@ class MPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Save weights, config and processor; the settings are in settings.yaml, not in a pickle."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)

@@ -299,3 +299,20 @@ def test_kill_9_and_the_same_command_give_the_same_losses(world, tmp_path, secon
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     assert train(world, tmp_path / "whole", *more) == 0
     assert losses(output) == losses(tmp_path / "whole")
+
+
+# --- more than one process --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_losses_of_one_process(world, unbroken, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*command, str(ROOT / "train_mpo.py"), *arguments(world, output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    expected, found = losses(unbroken), losses(output)
+    assert found.keys() == expected.keys()
+    assert [found[step] for step in expected] == pytest.approx(list(expected.values()), rel=1e-5)
