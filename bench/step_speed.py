@@ -376,7 +376,7 @@ def our_step(side: str, world: World, settings: Settings) -> Callable[[], float]
 
 def our_processor(world: World) -> Any:
     """Return our processor with a template that renders the prompts TRL gets."""
-    from modeling_internvl_mpo import InternVLImageProcessor, InternVLProcessor
+    from modeling_internvl_mpo import InternVLChatProcessor, InternVLImageProcessor
 
     side = world.shape.tile_side
     template = (
@@ -386,7 +386,7 @@ def our_processor(world: World) -> Any:
         "{% endfor %}"
     )
     images = InternVLImageProcessor(size={"height": side, "width": side})
-    return InternVLProcessor(images, world.tokenizer, world.image_tokens, chat_template=template)
+    return InternVLChatProcessor(images, world.tokenizer, world.image_tokens, chat_template=template)
 
 
 def trl_step(world: World, settings: Settings) -> Callable[[], float]:
@@ -420,7 +420,7 @@ def trl_step(world: World, settings: Settings) -> Callable[[], float]:
         loss_type=["sigmoid", "bco_pair", "sft"],
         loss_weights=list(WEIGHTS),
         beta=BETA,
-        gradient_checkpointing=settings.trl_checkpointing,
+        gradient_checkpointing=False,
         per_device_train_batch_size=len(rows),
         remove_unused_columns=False,
         report_to=[],
@@ -435,6 +435,8 @@ def trl_step(world: World, settings: Settings) -> Callable[[], float]:
             processing_class=trl_processor(world),
         )
     trainer.current_gradient_accumulation_steps = 1
+    if settings.trl_checkpointing:  # the Trainer does this in train(), which takes its steps without our clock
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
 
     def step() -> float:
