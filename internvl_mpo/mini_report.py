@@ -57,7 +57,8 @@ def write_report(folder: Path, found: dict[str, Any]) -> Path:
         "that the programs work, not what MPO does to a large model.</p>",
         "<h2>Training</h2>",
         _plots(folder, [method for method in methods if method != "start"]),
-        "<h2>Before and after</h2>",
+        f"<h2>Before and after</h2><p class=note>{NUM_PICTURES} of {found['num_test_questions']} questions; those whose "
+        "verdict changed, for better or worse, come first.</p>",
         _cards(folder),
     ]
     page = folder / "report.html"
@@ -107,6 +108,8 @@ def _plots(folder: Path, methods: list[str]) -> str:
     ):
         figure, axes = pyplot.subplots(figsize=(4.6, 2.9), dpi=110, layout="constrained")
         for method, rows in logs.items():
+            if not any(row[key] for row in rows):
+                continue  # the method has no such term
             axes.plot([row["step"] for row in rows], _smooth([row[key] for row in rows]), label=NAMES[method],
                       color=COLORS[method], linewidth=2.2 if method == "mpo" else 1.2)  # fmt: skip
         axes.set_xlabel("step")
