@@ -57,8 +57,9 @@ def write_report(folder: Path, found: dict[str, Any]) -> Path:
         "that the programs work, not what MPO does to a large model.</p>",
         "<h2>Training</h2>",
         _plots(folder, [method for method in methods if method != "start"]),
-        f"<h2>Before and after</h2><p class=note>{NUM_PICTURES} of {found['num_test_questions']} questions; those whose "
-        "verdict changed, for better or worse, come first.</p>",
+        "<h2>Before and after</h2>",
+        f"<p class=note>{NUM_PICTURES} of {found['num_test_questions']} questions; those whose verdict changed, for "
+        "better or worse, come first.</p>",
         _cards(folder),
     ]
     page = folder / "report.html"
