@@ -110,12 +110,12 @@ def stages(settings: QuickstartSettings) -> list[Stage]:
     return plan
 
 
-def run_stages(plan: list[Stage], folder: Path, run: Callable[[Stage], None]) -> dict[str, float]:
-    """Run what is not finished yet and return the seconds of every stage.
+def run_stages(plan: list[Stage], folder: Path, run: Callable[[Stage], None]) -> dict[str, dict]:
+    """Run what is not finished yet; return `seconds` and `peak_mib` (largest process so far) of every stage.
 
     A stage is finished when its marker holds the digest of its command and of all commands before it.
     """
-    seconds: dict[str, float] = {}
+    finished: dict[str, dict] = {}
     digest = ""
     for number, stage in enumerate(plan, start=1):
         digest = content_id(digest, stage.command)
@@ -128,11 +128,21 @@ def run_stages(plan: list[Stage], folder: Path, run: Callable[[Stage], None]) ->
             print(f"\n{title}\n$ {shlex.join(_short(stage.command))}", flush=True)
             begin = time.perf_counter()
             run(stage)
-            done = {"digest": digest, "seconds": time.perf_counter() - begin}
+            done = {"digest": digest, "seconds": time.perf_counter() - begin, "peak_mib": _peak_mib()}
             with atomic_writer(marker) as out:
                 json.dump(done, out)
-        seconds[stage.name] = done["seconds"]
-    return seconds
+        finished[stage.name] = done
+    return finished
+
+
+def _peak_mib() -> float | None:
+    """Largest resident memory of any stage so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def _run(stage: Stage) -> None:
@@ -151,7 +161,7 @@ def _short(command: list[str]) -> list[str]:
     return [str(Path(word).relative_to(ROOT)) if word.startswith(f"{ROOT}/") else word for word in words]
 
 
-def results(settings: QuickstartSettings, seconds: dict[str, float]) -> dict:
+def results(settings: QuickstartSettings, finished: dict[str, dict]) -> dict:
     """Collect the scores of all methods in per cent, what they were made with, and the seconds of the stages."""
     out = Path(settings.output)
     methods = {}
@@ -165,8 +175,9 @@ def results(settings: QuickstartSettings, seconds: dict[str, float]) -> dict:
         }
     return {
         "methods": methods,
-        "stages": {name: round(value, 1) for name, value in seconds.items()},
-        "total_seconds": round(sum(seconds.values()), 1),
+        "stages": {name: round(stage["seconds"], 1) for name, stage in finished.items()},
+        "total_seconds": round(sum(stage["seconds"] for stage in finished.values()), 1),
+        "peak_memory_mib": max((s["peak_mib"] for s in finished.values() if s["peak_mib"]), default=None),
         "num_test_questions": scores["cot"]["num_examples"],
         "seed": settings.seed,
         "config": read_yaml(settings.config),
@@ -206,12 +217,13 @@ def main(argv: list[str]) -> int:
         QuickstartSettings, argv or ["--output", "outputs/mini"], program="-m internvl_mpo.quickstart", about=__doc__,
         config=False,
     )  # fmt: skip
+    if "mpo" not in settings.methods:
+        raise BadInputError("methods must hold mpo, which makes the model and one side of the report")
     unknown = [method for method in settings.methods if method not in METHODS]
     if unknown:
         raise BadInputError(f"unknown method '{unknown[0]}', expected some of {', '.join(METHODS)}")
     out = Path(settings.output)
-    seconds = run_stages(stages(settings), out / "stages", _run)
-    found = results(settings, seconds)
+    found = results(settings, run_stages(stages(settings), out / "stages", _run))
     with atomic_writer(out / "results.json") as file:
         json.dump(found, file, indent=2)
 
