@@ -245,7 +245,10 @@ def load_policy(settings: Any) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
         model = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=getattr(torch, settings.dtype))
     except (OSError, ValueError) as error:
-        raise BadInputError(f"cannot load the start model '{source}': {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        if not Path(source).is_dir():
+            raise BadInputError(f"'{source}' is no folder here, and the Hub does not give it: {reason}") from error
+        raise BadInputError(f"cannot load the start model '{source}': {reason}") from error
     if settings.freeze_vision:
         model.vision_model.requires_grad_(False)
     return model, processor

@@ -60,6 +60,7 @@ def parse_settings(cls: type[T], argv: Sequence[str], *, program: str, about: st
     fields = _fields(cls)
     parser = argparse.ArgumentParser(
         prog=f"python {program}",
+        usage=f"python {program} {'[--config FILE.yaml] ' if config else ''}[--key value ...]",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
