@@ -379,6 +379,8 @@ def build_trainer(
 
 def train(settings: Any, trainer: "MPOTrainer") -> None:
     """Train to the end, from the last whole checkpoint if there is one."""
+    import torch
+
     from internvl_mpo.trainer import last_checkpoint, remove_half_written
 
     write_settings(settings, Path(settings.output_dir) / "settings.yaml")
@@ -390,6 +392,9 @@ def train(settings: Any, trainer: "MPOTrainer") -> None:
         trainer.check_resumable(checkpoint)
         if settings.process_index == 0:
             print(f"going on from {checkpoint}")
+    if settings.device.type == "cpu":
+        # several threads add gradients of one token in any order otherwise, and no two runs are equal to the last bit
+        torch.use_deterministic_algorithms(True, warn_only=True)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.held_out:
         metrics = trainer.evaluate()
