@@ -1,4 +1,4 @@
-"""Package metadata. Programs (train_mpo.py, evaluate_mpo.py, app.py, dataset_scripts/) run from the checkout."""
+"""Package metadata. Programs (train_mpo.py, evaluate_mpo.py, dataset_scripts/) run from the checkout."""
 
 import re
 from pathlib import Path
