@@ -11,6 +11,7 @@ command. Every field of transformers' TrainingArguments is accepted beside the o
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -203,7 +204,8 @@ def plan(settings: Any, rows: list[PairRow], costs: list[int]) -> tuple[Any, lis
             gradient_accumulation_steps=accumulation,
             seed=settings.data_seed if settings.data_seed is not None else settings.seed,
         )
-        if largest_pack(sampler, max(1, round(settings.num_train_epochs))) <= settings.max_tokens_per_pack:
+        epochs = settings.max_steps / sampler.num_steps if settings.max_steps > 0 else settings.num_train_epochs
+        if largest_pack(sampler, math.ceil(epochs)) <= settings.max_tokens_per_pack:
             break
         accumulation += 1
     if settings.process_index == 0:

@@ -187,15 +187,28 @@ def test_the_trained_folder_differs_from_the_start_and_loads_by_itself(world, un
     assert not list((unbroken / "model").glob("*.bin")), "no pickle in a published folder"
 
 
-@pytest.mark.parametrize("more", [["--max_tokens_per_pack", "1200"], ["--pairs_per_group", "1"]])
+@pytest.mark.parametrize("more", [["--max_tokens_per_pack", "650"], ["--pairs_per_group", "1"]])
 def test_smaller_packs_give_the_same_losses(world, unbroken, tmp_path, more):
     # groups of one pair change the order of pairs, so only the first step, at policy = reference, is compared there
     assert train(world, tmp_path / "run", *more) == 0
-    steps = (1, 2, 3, 4) if "1200" in more else ()
+    steps = (1, 2, 3, 4) if "650" in more else ()
     expected, found = losses(unbroken), losses(tmp_path / "run")
     assert found.keys() == expected.keys()
     for step in steps:
         assert found[step] == pytest.approx(expected[step], rel=1e-5)
+
+
+def test_the_token_budget_holds_in_every_epoch_that_max_steps_reaches(world, tmp_path, monkeypatch):
+    from internvl_mpo import trainer
+
+    sizes = []
+    pack_groups = trainer.pack_groups
+    monkeypatch.setattr(
+        trainer, "pack_groups", lambda groups: sizes.append(pack_groups(groups).num_tokens) or pack_groups(groups)
+    )
+    assert train(world, tmp_path / "run", "--max_steps", "12", "--max_tokens_per_pack", "650") == 0
+    assert len(sizes) > 12
+    assert max(sizes) <= 650
 
 
 @pytest.mark.parametrize(
