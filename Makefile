@@ -36,5 +36,5 @@ $(VENV)/.installed-base: $(VENV)/bin/python setup.py constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/bin/python setup.py constraints.txt
-	$(PIP) --editable ".[data,eval,dev]"
+	$(PIP) --editable ".[all]"
 	touch $@

@@ -9,11 +9,21 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "internvl_mpo/__init__.py").read_text(encoding="utf-8"))[1]
 
 EXTRAS = {
-    "train": ["peft>=0.17", "deepspeed>=0.17", "tensorboard"],
+    "train": ["peft>=0.17", "deepspeed>=0.17", "tensorboard", "trackio"],
+    "qlora": ["peft>=0.17", "bitsandbytes>=0.46"],
     "data": ["ray[data]>=2.40"],
     "eval": ["evaluate>=0.4.5"],
-    "demo": ["gradio>=6"],
-    "dev": ["hypothesis", "peft>=0.17", "pytest", "ruff", "trl>=1.16"],
+    "demo": ["gradio>=6", "peft>=0.17"],
+    "dev": [
+        "hypothesis",
+        "ipykernel",
+        "nbclient",
+        "ninja",  # DeepSpeed compiles its CPU kernels with it
+        "playwright",  # drives the system's Chromium; downloads no browser
+        "pytest",
+        "ruff",
+        "trl>=1.16",
+    ],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
