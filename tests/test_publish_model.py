@@ -16,7 +16,8 @@ from transformers import GenerationConfig, InternVLForConditionalGeneration
 
 from internvl_mpo.convert import convert
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.publish import AUTO_MAP, build_model_folder, main, write_model_folder
+from internvl_mpo.publish import AUTO_MAP, build_model_folder, write_model_folder
+from internvl_mpo.publish.__main__ import main
 from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel
 from modeling_internvl_mpo.configuration_internvl_mpo import STALE_KEYS
 

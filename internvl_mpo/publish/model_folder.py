@@ -1,22 +1,14 @@
-"""Builds the exact folders that go to the Hub; pushing one is the last step.
-
-python -m internvl_mpo.publish model InternVL2-2B/ --output outputs/InternVL2-2B
-    puts this project's code, a fast tokenizer, a processor and a chat template beside the weights of an official (or
-    fine-tuned) InternVL folder. The weights are linked, not rewritten.
-"""
+"""Model folders: official weights get this project's code, a fast tokenizer, a processor and a chat template."""
 
 import json
 import os
 import shutil
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.settings import parse_settings, setting, show_settings
+from internvl_mpo.errors import BadInputError
 
-CODE_FOLDER = Path(__file__).parent.parent / "modeling_internvl_mpo"
+CODE_FOLDER = Path(__file__).parents[2] / "modeling_internvl_mpo"
 AUTO_MAP = {
     "AutoConfig": "configuration_internvl_mpo.InternVLChatConfig",
     "AutoModel": "modeling_internvl_mpo.InternVLChatModel",
@@ -26,16 +18,6 @@ AUTO_MAP = {
     "AutoProcessor": "processing_internvl_mpo.InternVLChatProcessor",
     "AutoImageProcessor": "image_processing_internvl_mpo.InternVLImageProcessor",
 }
-
-
-@dataclass
-class Settings:
-    """Settings of `publish`."""
-
-    source: str = setting(help="folder to publish; may be given without --source")
-    output: str = setting(help="folder to build")
-    push: str | None = setting(None, help="Hub repository to upload to, as owner/name")
-    private: bool = setting(False, help="make the repository private if it has to be created")
 
 
 def write_model_folder(model: Any, processor: Any, output_dir: str | Path) -> Path:
@@ -113,26 +95,6 @@ def build_model_folder(source: str | Path, output_dir: str | Path) -> Path:
         if (source / name).exists():
             shutil.copyfile(source / name, output_dir / name)
     return output_dir
-
-
-def push_folder(folder: str | Path, repository: str, *, repo_type: str, private: bool = False) -> str:
-    """Upload a folder; a second upload of the same files does nothing.
-
-    Args:
-        folder: what was built.
-        repository: owner/name, created if absent.
-        repo_type: "model", "dataset" or "space".
-        private: of a repository that is created.
-
-    Returns:
-        Its address.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    address = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
-    api.upload_folder(folder_path=folder, repo_id=repository, repo_type=repo_type)
-    return str(address)
 
 
 def write_companions(output_dir: Path, processor: Any, generation_config: Any) -> None:
@@ -276,31 +238,3 @@ def _update_json(path: Path, values: dict[str, Any]) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     content.update(values)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-BUILDERS = {"model": build_model_folder}
-
-
-def main(argv: list[str]) -> int:
-    """Build a folder, and push it if asked to."""
-    kind = argv[0] if argv else None
-    if kind in (None, "-h", "--help"):
-        kinds = ",".join(BUILDERS)
-        print(f"{__doc__}\nusage: python -m internvl_mpo.publish {{{kinds}}} SOURCE --output DIR [--push REPO]")
-        return 0 if kind else 2
-    if kind not in BUILDERS:
-        raise BadInputError(f"'{kind}' cannot be published; expected one of {', '.join(BUILDERS)}")
-    rest = argv[1:]
-    if rest and not rest[0].startswith("-"):
-        rest = ["--source", *rest]
-    settings = parse_settings(Settings, rest, program=f"-m internvl_mpo.publish {kind}", about=__doc__)
-    print(show_settings(settings, f"publish {kind}"))
-    folder = BUILDERS[kind](settings.source, settings.output)
-    print(f"built {folder}")
-    if settings.push:
-        print(f"pushed to {push_folder(folder, settings.push, repo_type=kind, private=settings.private)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_program(main))
