@@ -40,12 +40,13 @@ def main(argv: list[str]) -> int:
         print(show_settings(settings, f"{PROGRAM}: settings"), flush=True)
 
     rows, held_out, rejects = read_pairs(settings)
-    model, processor = load_policy(settings)
+    processor = load_processor(settings)
     rows, costs, more = measure(settings, processor, rows)
     held_out, held_out_costs, held_out_rejects = measure(settings, processor, held_out)
     stop_on_rejects(settings, rejects + more + held_out_rejects, num_good=len(rows) + len(held_out))
     settings, counts = plan(settings, rows, costs)
 
+    model = load_policy(settings)
     reference = reference_logps(settings, model, processor, rows + held_out, costs + held_out_costs)
     model = add_lora(settings, model)
     trainer = build_trainer(settings, model, processor, rows, counts, costs, held_out, held_out_costs, reference)
@@ -219,14 +220,13 @@ def plan(settings: Any, rows: list[PairRow], costs: list[int]) -> tuple[Any, lis
 # --- policy -----------------------------------------------------------------------------------------------------------
 
 
-def load_policy(settings: Any) -> tuple[Any, Any]:
-    """Return the start model and its processor.
+def load_processor(settings: Any) -> Any:
+    """Return the processor of the start model; weights are read only after all pairs have been checked.
 
     Raises:
         BadInputError: the folder holds something else.
     """
-    import torch
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoProcessor
 
     import modeling_internvl_mpo  # noqa: F401 - registers the classes, so official folders load without remote code
 
@@ -244,16 +244,34 @@ def load_policy(settings: Any) -> tuple[Any, Any]:
     elif (os.sep in source.rstrip("/") and source.startswith((".", "/"))) or source.count("/") > 1:
         raise BadInputError(f"model folder '{source}' does not exist")
     try:
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-        model = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=getattr(torch, settings.dtype))
+        return AutoProcessor.from_pretrained(source, trust_remote_code=True)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        if not Path(source).is_dir():
-            raise BadInputError(f"'{source}' is no folder here, and the Hub does not give it: {reason}") from error
-        raise BadInputError(f"cannot load the start model '{source}': {reason}") from error
+        raise _cannot_load(source, error) from error
+
+
+def load_policy(settings: Any) -> Any:
+    """Return the start model.
+
+    Raises:
+        BadInputError: its weights cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModel
+
+    try:
+        model = AutoModel.from_pretrained(settings.model, trust_remote_code=True, dtype=getattr(torch, settings.dtype))
+    except (OSError, ValueError) as error:
+        raise _cannot_load(settings.model, error) from error
     if settings.freeze_vision:
         model.vision_model.requires_grad_(False)
-    return model, processor
+    return model
+
+
+def _cannot_load(source: str, error: Exception) -> BadInputError:
+    reason = " ".join(str(error).split())
+    if not Path(source).is_dir():
+        return BadInputError(f"'{source}' is no folder here, and the Hub does not give it: {reason}")
+    return BadInputError(f"cannot load the start model '{source}': {reason}")
 
 
 def add_lora(settings: Any, model: Any) -> Any:
