@@ -1,0 +1,79 @@
+"""What went wrong on the way to the Hub, in one sentence, and whether another try is any use."""
+
+import errno
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+LONGEST_WAIT = 300  # seconds; a server that asks for more is asked again by the user
+_NO_ROOM = ("storage", "quota", "limit reached")  # how the Hub words it
+
+
+class Fault(NamedTuple):
+    """A diagnosis.
+
+    Attributes:
+        reason: one sentence without its full stop.
+        wait: seconds before another try, 0 for the usual pause, None if another try is no use.
+        no_answer: the connection ended, so the request may or may not have been carried out.
+    """
+
+    reason: str
+    wait: float | None
+    no_answer: bool = False
+
+
+def diagnose(error: BaseException, repository: str) -> Fault:
+    """Read an exception of huggingface_hub, its HTTP client, hf_xet or the operating system.
+
+    Args:
+        error: what was raised while `repository` was read or written.
+        repository: owner/name.
+    """
+    chain = list(_chain(error))
+    for one in chain:
+        if isinstance(one, OSError) and one.errno == errno.ENOSPC:
+            return Fault("the disk is full; free some space and run the same command again", None)
+    for one in chain:
+        response = getattr(one, "response", None)
+        if response is not None:
+            return _of_status(response, repository)
+    import httpx2  # the client of huggingface_hub
+
+    text = " ".join(str(error).split())
+    if any(isinstance(one, (httpx2.HTTPError, ConnectionError, TimeoutError)) for one in chain):
+        return Fault(f"the connection to the Hub broke ({type(error).__name__})", 0, no_answer=True)
+    if isinstance(error, RuntimeError):  # what hf_xet raises
+        return Fault(f"the upload broke off: {text}", 0)
+    return Fault(f"{repository} was not written: {text}", None)
+
+
+def _of_status(response: Any, repository: str) -> Fault:
+    status, said = response.status_code, response.headers.get("X-Error-Message") or ""
+    if status in (402, 403, 413, 507) and any(word in said.lower() for word in _NO_ROOM):
+        reason = f"the Hub has no room left: {said}; free some, then run the same command, finished uploads are kept"
+        return Fault(reason, None)
+    if status == 401:
+        return Fault("the Hub does not accept the token; run `hf auth login`, or set HF_TOKEN to a valid one", None)
+    if status == 403:
+        reason = f"the token may not write to {repository} ({said or 'forbidden'}); use one that may, or --create_pr"
+        return Fault(reason, None)
+    if status == 404:
+        return Fault(f"{repository} is not there, or the token may not see it", None)
+    if status in (409, 412):
+        reason = f"somebody else changed {repository} during the upload; look at it, then run the same command again"
+        return Fault(reason, None)
+    if status == 429:
+        asked = response.headers.get("Retry-After") or ""
+        seconds = float(asked) if asked.isdigit() else 0.0
+        if seconds > LONGEST_WAIT:
+            return Fault(f"the Hub asks to wait {seconds:.0f} s; run the same command again after that", None)
+        return Fault("the Hub asks for fewer requests (429)", seconds)
+    if status == 408 or status >= 500:
+        return Fault(f"the Hub failed (status {status})", 0)
+    return Fault(f"the Hub refuses {repository}: {said or f'status {status}'}", None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

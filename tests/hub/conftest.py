@@ -1,0 +1,21 @@
+"""The loopback Hub as a fixture; the client in this process talks to it."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from huggingface_hub import constants
+from loopback import WRITER, LoopbackHub
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[LoopbackHub]:
+    """A running Hub without repositories; pauses between attempts are noted in `hub.pauses` instead of waited for."""
+    with LoopbackHub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+        server.pauses = []
+        monkeypatch.setattr(time, "sleep", server.pauses.append)
+        yield server
