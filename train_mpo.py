@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.mmpr import PairRow, iter_pairs, repeats
+from internvl_mpo.mmpr import PairRow, Resample, iter_pairs, mixture_table, repeats
 from internvl_mpo.records import RowError, atomic_writer
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
@@ -41,10 +41,8 @@ def main(argv: list[str]) -> int:
 
     rows, held_out, rejects = read_pairs(settings)
     processor = load_processor(settings)
-    rows, costs, more = measure(settings, processor, rows)
-    held_out, held_out_costs, held_out_rejects = measure(settings, processor, held_out)
-    stop_on_rejects(settings, rejects + more + held_out_rejects, num_good=len(rows) + len(held_out))
-    settings, counts = plan(settings, rows, costs)
+    rows, costs, held_out, held_out_costs = check_pairs(settings, processor, rows, held_out, rejects)
+    settings, rows, counts, costs = plan(settings, rows, costs)
 
     model = load_policy(settings)
     reference = reference_logps(settings, model, processor, rows + held_out, costs + held_out_costs)
@@ -75,6 +73,10 @@ def read_settings(argv: list[str]) -> Any:
         image_root: str | None = setting(None, help="folder of the images of a JSONL file; none = that of the file")
         held_out_share: float = setting(0.0, help="share of the questions kept apart to measure reward accuracy")
         reference_cache: str | None = setting(None, help="folder of reference log-probs; none = inside output_dir")
+        resample: Resample = setting("none", help="sqrt evens out subsets by the square root of their size")
+        preflight_workers: int | None = setting(None, help="processes that check pairs; none = one per core, 0 = none")
+        preflight_cache: str | None = setting(None, help="folder of what the check found; none = beside output_dir")
+        verify_images: Literal["header", "full"] = setting("header", help="full decodes every image before training")
         on_bad_row: Literal["stop", "skip"] = setting("stop", help="what to do when rows are unusable: stop or skip")
         resume: Literal["auto", "never"] = setting("auto", help="go on from the last whole checkpoint: auto or never")
         dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", help="type of the weights")
@@ -84,6 +86,8 @@ def read_settings(argv: list[str]) -> Any:
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            if self.preflight_workers is not None and self.preflight_workers < 0:
+                raise BadInputError(f"preflight_workers is {self.preflight_workers}, expected 0 or more, or none")
             if not 0 <= self.held_out_share < 1:
                 raise BadInputError(f"held_out_share is {self.held_out_share}, expected 0 or more and below 1")
 
@@ -122,29 +126,60 @@ def _share_of(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
 
 
-def measure(settings: Any, processor: Any, rows: list[PairRow]) -> tuple[list[PairRow], list[int], list[RowError]]:
-    """Read image headers and count tokens of every row; return usable rows, their tokens, and the others."""
-    from tqdm import tqdm
+def check_pairs(
+    settings: Any, processor: Any, rows: list[PairRow], held_out: list[PairRow], rejects: list[RowError]
+) -> tuple[list[PairRow], list[int], list[PairRow], list[int]]:
+    """Look at every row; return usable training rows, their tokens, usable held-out rows, and theirs.
 
-    from internvl_mpo.encoding import measure_group
+    The first rank does the work, the others wait for what it leaves on disk.
 
-    kept, costs, rejects = [], [], []
-    bar = tqdm(rows, desc="checking pairs", unit="pair", disable=settings.process_index != 0 or not rows)
-    for row in bar:
-        try:
-            size = measure_group(
-                processor,
-                [row.pair],
-                row.image_root,
-                max_tiles=row.max_tiles or settings.max_tiles,
-                max_length=settings.max_length,
-            )
-        except RowError as error:
-            rejects.append(RowError(error.reason, row.where))
-            continue
-        kept.append(row)
-        costs.append(size.num_tokens)
-    return kept, costs, rejects
+    Raises:
+        BadInputError: rows are unusable and may not be skipped.
+    """
+    from internvl_mpo.preflight import Preflight, length_report, same_id_twice, show_lengths
+
+    beside = settings.output_dir.rstrip("/")
+    preflight = Preflight(
+        processor,
+        settings.preflight_cache or f"{beside}.preflight",
+        max_tiles=settings.max_tiles,
+        max_length=settings.max_length,
+        verify_images=settings.verify_images,
+        num_workers=settings.preflight_workers,
+    )
+    everything = rows + held_out
+    is_main = settings.process_index == 0
+    if is_main:
+        preflight.reopen()
+    wait_for_everyone(settings)
+    if is_main:
+        results = preflight.run(everything)
+        preflight.finish()
+    else:
+        results = preflight.wait(everything)
+    clashes = same_id_twice(everything)
+    for index, reason in clashes.items():
+        results[index] = RowError(reason, everything[index].where)
+
+    bad = [result for result in results if isinstance(result, RowError)]
+    good = [(row, size) for row, size in zip(everything, results, strict=True) if not isinstance(size, RowError)]
+    stop_on_rejects(settings, rejects + bad, num_good=len(good))
+    if is_main:
+        report = length_report([size for _, size in good])
+        print(show_lengths(report), flush=True)
+        with atomic_writer(f"{beside}.preflight.json") as out:
+            json.dump({**report, "num_rejected": len(rejects) + len(bad), "data": settings.data}, out, indent=2)
+    num_usable = sum(not isinstance(result, RowError) for result in results[: len(rows)])
+    kept, costs = [row for row, _ in good], [size.num_tokens for _, size in good]
+    return kept[:num_usable], costs[:num_usable], kept[num_usable:], costs[num_usable:]
+
+
+def wait_for_everyone(settings: Any) -> None:
+    """A barrier where there are several ranks."""
+    if settings.world_size > 1:
+        import torch
+
+        torch.distributed.barrier()
 
 
 def stop_on_rejects(settings: Any, rejects: list[RowError], num_good: int) -> None:
@@ -169,14 +204,21 @@ def stop_on_rejects(settings: Any, rejects: list[RowError], num_good: int) -> No
         print(f"left out {len(rejects)} unusable rows, listed in {path}")
 
 
-def plan(settings: Any, rows: list[PairRow], costs: list[int]) -> tuple[Any, list[int]]:
-    """Choose the gradient accumulation that keeps every pack within the token budget.
+def plan(settings: Any, rows: list[PairRow], costs: list[int]) -> tuple[Any, list[PairRow], list[int], list[int]]:
+    """Choose how often each pair is seen, and the gradient accumulation that keeps packs within the token budget.
+
+    Returns:
+        Settings, the rows that are seen at all, how often each is seen in an epoch, and their tokens.
 
     Raises:
         BadInputError: one pair alone is over the budget, or there are fewer pairs than one step needs.
     """
-    counts = repeats(rows, settings.seed)
+    counts = repeats(rows, settings.seed, settings.resample)
     total = sum(counts)
+    if settings.process_index == 0:
+        print(mixture_table(rows, counts, costs), flush=True)
+    seen = [index for index, count in enumerate(counts) if count]
+    rows, counts, costs = ([values[index] for index in seen] for values in (rows, counts, costs))
     if total < settings.pairs_per_step:
         raise BadInputError(
             f"one epoch has {total} pairs, fewer than the {settings.pairs_per_step} of one step; lower pairs_per_step"
@@ -214,7 +256,7 @@ def plan(settings: Any, rows: list[PairRow], costs: list[int]) -> tuple[Any, lis
             f"{len(rows)} pairs ({total} a pass), {sampler.num_steps} steps a pass of {settings.pairs_per_step} pairs, "
             f"in {ranks} x {accumulation} packs of at most {settings.max_tokens_per_pack} tokens"
         )
-    return replace(settings, gradient_accumulation_steps=accumulation), counts
+    return replace(settings, gradient_accumulation_steps=accumulation), rows, counts, costs
 
 
 # --- policy -----------------------------------------------------------------------------------------------------------

@@ -9,14 +9,18 @@ every row twice and a seeded half of the rows a third time.
 """
 
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.records import PreferencePair, RowError, iter_jsonl
+
+Resample = Literal["none", "sqrt"]
 
 # Name suffixes of the official subsets and the rule they stand for.
 _RULE_OF_SUFFIX = (
@@ -149,17 +153,64 @@ def iter_pairs(data: str | Path, image_root: str | Path | None = None) -> Iterat
             yield PairRow(pair, subset.root, subset.max_tiles, where, subset.name, subset.repeat_time)
 
 
-def repeats(rows: Sequence[PairRow], seed: int) -> list[int]:
-    """Return how often each row is seen in an epoch; per subset the counts sum to round(rows * repeat_time)."""
-    members: dict[str, list[int]] = {}
+def repeats(rows: Sequence[PairRow], seed: int, resample: Resample = "none") -> list[int]:
+    """Return how often each row is seen in an epoch.
+
+    Args:
+        rows: usable rows.
+        seed: decides which rows of a subset are seen once more than the others.
+        resample: "none" sees each subset `repeat_time` times, so that its counts add up to round(rows * repeat_time).
+            "sqrt" keeps the total of that and shares it out in proportion to the square root of each subset's part, as
+            the original's `use_data_resampling` does on average by drawing; here the counts are exact.
+    """
+    members: dict[tuple[str, float], list[int]] = {}
     for index, row in enumerate(rows):
-        members.setdefault(row.subset, []).append(index)
+        members.setdefault((row.subset, row.repeat_time), []).append(index)
+    totals = {key: round(len(indices) * key[1]) for key, indices in members.items()}
+    if resample == "sqrt":
+        totals = _share_out(sum(totals.values()), {key: math.sqrt(total) for key, total in totals.items()})
     counts = [0] * len(rows)
-    for subset, indices in members.items():
-        repeat_time = rows[indices[0]].repeat_time
-        whole = int(repeat_time)
-        extra = round(len(indices) * repeat_time) - len(indices) * whole
-        once_more = set(random.Random(f"{seed} {subset}").sample(indices, extra))
+    for key, indices in members.items():
+        whole, extra = divmod(totals[key], len(indices))
+        once_more = set(random.Random(f"{seed} {key[0]}").sample(indices, extra))
         for index in indices:
             counts[index] = whole + (index in once_more)
     return counts
+
+
+def _share_out(total: int, weights: dict[Any, float]) -> dict[Any, int]:
+    """Whole numbers in proportion to `weights` that add up to `total` (largest remainders)."""
+    scale = total / (sum(weights.values()) or 1)
+    shares = {key: int(weight * scale) for key, weight in weights.items()}
+    by_remainder = sorted(weights, key=lambda key: shares[key] - weights[key] * scale)
+    for key in by_remainder[: total - sum(shares.values())]:
+        shares[key] += 1
+    return shares
+
+
+def mixture_table(rows: Sequence[PairRow], counts: Sequence[int], costs: Sequence[int]) -> str:
+    """Return a table of what each subset adds to an epoch, for a terminal.
+
+    Args:
+        rows: usable rows.
+        counts: how often each of them is seen, from `repeats`.
+        costs: tokens of each of them.
+    """
+    subsets: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        subsets.setdefault(row.subset, []).append(index)
+    total = sum(counts) or 1
+    tokens = [count * cost for count, cost in zip(counts, costs, strict=True)]
+    width = min(60, max(len("subset"), *map(len, subsets)))
+    lines = [f"{'subset':<{width}}  {'rows':>10}  {'repeat':>7}  {'seen':>10}  {'share':>7}  {'tokens each':>11}"]
+    for name, indices in subsets.items():
+        seen = sum(counts[index] for index in indices)
+        each = sum(tokens[index] for index in indices) / seen if seen else 0
+        repeat_times = {rows[index].repeat_time for index in indices}
+        repeat = f"{repeat_times.pop():g}" if len(repeat_times) == 1 else "mixed"
+        lines.append(
+            f"{name:<{width}}  {len(indices):>10,}  {repeat:>7}  {seen:>10,}  {seen / total:>7.1%}  {each:>11,.0f}"
+        )
+    each = sum(tokens) / total
+    lines.append(f"{'all':<{width}}  {len(rows):>10,}  {'':>7}  {sum(counts):>10,}  {1:>7.1%}  {each:>11,.0f}")
+    return "\n".join(lines)

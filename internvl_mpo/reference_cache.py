@@ -134,15 +134,7 @@ class ReferenceCache:
         names = ("digest", "chosen_logps", "rejected_logps")
         table = pyarrow.table(dict(zip(names, map(list, zip(*self._added, strict=True)), strict=True)))
         path = self.folder / f"part-{int(os.environ.get('RANK', 0)):05d}-{uuid.uuid4().hex[:8]}.parquet"
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            with open(temporary, "wb") as out:
-                pyarrow.parquet.write_table(table, out)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_parquet(table, path)
         self._read.add(path)
         self._added.clear()
 
@@ -157,6 +149,20 @@ class ReferenceCache:
             return self.digests[pair_id]
         except KeyError:
             raise BadInputError(f"pair {pair_id} is not among the {len(self.digests)} pairs of this run") from None
+
+
+def write_parquet(table: pyarrow.Table, path: Path) -> None:
+    """Write a table so that the file appears whole or not at all, flushed to the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as out:
+            pyarrow.parquet.write_table(table, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def pair_digest(pair: PreferencePair, max_tiles: int | None = None) -> str:

@@ -29,6 +29,10 @@ ROOMS = {
     "internvl_mpo/packed_attention.py": {"torch", "transformers", METHOD + "packing"},
     "internvl_mpo/logps.py": {"torch", METHOD + "packing", METHOD + "packed_attention"},
     "internvl_mpo/encoding.py": {"torch", "PIL", METHOD + "packing", METHOD + "records"},
+    "internvl_mpo/preflight.py": {
+        *("pyarrow", METHOD + "encoding", METHOD + "errors", METHOD + "mmpr", METHOD + "records"),
+        METHOD + "reference_cache",
+    },
     "internvl_mpo/reference_cache.py": {"torch", "pyarrow", METHOD + "errors", METHOD + "records"},
 }
 # folder -> packages and modules that no file in it may import

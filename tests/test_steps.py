@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_mpo.mmpr import PairRow, iter_pairs, read_meta, repeats, split_subset_name
+from internvl_mpo.mmpr import PairRow, iter_pairs, mixture_table, read_meta, repeats, split_subset_name
 from internvl_mpo.records import PreferencePair
 from internvl_mpo.steps import StepSampler, largest_pack, plan_steps, split_step
 
@@ -114,6 +114,32 @@ def test_repeat_time_is_honoured_exactly_also_above_one(repeat_time, total):
 
 def test_repeat_time_belongs_to_its_subset():
     assert repeats([*rows(4, 0.5, "a"), *rows(2, 2, "b")], seed=0)[4:] == [2, 2]
+
+
+@pytest.mark.parametrize("repeat_time", [0.1, 0.3, 1.1, 1.7, 2.999])
+def test_fractions_hold_for_any_number_of_rows(repeat_time):
+    for count in range(1, 60):
+        counts = repeats(rows(count, repeat_time), seed=count)
+        assert sum(counts) == round(count * repeat_time)
+        assert set(counts) <= {int(repeat_time), int(repeat_time) + 1}
+
+
+def test_the_square_root_keeps_the_total_and_evens_out_the_subsets():
+    data = [*rows(900, 1, "large"), *rows(100, 1, "small"), *rows(50, 2, "repeated"), *rows(7, 0, "unused")]
+    plain, sqrt = repeats(data, seed=0), repeats(data, seed=0, resample="sqrt")
+    assert sum(plain) == sum(sqrt) == 1100
+    assert [sum(sqrt[:900]), sum(sqrt[900:1000]), sum(sqrt[1000:1050])] == [660, 220, 220]  # 30 : 10 : 10
+    assert sum(sqrt[1050:]) == 0
+    assert set(sqrt[900:1000]) == {2, 3}
+
+
+def test_the_table_shows_what_each_subset_adds():
+    data = [*rows(4, 0.5, "a"), *rows(2, 2, "b")]
+    table = mixture_table(data, repeats(data, seed=0), [10] * 4 + [40] * 2)
+    cells = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
+    assert cells["a"] == ["4", "0.5", "2", "33.3%", "10"]
+    assert cells["b"] == ["2", "2", "4", "66.7%", "40"]
+    assert cells["all"] == ["6", "6", "100.0%", "30"]
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,14 @@ def test_a_folder_of_another_model_family_is_refused(world, tmp_path, capsys):
     assert "model_type 'llava', expected 'internvl_chat'" in capsys.readouterr().err
 
 
+def test_two_pairs_with_one_id_are_refused(world, tmp_path, capsys):
+    write_pair(world / "bad.jsonl", id="7")
+    write_pair(world / "worse.jsonl", id="7", chosen="something else")
+    data = ",".join(str(world / name) for name in ("pairs.jsonl", "bad.jsonl", "worse.jsonl"))
+    assert train(world, tmp_path / "run", "--data", data) == 2
+    assert "worse.jsonl:1: id '7' is also that of" in capsys.readouterr().err
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +173,22 @@ def test_the_first_loss_is_0_832_plus_nll(unbroken):
     assert first["loss_quality"] == pytest.approx(1.3863, abs=1e-3)
     assert first["loss"] == pytest.approx(0.8318 + first["loss_generation"], abs=1e-3)
     assert abs(first["rewards/chosen"]) < 1e-3  # the cached reference equals the live policy
+
+
+def test_lengths_and_mixture_are_shown_and_kept(world, unbroken, tmp_path, capsys):
+    report = json.loads(unbroken.with_name("run.preflight.json").read_text())
+    assert report["num_pairs"] == sum(report["histogram"]["counts"]) == 12
+    meta = {
+        "all": {"root": ".", "annotation": "pairs.jsonl", "repeat_time": 0.5},
+        "again_pairs_vqa_format_rules": {"root": ".", "annotation": "pairs.jsonl", "repeat_time": 1.25},
+    }
+    (world / "meta.json").write_text(json.dumps(meta))
+    assert train(world, tmp_path / "run", "--data", str(world / "meta.json"), "--max_steps", "1") == 0
+    shown = capsys.readouterr().out
+    assert "tokens of a pair" in shown
+    rows = {line.split()[0]: line.split()[1:4] for line in shown.splitlines() if len(line.split()) == 6}
+    assert rows["all"] == ["12", "0.5", "6"]
+    assert rows["again_pairs_vqa_format_rules"] == ["12", "1.25", "15"]
 
 
 def test_the_trained_folder_differs_from_the_start_and_loads_by_itself(world, unbroken):

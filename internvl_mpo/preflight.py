@@ -1,0 +1,351 @@
+"""Every pair is looked at before training: keys, text, image headers, tokens. What was found is kept on disk.
+
+    folder/3f0c.../part-*.parquet    one row per pair: digest of its content, size and time of change of its images, its
+                                     tokens, or the reason why it is unusable
+    folder/3f0c.../done              written when a pass is through; other ranks wait for it
+
+3f0c... is a digest of tokenizer, template, tiling and length limit. A second start reads no image again; a row whose
+text, tiling or image file changed is looked at anew.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+from tqdm import tqdm
+
+from internvl_mpo.encoding import measure_group
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.mmpr import PairRow
+from internvl_mpo.records import RowError, atomic_writer, content_id
+from internvl_mpo.reference_cache import write_parquet
+
+VerifyImages = Literal["header", "full"]
+
+_CHUNK = 64  # pairs handed to a worker at a time
+_SHARD = 20_000  # pairs after which what was found reaches the disk
+_WORTH_WORKERS = 2_000  # below this many pairs, starting processes takes longer than the work
+
+
+class PairSize(NamedTuple):
+    """Tokens of one pair, found without decoding pixels.
+
+    Attributes:
+        prompt: tokens of the prompt, image tokens included.
+        chosen: scored tokens of the chosen response.
+        rejected: scored tokens of the rejected response.
+        num_tiles: tiles of all images.
+        num_cut: responses that lose their end to the length limit.
+    """
+
+    prompt: int
+    chosen: int
+    rejected: int
+    num_tiles: int
+    num_cut: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Upper bound of the tokens the pair adds to a pack; the last token of a response is never run."""
+        return self.prompt + self.chosen + self.rejected - 2
+
+
+class Preflight:
+    """Looks at pairs; see the top of this file."""
+
+    def __init__(
+        self,
+        processor: Any,
+        folder: str | Path,
+        *,
+        max_tiles: int,
+        max_length: int,
+        verify_images: VerifyImages = "header",
+        num_workers: int | None = None,
+    ):
+        """Nothing is read or written yet.
+
+        Args:
+            processor: encodes pairs.
+            folder: home of what was found by earlier passes.
+            max_tiles: tiles per image where a pair has no cap of its own.
+            max_length: longest prompt plus response in tokens.
+            verify_images: "header" trusts a file whose header is sound, "full" decodes every image.
+            num_workers: processes; 0 works in this one, None means one per core where that pays.
+        """
+        self.processor, self.num_workers = processor, num_workers
+        self.options = {"max_tiles": max_tiles, "max_length": max_length, "decode": verify_images == "full"}
+        self.folder = Path(folder) / content_id(_processor_digest(processor), self.options)
+
+    def run(self, rows: Sequence[PairRow]) -> list[PairSize | RowError]:
+        """Return the size of each pair or why it is unusable, in the order of `rows`; known pairs cost a file stat.
+
+        Raises:
+            BadInputError: a worker process died.
+        """
+        known = self._read()
+        digests = [_digest(row) for row in rows]
+        stats = _ImageStats()
+        images = [stats.of(row) for row in rows]
+        # a pair that appears twice is looked at once
+        new = list({d: i for i, d in enumerate(digests) if d not in known or known[d][0] != images[i]}.values())
+        found: list[tuple[str, str, PairSize | str]] = []
+        try:
+            with tqdm(total=len(new), desc="checking pairs", unit="pair", disable=not new) as bar:
+                for i, result in zip(new, self._measure([rows[i] for i in new]), strict=True):
+                    found.append((digests[i], images[i], result))
+                    known[digests[i]] = (images[i], result)
+                    bar.update(1)
+                    if len(found) == _SHARD:
+                        self._write(found)
+                        found = []
+        finally:
+            self._write(found)  # an interrupted pass goes on from here
+        return self._results(rows, digests, known)
+
+    def reopen(self) -> None:
+        """Forget that an earlier pass was completed; called by the first rank before the others `wait`."""
+        (self.folder / "done").unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Let the other ranks go on."""
+        with atomic_writer(self.folder / "done") as out:
+            out.write("ok\n")
+
+    def wait(self, rows: Sequence[PairRow]) -> list[PairSize | RowError]:
+        """Return what `run` on the first rank finds; a file is awaited, as collectives would time out on long passes.
+
+        Raises:
+            BadInputError: the first rank was here but its findings are not: the folder is not shared.
+        """
+        while not (self.folder / "done").exists():
+            time.sleep(0.2)
+        try:
+            return self._results(rows, [_digest(row) for row in rows], self._read())
+        except KeyError as error:
+            raise BadInputError(
+                f"{self.folder} lacks pairs that the first rank has checked; give --preflight_cache a folder that all "
+                "nodes share, and the same data"
+            ) from error
+
+    def _measure(self, rows: Sequence[PairRow]) -> Iterator[PairSize | str]:
+        """Yield a size or a reason for each row, in order, whatever the number of workers."""
+        num_workers = self.num_workers
+        if num_workers is None:
+            num_workers = min(16, _num_cores()) if len(rows) >= _WORTH_WORKERS else 0
+        chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+        if num_workers == 0:
+            for chunk in chunks:
+                yield from _measure_chunk(chunk, self.processor, self.options)
+            return
+        # fork shares the processor and starts at once, as in a DataLoader; elsewhere only spawn is safe
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        try:
+            with ProcessPoolExecutor(
+                min(num_workers, max(1, len(chunks))), context, _start_worker, (self.processor, self.options)
+            ) as pool:
+                yield from itertools.chain.from_iterable(pool.map(_measure_chunk, chunks))
+        except BrokenProcessPool as error:
+            raise BadInputError(
+                "a process that checks pairs died, perhaps for lack of memory; what it found is kept, so give the "
+                "same command again with fewer --preflight_workers"
+            ) from error
+
+    def _read(self) -> dict[str, tuple[str, PairSize | str]]:
+        """(image stats, result) by pair digest; later parts win."""
+        known: dict[str, tuple[str, PairSize | str]] = {}
+        for path in sorted(self.folder.glob("part-*.parquet")):
+            try:
+                columns = pyarrow.parquet.read_table(path).to_pydict()
+                sizes = zip(*(columns[name] for name in PairSize._fields), strict=True)
+                for digest, images, size, reason in zip(
+                    columns["digest"], columns["images"], sizes, columns["reason"], strict=True
+                ):
+                    known[digest] = (images, PairSize(*size) if reason is None else reason)
+            except (OSError, KeyError, ValueError) as error:  # pyarrow's errors are ValueErrors
+                raise BadInputError(
+                    f"{path} cannot be read ({error}); delete it, its pairs are checked again"
+                ) from error
+        return known
+
+    def _write(self, found: Sequence[tuple[str, str, PairSize | str]]) -> None:
+        if not found:
+            return
+        nothing = PairSize(0, 0, 0, 0, 0)
+        sizes = [nothing if isinstance(result, str) else result for _, _, result in found]
+        table = pyarrow.table(
+            {
+                "digest": [digest for digest, _, _ in found],
+                "images": [images for _, images, _ in found],
+                **dict(zip(PairSize._fields, map(list, zip(*sizes, strict=True)), strict=True)),
+                "reason": pyarrow.array(
+                    [result if isinstance(result, str) else None for _, _, result in found], pyarrow.string()
+                ),
+            }
+        )
+        write_parquet(table, self.folder / f"part-{time.time_ns():020d}.parquet")
+
+    @staticmethod
+    def _results(rows: Sequence[PairRow], digests: Sequence[str], known: dict) -> list[PairSize | RowError]:
+        results = []
+        for row, digest in zip(rows, digests, strict=True):
+            result = known[digest][1]
+            results.append(RowError(result, row.where) if isinstance(result, str) else result)
+        return results
+
+
+_worker: tuple[Any, dict[str, Any]] | None = None  # processor and options of this worker process
+
+
+def _start_worker(processor: Any, options: dict[str, Any]) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = (processor, options)
+
+
+def _measure_chunk(
+    rows: Sequence[PairRow], processor: Any = None, options: dict[str, Any] | None = None
+) -> list[PairSize | str]:
+    if processor is None:
+        processor, options = _worker
+    return [_measure_row(row, processor, options) for row in rows]
+
+
+def _measure_row(row: PairRow, processor: Any, options: dict[str, Any]) -> PairSize | str:
+    own = {**options, "max_tiles": row.max_tiles or options["max_tiles"]}
+    try:
+        size = measure_group(processor, [row.pair], row.image_root, **own)
+    except RowError as error:
+        return error.reason
+    chosen, rejected = size.response_tokens
+    return PairSize(size.prompt_tokens, chosen, rejected, size.tiles, size.cut_responses)
+
+
+def _digest(row: PairRow) -> str:
+    pair = row.pair
+    return content_id(pair.images, pair.question, pair.chosen, pair.rejected, str(row.image_root), row.max_tiles)
+
+
+class _ImageStats:
+    """Size and time of change of image files; each file is asked once."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, str] = {}
+
+    def of(self, row: PairRow) -> str:
+        """Return one text for all images of a pair."""
+        return " ".join(self._one(os.path.join(row.image_root, name)) for name in row.pair.images)
+
+    def _one(self, path: str) -> str:
+        if path not in self.seen:
+            try:
+                stat = os.stat(path)
+                self.seen[path] = f"{stat.st_size}:{stat.st_mtime_ns}"
+            except (OSError, ValueError):
+                self.seen[path] = "absent"
+        return self.seen[path]
+
+
+def _processor_digest(processor: Any) -> str:
+    """What the number of tokens depends on besides the pair: tokenizer, template, image settings."""
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = (vocabulary, processor.chat_template, processor.num_image_token, processor.image_processor.to_json_string())
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def same_id_twice(rows: Sequence[PairRow]) -> dict[int, str]:
+    """Return the rows whose id another row has with other content, as {index: reason}; reference log-probs go by id."""
+    first: dict[str, tuple[str, str]] = {}
+    clashes: dict[int, str] = {}
+    for index, row in enumerate(rows):
+        digest = _digest(row)
+        seen, where = first.setdefault(row.pair.id, (digest, row.where))
+        if seen != digest:
+            clashes[index] = f"id '{row.pair.id}' is also that of {where}, with other content"
+    return clashes
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+
+def length_report(sizes: Sequence[PairSize], num_bins: int = 12) -> dict[str, Any]:
+    """Return quantiles and a histogram of token counts, JSON-able.
+
+    Args:
+        sizes: of the usable pairs, at least one.
+        num_bins: most bars of the histogram; borders are round numbers.
+    """
+    totals = [size.num_tokens for size in sizes]
+    step = _round_step(max(totals) / num_bins)
+    counts = [0] * (max(totals) // step + 1)
+    for total in totals:
+        counts[total // step] += 1
+    columns = {
+        "pair": totals,
+        "prompt": [size.prompt for size in sizes],
+        "chosen": [size.chosen for size in sizes],
+        "rejected": [size.rejected for size in sizes],
+        "tiles": [size.num_tiles for size in sizes],
+    }
+    return {
+        "num_pairs": len(sizes),
+        "num_cut_responses": sum(size.num_cut for size in sizes),
+        **{name: _quantiles(values) for name, values in columns.items()},
+        "histogram": {"bin_width": step, "counts": counts},
+    }
+
+
+def show_lengths(report: dict[str, Any], width: int = 40) -> str:
+    """Return `length_report` as text for a terminal."""
+    step, counts = report["histogram"]["bin_width"], report["histogram"]["counts"]
+    digits = len(f"{step * len(counts):,}")
+    lines = ["tokens of a pair (prompt and both responses)"]
+    for number, count in enumerate(counts):
+        bar = "#" * math.ceil(width * count / max(counts))
+        lines.append(f"  {number * step:>{digits},} - {(number + 1) * step - 1:>{digits},}  {bar:<{width}}  {count:,}")
+    lines.append(f"  {'':<8} {'mean':>9} {'median':>9} {'90 %':>9} {'99 %':>9} {'largest':>9}")
+    for name in ("prompt", "chosen", "rejected", "pair", "tiles"):
+        row = report[name]
+        lines.append(
+            f"  {name:<8} {row['mean']:>9,.1f} " + " ".join(f"{row[q]:>9,}" for q in ("p50", "p90", "p99", "max"))
+        )
+    if report["num_cut_responses"]:
+        lines.append(f"  {report['num_cut_responses']:,} responses are cut at max_length; raise it to keep their ends")
+    return "\n".join(lines)
+
+
+def _quantiles(values: Sequence[int]) -> dict[str, float]:
+    ordered = sorted(values)
+    at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731 - used three times below
+    return {
+        "mean": sum(ordered) / len(ordered),
+        "min": ordered[0],
+        "p50": at(0.5),
+        "p90": at(0.9),
+        "p99": at(0.99),
+        "max": ordered[-1],
+    }
+
+
+def _round_step(step: float) -> int:
+    """The next 1, 2 or 5 times a power of ten."""
+    power = 10 ** math.floor(math.log10(max(step, 1)))
+    return next(int(factor * power) for factor in (1, 2, 5, 10) if factor * power >= step)
