@@ -112,6 +112,17 @@ def best_grid(width: int, height: int, min_num: int, max_num: int, image_size: i
     return best
 
 
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize bicubically, with the same pixels under every version of Pillow.
+
+    Each direction is a pass of its own, rounded to 8 bits. Since 13.0 Pillow shrinks the height first where that takes
+    away more than twice as many rows as columns; earlier versions never do, which differs by up to 23 of 255 levels.
+    """
+    if image.height - height > max(0, 2 * (image.width - width)):
+        image = image.resize((image.width, height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def dynamic_preprocess(
     image: Image.Image, min_num: int = 1, max_num: int = 12, image_size: int = 448, use_thumbnail: bool = False
 ) -> list[Image.Image]:
@@ -128,14 +139,14 @@ def dynamic_preprocess(
         Tiles of image_size x image_size pixels.
     """
     columns, rows = best_grid(*image.size, min_num, max_num, image_size)
-    resized = image.resize((columns * image_size, rows * image_size), Image.Resampling.BICUBIC)
+    resized = resize(image, columns * image_size, rows * image_size)
     tiles = [
         resized.crop((left, top, left + image_size, top + image_size))
         for top in range(0, rows * image_size, image_size)
         for left in range(0, columns * image_size, image_size)
     ]
     if use_thumbnail and len(tiles) > 1:
-        tiles.append(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
+        tiles.append(resize(image, image_size, image_size))
     return tiles
 
 
@@ -253,7 +264,7 @@ class InternVLImageProcessor(PilBackend):
         if settings["pad2square"]:
             image = expand_to_square(image, tuple(int(value * 255) for value in settings["image_mean"]))
         if not settings["dynamic_image_size"]:
-            return [image.resize((side, side), Image.Resampling.BICUBIC)]
+            return [resize(image, side, side)]
         return dynamic_preprocess(
             image, settings["min_dynamic_patch"], settings["max_dynamic_patch"], side, settings["use_thumbnail"]
         )
