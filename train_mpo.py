@@ -11,7 +11,6 @@ command. Every field of transformers' TrainingArguments is accepted beside the o
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -26,6 +25,7 @@ from internvl_mpo.records import RowError, atomic_writer
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 if TYPE_CHECKING:
+    from internvl_mpo.packing import PairSize
     from internvl_mpo.reference_cache import ReferenceCache
     from internvl_mpo.trainer import MPOTrainer
 
@@ -41,13 +41,13 @@ def main(argv: list[str]) -> int:
 
     rows, held_out, rejects = read_pairs(settings)
     processor = load_processor(settings)
-    rows, costs, held_out, held_out_costs = check_pairs(settings, processor, rows, held_out, rejects)
-    settings, rows, counts, costs = plan(settings, rows, costs)
+    rows, sizes, held_out, held_out_sizes = check_pairs(settings, processor, rows, held_out, rejects)
+    settings, rows, counts, sizes = plan(settings, rows, sizes)
 
     model = load_policy(settings)
-    reference = reference_logps(settings, model, processor, rows + held_out, costs + held_out_costs)
+    reference = reference_logps(settings, model, processor, rows + held_out, sizes + held_out_sizes)
     model = add_lora(settings, model)
-    trainer = build_trainer(settings, model, processor, rows, counts, costs, held_out, held_out_costs, reference)
+    trainer = build_trainer(settings, model, processor, rows, counts, sizes, held_out, held_out_sizes, reference)
     train(settings, trainer)
     save(settings, trainer, processor)
     return 0
@@ -128,8 +128,8 @@ def _share_of(key: str) -> float:
 
 def check_pairs(
     settings: Any, processor: Any, rows: list[PairRow], held_out: list[PairRow], rejects: list[RowError]
-) -> tuple[list[PairRow], list[int], list[PairRow], list[int]]:
-    """Look at every row; return usable training rows, their tokens, usable held-out rows, and theirs.
+) -> tuple[list[PairRow], list["PairSize"], list[PairRow], list["PairSize"]]:
+    """Look at every row; return usable training rows, their sizes, usable held-out rows, and theirs.
 
     The first rank does the work, the others wait for what it leaves on disk.
 
@@ -170,8 +170,8 @@ def check_pairs(
         with atomic_writer(f"{beside}.preflight.json") as out:
             json.dump({**report, "num_rejected": len(rejects) + len(bad), "data": settings.data}, out, indent=2)
     num_usable = sum(not isinstance(result, RowError) for result in results[: len(rows)])
-    kept, costs = [row for row, _ in good], [size.num_tokens for _, size in good]
-    return kept[:num_usable], costs[:num_usable], kept[num_usable:], costs[num_usable:]
+    kept, sizes = [row for row, _ in good], [size for _, size in good]
+    return kept[:num_usable], sizes[:num_usable], kept[num_usable:], sizes[num_usable:]
 
 
 def wait_for_everyone(settings: Any) -> None:
@@ -204,11 +204,13 @@ def stop_on_rejects(settings: Any, rejects: list[RowError], num_good: int) -> No
         print(f"left out {len(rejects)} unusable rows, listed in {path}")
 
 
-def plan(settings: Any, rows: list[PairRow], costs: list[int]) -> tuple[Any, list[PairRow], list[int], list[int]]:
+def plan(
+    settings: Any, rows: list[PairRow], sizes: list["PairSize"]
+) -> tuple[Any, list[PairRow], list[int], list["PairSize"]]:
     """Choose how often each pair is seen, and the gradient accumulation that keeps packs within the token budget.
 
     Returns:
-        Settings, the rows that are seen at all, how often each is seen in an epoch, and their tokens.
+        Settings, the rows that are seen at all, how often each is seen in an epoch, and their sizes.
 
     Raises:
         BadInputError: one pair alone is over the budget, or there are fewer pairs than one step needs.
@@ -216,47 +218,45 @@ def plan(settings: Any, rows: list[PairRow], costs: list[int]) -> tuple[Any, lis
     counts = repeats(rows, settings.seed, settings.resample)
     total = sum(counts)
     if settings.process_index == 0:
-        print(mixture_table(rows, counts, costs), flush=True)
+        print(mixture_table(rows, counts, [size.num_tokens for size in sizes]), flush=True)
     seen = [index for index, count in enumerate(counts) if count]
-    rows, counts, costs = ([values[index] for index in seen] for values in (rows, counts, costs))
+    rows, counts, sizes = ([values[index] for index in seen] for values in (rows, counts, sizes))
     if total < settings.pairs_per_step:
         raise BadInputError(
             f"one epoch has {total} pairs, fewer than the {settings.pairs_per_step} of one step; lower pairs_per_step"
         )
-    longest = max(range(len(rows)), key=costs.__getitem__)
-    if costs[longest] > settings.max_tokens_per_pack:
+    longest = max(range(len(rows)), key=lambda index: sizes[index].num_tokens)
+    if sizes[longest].num_tokens > settings.max_tokens_per_pack:
         raise BadInputError(
-            f"pair {rows[longest].pair.id} ({rows[longest].where}) has {costs[longest]} tokens, more than "
+            f"pair {rows[longest].pair.id} ({rows[longest].where}) has {sizes[longest].num_tokens} tokens, more than "
             f"max_tokens_per_pack {settings.max_tokens_per_pack}; raise it, or lower max_tiles or max_length"
         )
-    from internvl_mpo.steps import StepSampler, largest_pack
+    from internvl_mpo.steps import StepSampler, fit_to_budget
 
-    # Packs hold whole pairs, so the smallest number of packs that fits is found by trying, from the average upwards.
     ranks = settings.world_size
-    tokens_per_step = settings.pairs_per_step * sum(c * n for c, n in zip(costs, counts, strict=True)) / total
-    accumulation = max(1, int(tokens_per_step / settings.max_tokens_per_pack / ranks))
-    while True:
-        sampler = StepSampler(
-            [row.key for row in rows],
-            counts,
-            costs,
-            pairs_per_step=settings.pairs_per_step,
-            pairs_per_group=settings.pairs_per_group,
-            num_ranks=ranks,
-            rank=0,
-            gradient_accumulation_steps=accumulation,
-            seed=settings.data_seed if settings.data_seed is not None else settings.seed,
-        )
-        epochs = settings.max_steps / sampler.num_steps if settings.max_steps > 0 else settings.num_train_epochs
-        if largest_pack(sampler, math.ceil(epochs)) <= settings.max_tokens_per_pack:
-            break
-        accumulation += 1
+    sampler = StepSampler(
+        [row.key for row in rows],
+        counts,
+        sizes,
+        pairs_per_step=settings.pairs_per_step,
+        pairs_per_group=settings.pairs_per_group,
+        max_tokens=settings.max_tokens_per_pack,
+        num_ranks=ranks,
+        rank=0,
+        gradient_accumulation_steps=1,
+        seed=settings.data_seed if settings.data_seed is not None else settings.seed,
+    )
+    try:
+        fit_to_budget(sampler, num_epochs=settings.num_train_epochs, max_steps=settings.max_steps)
+    except ValueError as error:
+        raise BadInputError(f"{error}; raise max_tokens_per_pack or pairs_per_step") from error
+    accumulation = sampler.gradient_accumulation_steps
     if settings.process_index == 0:
         print(
             f"{len(rows)} pairs ({total} a pass), {sampler.num_steps} steps a pass of {settings.pairs_per_step} pairs, "
             f"in {ranks} x {accumulation} packs of at most {settings.max_tokens_per_pack} tokens"
         )
-    return replace(settings, gradient_accumulation_steps=accumulation), rows, counts, costs
+    return replace(settings, gradient_accumulation_steps=accumulation), rows, counts, sizes
 
 
 # --- policy -----------------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def add_lora(settings: Any, model: Any) -> Any:
 
 
 def reference_logps(
-    settings: Any, model: Any, processor: Any, rows: Sequence[PairRow], costs: Sequence[int]
+    settings: Any, model: Any, processor: Any, rows: Sequence[PairRow], sizes: Sequence["PairSize"]
 ) -> "ReferenceCache":
     """Return the log-probs of the start model, computing those that no earlier run left on disk.
 
@@ -352,8 +352,9 @@ def reference_logps(
     from tqdm import tqdm
 
     from internvl_mpo.logps import attach_scoring, pair_logps
-    from internvl_mpo.packing import fill_packs, pack_groups
+    from internvl_mpo.packing import fill_packs, group_tokens, pack_groups
     from internvl_mpo.reference_cache import ReferenceCache, model_digest, pair_digest
+    from internvl_mpo.steps import cut_group
     from internvl_mpo.trainer import GroupDataset
 
     source = settings.model
@@ -381,10 +382,11 @@ def reference_logps(
         if row.pair.id in missing:
             missing.discard(row.pair.id)  # a pair that appears twice is computed once
             groups.setdefault(row.key, []).append(index)
-    members = [tuple(rows_) for rows_ in groups.values()]
-    # All pairs of a question share its prompt here; the result does not depend on it.
-    tokens = [min(sum(costs[index] for index in group), settings.max_tokens_per_pack) for group in members]
-    packs = fill_packs(tokens, settings.max_tokens_per_pack)[settings.process_index :: settings.world_size]
+    # All pairs of a question share its prompt here, as far as the budget goes; the result does not depend on it.
+    budget = max(settings.max_tokens_per_pack, max(size.num_tokens for size in sizes))
+    members = [part for group in groups.values() for part in cut_group(tuple(group), sizes, budget)]
+    tokens = [group_tokens([sizes[index] for index in part]) for part in members]
+    packs = fill_packs(tokens, budget)[settings.process_index :: settings.world_size]
     data = GroupDataset(rows, processor, max_tiles=settings.max_tiles, max_length=settings.max_length)
     device = settings.device
     model.to(device).eval()
@@ -413,9 +415,9 @@ def build_trainer(
     processor: Any,
     rows: list[PairRow],
     counts: list[int],
-    costs: list[int],
+    sizes: list["PairSize"],
     held_out: list[PairRow],
-    held_out_costs: list[int],
+    held_out_sizes: list["PairSize"],
     reference: "ReferenceCache",
 ) -> "MPOTrainer":
     """Return the trainer; this is the first thing that touches the run folder."""
@@ -430,10 +432,10 @@ def build_trainer(
         processor=processor,
         rows=rows,
         counts=counts,
-        costs=costs,
+        sizes=sizes,
         reference=reference,
         held_out=held_out,
-        held_out_costs=held_out_costs,
+        held_out_sizes=held_out_sizes,
         fingerprint={"data": digest.hexdigest()[:16], "reference": reference.name},
         callbacks=[ConsoleCallback(settings.output_dir)],
     )

@@ -5,6 +5,7 @@ the question, the answer goes on from the assistant header, and the end-of-turn 
 answer is scored with it. What cannot be trained on is refused with a `RowError` that names the pair.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from internvl_mpo.packing import Group
+from internvl_mpo.packing import Group, PairSize, tree_tokens
 from internvl_mpo.records import PreferencePair, RowError
 
 PLACEHOLDER = "<image>"
@@ -28,17 +29,14 @@ class GroupSize:
         response_tokens: scored tokens of each distinct response.
         tiles: tiles of all images.
         cut_responses: responses that lose their end to the length limit.
+        num_tokens: tokens the group adds to a pack, as `Group.num_tokens` of the encoded group.
     """
 
     prompt_tokens: int
     response_tokens: tuple[int, ...]
     tiles: int
     cut_responses: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Upper bound of the tokens the group adds to a pack; `Group.num_tokens` of the encoded group is the same."""
-        return self.prompt_tokens + sum(length - 1 for length in self.response_tokens)
+    num_tokens: int
 
 
 def encode_group(
@@ -131,7 +129,26 @@ def measure_group(
     literal = bare_ids.count(processor.image_token_id)
     _check_prompt(processor, prompt_tokens, literal + image_tokens, num_tiles, max_length, where)
     responses, _, num_cut = _responses(processor, pairs, prompt, max_length - prompt_tokens)
-    return GroupSize(prompt_tokens, tuple(map(len, responses)), num_tiles, num_cut)
+    num_tokens = prompt_tokens + tree_tokens(responses)
+    return GroupSize(prompt_tokens, tuple(map(len, responses)), num_tiles, num_cut, num_tokens)
+
+
+def pair_size(pair: PreferencePair, size: GroupSize) -> PairSize:
+    """Return what step planning keeps of a pair.
+
+    Args:
+        pair: the pair.
+        size: of the pair alone, from `measure_group`.
+    """
+    chosen, rejected = size.response_tokens
+    stem = size.prompt_tokens + chosen - 1 + rejected - 1 - size.num_tokens
+    keys = _key(pair.chosen), _key(pair.rejected)
+    return PairSize(size.prompt_tokens, chosen, rejected, size.tiles, size.cut_responses, stem, *keys)
+
+
+def _key(response: str) -> int:
+    """A number below 2 ** 56 that tells responses apart."""
+    return int.from_bytes(hashlib.blake2b(response.strip().encode(), digest_size=7).digest(), "big")
 
 
 def _question(pairs: Sequence[PreferencePair]) -> tuple[str, str]:

@@ -48,8 +48,8 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
-        """Upper bound of the tokens the group adds to a pack: the prompt and every response, stems not shared."""
-        return len(self.prompt_ids) + sum(len(response) - 1 for response in self.responses)
+        """Tokens the group adds to a pack."""
+        return len(self.prompt_ids) + tree_tokens(self.responses)
 
 
 class Segment(NamedTuple):
@@ -187,6 +187,74 @@ def pack_groups(groups: Sequence[Group]) -> Pack:
         rejected_index_P=torch.tensor(row.rejected_index, dtype=torch.long),
         pair_ids=[pair_id for group in groups for pair_id in group.pair_ids],
     )
+
+
+class PairSize(NamedTuple):
+    """What one preference pair adds to a pack, and what other pairs of its question can share.
+
+    Attributes:
+        prompt: tokens of the prompt, image tokens included.
+        chosen: scored tokens of the chosen response; the last one of a response is never run.
+        rejected: scored tokens of the rejected response.
+        num_tiles: tiles of all images.
+        num_cut: responses that lose their end to the length limit.
+        stem: first tokens that both responses run alike, so that they run once.
+        chosen_key: equal for equal responses of one question.
+        rejected_key: the same of the rejected one.
+    """
+
+    prompt: int
+    chosen: int
+    rejected: int
+    num_tiles: int = 0
+    num_cut: int = 0
+    stem: int = 0
+    chosen_key: int = 0
+    rejected_key: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a pack that holds this pair alone."""
+        return self.prompt + self.chosen - 1 + self.rejected - 1 - self.stem
+
+
+def group_tokens(sizes: Sequence[PairSize]) -> int:
+    """Return the tokens that pairs of one question add to a pack as one group.
+
+    The prompt counts once, and so does a response that several pairs use. Stems are known within pairs only, so the
+    tree may turn out smaller where responses of different pairs begin alike, never larger.
+    """
+    if len(sizes) == 1:
+        return sizes[0].num_tokens
+    lengths: dict[int, int] = {}
+    for size in sizes:
+        lengths[size.chosen_key] = size.chosen - 1
+        lengths[size.rejected_key] = size.rejected - 1
+    # A tree of strings has as many nodes as the strings have tokens less a maximum spanning tree of common prefixes.
+    root = {key: key for key in lengths}
+    shared = 0
+    for size in sorted(sizes, key=lambda size: -size.stem):
+        ends = []
+        for key in (size.chosen_key, size.rejected_key):
+            while root[key] != key:
+                key = root[key]
+            ends.append(key)
+        if ends[0] != ends[1]:
+            root[ends[0]] = ends[1]
+            shared += size.stem
+    return sizes[0].prompt + sum(lengths.values()) - shared
+
+
+def tree_tokens(responses: Sequence[Sequence[int]]) -> int:
+    """Return the tokens that run for the responses of a group: common stems once, last tokens not at all."""
+    rows = sorted(list(response[:-1]) for response in responses)
+    return sum(map(len, rows)) - sum(map(_num_common, rows, rows[1:]))
+
+
+def _num_common(first: list[int], second: list[int]) -> int:
+    """Return the length of the longest common prefix."""
+    differences = (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differences, min(len(first), len(second)))
 
 
 def plan_packs(costs: Sequence[float], num_packs: int) -> list[list[int]]:

@@ -4,8 +4,8 @@
                                      tokens, or the reason why it is unusable
     folder/3f0c.../done              written when a pass is through; other ranks wait for it
 
-3f0c... is a digest of tokenizer, template, tiling and length limit. A second start reads no image again; a row whose
-text, tiling or image file changed is looked at anew.
+3f0c... is a digest of tokenizer, template, tiling, length limit and columns. A second start reads no image again; a row
+whose text, tiling or image file changed is looked at anew.
 """
 
 import hashlib
@@ -20,15 +20,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from internvl_mpo.encoding import measure_group
+from internvl_mpo.encoding import measure_group, pair_size
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr import PairRow
+from internvl_mpo.packing import PairSize
 from internvl_mpo.records import RowError, atomic_writer, content_id
 from internvl_mpo.reference_cache import write_parquet
 
@@ -37,29 +38,6 @@ VerifyImages = Literal["header", "full"]
 _CHUNK = 64  # pairs handed to a worker at a time
 _SHARD = 20_000  # pairs after which what was found reaches the disk
 _WORTH_WORKERS = 2_000  # below this many pairs, starting processes takes longer than the work
-
-
-class PairSize(NamedTuple):
-    """Tokens of one pair, found without decoding pixels.
-
-    Attributes:
-        prompt: tokens of the prompt, image tokens included.
-        chosen: scored tokens of the chosen response.
-        rejected: scored tokens of the rejected response.
-        num_tiles: tiles of all images.
-        num_cut: responses that lose their end to the length limit.
-    """
-
-    prompt: int
-    chosen: int
-    rejected: int
-    num_tiles: int
-    num_cut: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Upper bound of the tokens the pair adds to a pack; the last token of a response is never run."""
-        return self.prompt + self.chosen + self.rejected - 2
 
 
 class Preflight:
@@ -87,7 +65,7 @@ class Preflight:
         """
         self.processor, self.num_workers = processor, num_workers
         self.options = {"max_tiles": max_tiles, "max_length": max_length, "decode": verify_images == "full"}
-        self.folder = Path(folder) / content_id(_processor_digest(processor), self.options)
+        self.folder = Path(folder) / content_id(_processor_digest(processor), self.options, PairSize._fields)
 
     def run(self, rows: Sequence[PairRow]) -> list[PairSize | RowError]:
         """Return the size of each pair or why it is unusable, in the order of `rows`; known pairs cost a file stat.
@@ -183,7 +161,7 @@ class Preflight:
     def _write(self, found: Sequence[tuple[str, str, PairSize | str]]) -> None:
         if not found:
             return
-        nothing = PairSize(0, 0, 0, 0, 0)
+        nothing = PairSize(0, 0, 0)
         sizes = [nothing if isinstance(result, str) else result for _, _, result in found]
         table = pyarrow.table(
             {
@@ -229,8 +207,7 @@ def _measure_row(row: PairRow, processor: Any, options: dict[str, Any]) -> PairS
         size = measure_group(processor, [row.pair], row.image_root, **own)
     except RowError as error:
         return error.reason
-    chosen, rejected = size.response_tokens
-    return PairSize(size.prompt_tokens, chosen, rejected, size.tiles, size.cut_responses)
+    return pair_size(row.pair, size)
 
 
 def _digest(row: PairRow) -> str:

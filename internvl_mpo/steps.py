@@ -9,10 +9,11 @@ depend on the number of ranks or packs. Everything is a function of the seed and
 another number of ranks, sees the same steps.
 """
 
+import math
 import random
 from collections.abc import Hashable, Iterator, Sequence
 
-from internvl_mpo.packing import plan_packs
+from internvl_mpo.packing import PairSize, group_tokens, plan_packs
 
 Rows = tuple[int, ...]  # pairs of one group, as indices into the data
 
@@ -61,25 +62,38 @@ def plan_steps(
     return [step for step in steps if step]
 
 
-def split_step(step: Sequence[Rows], costs: Sequence[float], num_packs: int) -> list[list[Rows]]:
-    """Return the groups of one step as exactly `num_packs` packs of nearly equal cost; no pack is empty.
+def cut_group(rows: Rows, sizes: Sequence[PairSize], max_tokens: int) -> list[Rows]:
+    """Return a group as parts of at most `max_tokens` tokens; a pair that is larger gets a part of its own."""
+    parts: list[Rows] = [()]
+    for row in rows:
+        longer = (*parts[-1], row)
+        if parts[-1] and group_tokens([sizes[index] for index in longer]) > max_tokens:
+            parts.append((row,))
+        else:
+            parts[-1] = longer
+    return parts
+
+
+def split_step(step: Sequence[Rows], sizes: Sequence[PairSize], num_packs: int, max_tokens: int) -> list[list[Rows]]:
+    """Return the groups of one step as exactly `num_packs` packs of nearly equal size; no pack is empty.
 
     Args:
         step: its groups.
-        costs: cost of each pair of the data, usually its tokens.
+        sizes: size of each pair of the data.
         num_packs: ranks times gradient accumulation steps.
+        max_tokens: token budget of a pack; a larger group is cut. Packs may still be larger: raise `num_packs` then.
 
     Raises:
         ValueError: the step has fewer pairs than there are packs.
     """
-    groups = list(step)
+    groups = [part for group in step for part in cut_group(group, sizes, max_tokens)]
     while len(groups) < num_packs:  # cut the largest group until every pack gets one
         largest = max(range(len(groups)), key=lambda i: (len(groups[i]), -i))
         rows = groups[largest]
         if len(rows) == 1:
             raise ValueError(f"a step of {sum(map(len, step))} pairs cannot fill {num_packs} packs")
         groups[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-    plan = plan_packs([sum(costs[row] for row in group) for group in groups], num_packs)
+    plan = plan_packs([group_tokens([sizes[row] for row in group]) for group in groups], num_packs)
     return [[groups[index] for index in pack] for pack in plan]
 
 
@@ -93,18 +107,20 @@ class StepSampler:
         self,
         keys: Sequence[Hashable],
         counts: Sequence[int],
-        costs: Sequence[float],
+        sizes: Sequence[PairSize],
         *,
         pairs_per_step: int,
         pairs_per_group: int,
+        max_tokens: int,
         num_ranks: int,
         rank: int,
         gradient_accumulation_steps: int,
         seed: int,
     ):
         """See `plan_steps` and `split_step` for the arguments."""
-        self.keys, self.counts, self.costs = keys, counts, costs
+        self.keys, self.counts, self.sizes = keys, counts, sizes
         self.pairs_per_step, self.pairs_per_group = pairs_per_step, pairs_per_group
+        self.max_tokens = max_tokens
         self.num_ranks, self.rank = num_ranks, rank
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.seed = seed
@@ -140,18 +156,43 @@ class StepSampler:
     def __len__(self) -> int:
         return self.num_steps * self.gradient_accumulation_steps
 
+    def packs(self, step: Sequence[Rows]) -> list[list[Rows]]:
+        """Return the packs of a step, for all ranks."""
+        return split_step(step, self.sizes, self.num_packs, self.max_tokens)
+
+    def largest_pack(self, step: Sequence[Rows]) -> int:
+        """Return the tokens of the largest pack of a step."""
+        return max(sum(group_tokens([self.sizes[row] for row in group]) for group in pack) for pack in self.packs(step))
+
     def __iter__(self) -> Iterator[list[Rows]]:
         for step in self.steps():
-            yield from split_step(step, self.costs, self.num_packs)[self.rank :: self.num_ranks]
+            yield from self.packs(step)[self.rank :: self.num_ranks]
 
 
-def largest_pack(sampler: StepSampler, num_epochs: int) -> float:
-    """Return the cost of the dearest pack in the first `num_epochs` epochs, over all ranks."""
-    largest = 0.0
-    for epoch in range(num_epochs):
-        sampler.set_epoch(epoch)
-        for step in sampler.steps():
-            for pack in split_step(step, sampler.costs, sampler.num_packs):
-                largest = max(largest, sum(sampler.costs[row] for group in pack for row in group))
+def fit_to_budget(sampler: StepSampler, *, num_epochs: float, max_steps: int = 0) -> None:
+    """Raise the sampler's gradient accumulation until every pack of the run keeps to its token budget.
+
+    Args:
+        sampler: starts at the fewest packs that may do.
+        num_epochs: epochs of the run.
+        max_steps: steps of the run, 0 for `num_epochs`.
+
+    Raises:
+        ValueError: not even the most packs that a step can fill are enough.
+    """
+    raised = True
+    while raised:
+        raised = False
+        for epoch in range(math.ceil(max_steps / max(1, sampler.num_steps) if max_steps > 0 else num_epochs)):
+            sampler.set_epoch(epoch)
+            for step in sampler.steps():
+                num_pairs = sum(map(len, step))
+                while sampler.num_packs <= num_pairs and sampler.largest_pack(step) > sampler.max_tokens:
+                    sampler.gradient_accumulation_steps += 1
+                    raised = True
+                if num_pairs == sampler.pairs_per_step < sampler.num_packs:
+                    raise ValueError(
+                        f"a step of {num_pairs} pairs cannot be cut for {sampler.num_ranks} ranks into packs "
+                        f"of at most {sampler.max_tokens} tokens"
+                    )
     sampler.set_epoch(0)
-    return largest

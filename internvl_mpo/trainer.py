@@ -26,7 +26,7 @@ from internvl_mpo.errors import BadInputError
 from internvl_mpo.logps import attach_scoring, response_logps
 from internvl_mpo.mmpr import PairRow
 from internvl_mpo.objective import Generation, Preference, Quality, RewardShift, ShiftMode, mpo_loss
-from internvl_mpo.packing import Group, Pack, fill_packs, pack_groups
+from internvl_mpo.packing import Group, Pack, PairSize, fill_packs, pack_groups
 from internvl_mpo.records import atomic_writer
 from internvl_mpo.reference_cache import ReferenceCache
 from internvl_mpo.settings import setting
@@ -167,10 +167,10 @@ class MPOTrainer(Trainer):
         processor: Any,
         rows: Sequence[PairRow],
         counts: Sequence[int],
-        costs: Sequence[int],
+        sizes: Sequence[PairSize],
         reference: ReferenceCache,
         held_out: Sequence[PairRow] = (),
-        held_out_costs: Sequence[int] = (),
+        held_out_sizes: Sequence[PairSize] = (),
         fingerprint: Mapping[str, str] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
@@ -182,15 +182,15 @@ class MPOTrainer(Trainer):
             processor: encodes pairs and is saved with the model.
             rows: training pairs.
             counts: how often each of them is seen in an epoch, see `mmpr.repeats`.
-            costs: tokens of each pair.
+            sizes: tokens of each pair.
             reference: log-probs of the start model for every pair.
             held_out: pairs for `evaluate`.
-            held_out_costs: tokens of each of them.
+            held_out_sizes: tokens of each of them.
             fingerprint: what the run depends on (data, start model, ...), compared when a checkpoint is resumed.
             callbacks: more callbacks.
         """
-        self.rows, self.counts, self.costs = rows, counts, costs
-        self.held_out, self.held_out_costs = held_out, held_out_costs
+        self.rows, self.counts, self.sizes = rows, counts, sizes
+        self.held_out, self.held_out_sizes = held_out, held_out_sizes
         self.reference = reference
         self.fingerprint = dict(fingerprint or {})
         attach_scoring(model)
@@ -226,9 +226,10 @@ class MPOTrainer(Trainer):
         return StepSampler(
             [row.key for row in self.rows],
             self.counts,
-            self.costs,
+            self.sizes,
             pairs_per_step=self.args.pairs_per_step,
             pairs_per_group=self.args.pairs_per_group,
+            max_tokens=self.args.max_tokens_per_pack,
             num_ranks=self.args.world_size,
             rank=self.args.process_index,
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
@@ -378,7 +379,8 @@ class MPOTrainer(Trainer):
         if not self.held_out:
             raise BadInputError("there are no held-out pairs to evaluate on; set held_out_share above 0")
         # Every rank does the same number of packs, so that sharded models meet in the same collectives.
-        plan = fill_packs(self.held_out_costs, max(self.args.max_tokens_per_pack, max(self.held_out_costs)))
+        costs = [size.num_tokens for size in self.held_out_sizes]
+        plan = fill_packs(costs, max(self.args.max_tokens_per_pack, max(costs)))
         ranks, rank = self.args.world_size, self.args.process_index
         rounds = math.ceil(len(plan) / ranks)
         meter = MeanMeter()

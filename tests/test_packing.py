@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl_mpo.packing import Group, Segment, fill_packs, pack_groups, plan_packs
+from internvl_mpo.packing import (
+    Group,
+    PairSize,
+    Segment,
+    fill_packs,
+    group_tokens,
+    pack_groups,
+    plan_packs,
+    tree_tokens,
+)
 
 X, Y, Z, W, V, END = 10, 11, 12, 13, 14, 99
 
@@ -123,19 +132,39 @@ def test_every_response_can_be_read_back_from_its_path(shapes):
         path = mask_TT[last].nonzero()[:, 0]  # all that the token before the last one sees
         assert pack.input_ids[0, path].tolist() == prompt + response[:-1]
         assert pack.position_ids[0, path].tolist() == list(range(len(path)))
-    assert pack.num_tokens <= sum(group.num_tokens for group in groups)
+    assert pack.num_tokens == sum(group.num_tokens for group in groups)
     covered = [index for start, stop, _ in pack.layout.segments for index in range(start, stop)]
     assert covered == list(range(pack.num_tokens))
 
 
 def test_half_a_response_shared_saves_its_tokens():
-    # A Dropout-NTP pair at 5 tiles: 1,330 prompt tokens, 211 chosen, 171 rejected that repeat half of the chosen.
-    def group(stem: list[int]) -> Group:
-        return Group([1] * 1330, [stem + [2] * 105, stem + [3] * 66], [(0, 1)], ["a"])
+    # A Dropout-NTP pair at 5 tiles: 1,330 prompt tokens, 250 a response, half of the chosen one repeated.
+    def tokens(stem: list[int]) -> int:
+        return pack_groups([Group([1] * 1330, [stem + [2] * 125, stem + [3] * 125], [(0, 1)], ["a"])]).num_tokens
 
-    shared = pack_groups([group(list(range(105)))]).num_tokens
-    assert shared == 1330 + 105 + 104 + 65
-    assert 1 - shared / group(list(range(105))).num_tokens > 0.06
+    apart = pack_groups([Group([1] * 1330, [[2] * 250, [3] * 250], [(0, 1)], ["a"])]).num_tokens
+    assert apart == 1330 + 249 + 249
+    assert tokens(list(range(125))) == apart - 125
+    assert round(100 * 125 / apart) == 7
+
+
+@given(token_lists.filter(lambda responses: len(responses) > 1), st.integers(1, 4), st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_the_planned_size_of_a_group_is_that_of_its_pack_or_a_little_more(responses, prompt, rng):
+    pairs = [tuple(rng.sample(range(len(responses)), 2)) for _ in range(rng.randint(1, 6))]
+    sizes = []
+    for ends in pairs:
+        lengths = [len(responses[end]) for end in ends]
+        stem = sum(lengths) - 2 - tree_tokens([responses[end] for end in ends])
+        sizes.append(PairSize(prompt, *lengths, stem=stem, chosen_key=ends[0], rejected_key=ends[1]))
+        pack = pack_groups([Group([9] * prompt, [responses[end] for end in ends], [(0, 1)], ["a"])])
+        assert sizes[-1].num_tokens == pack.num_tokens
+    used = sorted({end for ends in pairs for end in ends})
+    group = Group([9] * prompt, [responses[end] for end in used], [(0, 1)], ["a"])
+    assert group.num_tokens == pack_groups([group]).num_tokens
+    assert group.num_tokens <= group_tokens(sizes) <= prompt + sum(len(responses[end]) - 1 for end in used)
+    if len({frozenset(ends) for ends in pairs}) == len(used) * (len(used) - 1) // 2:
+        assert group_tokens(sizes) == group.num_tokens  # every two responses are a pair, so every stem is known
 
 
 def test_cost_grows_linearly_from_1_to_64_groups():

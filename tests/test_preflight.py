@@ -14,7 +14,8 @@ from tiny import tiny_processor
 from internvl_mpo import preflight as module
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.mmpr import PairRow, iter_pairs
-from internvl_mpo.preflight import PairSize, Preflight, length_report, same_id_twice, show_lengths
+from internvl_mpo.packing import PairSize
+from internvl_mpo.preflight import Preflight, length_report, same_id_twice, show_lengths
 from internvl_mpo.records import PreferencePair, RowError
 
 LIMITS = {"max_tiles": 4, "max_length": 700}

@@ -30,7 +30,7 @@ ROOMS = {
     "internvl_mpo/logps.py": {"torch", METHOD + "packing", METHOD + "packed_attention"},
     "internvl_mpo/encoding.py": {"torch", "PIL", METHOD + "packing", METHOD + "records"},
     "internvl_mpo/preflight.py": {
-        *("pyarrow", METHOD + "encoding", METHOD + "errors", METHOD + "mmpr", METHOD + "records"),
+        *("pyarrow", METHOD + "encoding", METHOD + "errors", METHOD + "mmpr", METHOD + "packing", METHOD + "records"),
         METHOD + "reference_cache",
     },
     "internvl_mpo/reference_cache.py": {"torch", "pyarrow", METHOD + "errors", METHOD + "records"},

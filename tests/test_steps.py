@@ -1,23 +1,36 @@
 """Which pairs a step holds must not depend on ranks, packs or interruptions."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from internvl_mpo.mmpr import PairRow, iter_pairs, mixture_table, read_meta, repeats, split_subset_name
+from internvl_mpo.packing import PairSize
 from internvl_mpo.records import PreferencePair
-from internvl_mpo.steps import StepSampler, largest_pack, plan_steps, split_step
+from internvl_mpo.steps import StepSampler, fit_to_budget, plan_steps, split_step
 
 KEYS = ["q0"] * 5 + ["q1"] * 3 + ["q2", "q3", "q4", "q5"]
+
+
+def sizes(tokens: int, count: int = len(KEYS)) -> list[PairSize]:
+    """Pairs of `tokens` tokens without anything in common but the prompt, which is four fifths of them."""
+    length = tokens // 10
+    return [
+        PairSize(tokens - 2 * length, length + 1, length + 1, chosen_key=2 * i, rejected_key=2 * i + 1)
+        for i in range(count)
+    ]
 
 
 def sampler(num_ranks=1, rank=0, accumulation=1, keys=KEYS, pairs_per_step=4, **changes) -> StepSampler:
     return StepSampler(
         keys,
         changes.get("counts", [1] * len(keys)),
-        changes.get("costs", [10] * len(keys)),
+        changes.get("sizes", sizes(10, len(keys))),
         pairs_per_step=pairs_per_step,
         pairs_per_group=changes.get("pairs_per_group", 2),
+        max_tokens=changes.get("max_tokens", 1000),
         num_ranks=num_ranks,
         rank=rank,
         gradient_accumulation_steps=accumulation,
@@ -76,12 +89,48 @@ def test_repeated_pairs_never_share_a_group():
 
 def test_a_step_too_small_for_the_ranks_is_refused():
     with pytest.raises(ValueError, match="2 pairs cannot fill 3 packs"):
-        split_step([(0, 1)], [1, 1], 3)
+        split_step([(0, 1)], sizes(10, 2), 3, 100)
 
 
-def test_largest_pack_counts_the_dearest_one():
-    assert largest_pack(sampler(keys=["a", "b"], pairs_per_step=2, costs=[3, 4]), 1) == 7
-    assert largest_pack(sampler(keys=["a", "b"], pairs_per_step=2, costs=[3, 4], accumulation=2), 1) == 4
+def test_a_prompt_shared_in_a_group_counts_once_towards_the_budget():
+    # Each pair has 80 tokens of prompt and 2 x 10 of responses: three pairs of a question are 80 + 60, not 300.
+    grouped = sampler(keys=["q"] * 3, pairs_per_step=3, pairs_per_group=3, sizes=sizes(100, 3), max_tokens=140)
+    fit_to_budget(grouped, num_epochs=1)
+    assert grouped.gradient_accumulation_steps == 1
+    grouped.max_tokens = 139
+    fit_to_budget(grouped, num_epochs=1)
+    assert grouped.gradient_accumulation_steps == 2
+    assert sorted(len(group) for pack in grouped for group in pack) == [1, 2]
+
+
+def test_every_pack_of_every_epoch_keeps_to_the_budget():
+    rng = random.Random(0)
+    data = [
+        PairSize(rng.randint(20, 400), rng.randint(5, 90), rng.randint(5, 90), 3, 2 * i, 2 * i + 1) for i in range(12)
+    ]
+    data = [size._replace(prompt=data[KEYS.index(key)].prompt) for size, key in zip(data, KEYS, strict=True)]
+    plan = sampler(sizes=data, pairs_per_step=6, pairs_per_group=4, max_tokens=600)
+    fit_to_budget(plan, num_epochs=3)
+    assert 1 < plan.gradient_accumulation_steps < 6
+    for epoch in range(3):
+        plan.set_epoch(epoch)
+        assert max(plan.largest_pack(step) for step in plan.steps()) <= 600
+    plan.gradient_accumulation_steps -= 1  # and no smaller number does
+    epochs = [(plan.set_epoch(epoch), plan.steps())[1] for epoch in range(3)]
+    assert max(plan.largest_pack(step) for steps in epochs for step in steps) > 600
+
+
+def test_the_budget_never_changes_which_pairs_share_a_step():
+    wide = [pairs_of(step) for step in sampler(pairs_per_group=4).steps()]
+    narrow = sampler(pairs_per_group=4, max_tokens=12)
+    fit_to_budget(narrow, num_epochs=1)
+    assert narrow.gradient_accumulation_steps > 1
+    assert [pairs_of(step) for step in narrow.steps()] == wide
+
+
+def test_a_step_that_ranks_cannot_share_within_the_budget_is_refused():
+    with pytest.raises(ValueError, match="a step of 3 pairs cannot be cut for 2 ranks into packs of at most 15 tokens"):
+        fit_to_budget(sampler(num_ranks=2, keys=["a", "b", "c"], pairs_per_step=3, max_tokens=15), num_epochs=1)
 
 
 @given(
