@@ -74,7 +74,7 @@ def parse_settings(cls: type[T], argv: Sequence[str], *, program: str, about: st
     if not argv:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
-    known, rest = parser.parse_known_args(list(argv))
+    known, rest = parser.parse_known_args([_underscored(word) for word in argv])
     given = dict(vars(known))
     values: dict[str, Any] = {}
     path = given.pop("config", None)
@@ -144,7 +144,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def write_settings(settings: Any, path: str | Path) -> None:
     """Save a settings dataclass as YAML, so that the run can be repeated with `--config`."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: _plain(getattr(settings, name)) for name in _fields(type(settings))}
+    # A token works from the environment again, and a saved one ends up where it should not be.
+    plain = {name: _plain(getattr(settings, name)) for name in _fields(type(settings)) if not _is_secret(name)}
     Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -154,12 +155,16 @@ def show_settings(settings: Any, title: str) -> str:
     Inherited fields (transformers has some 120 of them) appear where they differ from their default.
     """
     rows = [
-        (name, _plain(getattr(settings, name)))
+        (name, "(not shown)" if _is_secret(name) and getattr(settings, name) else _plain(getattr(settings, name)))
         for name, field in _fields(type(settings)).items()
         if field.metadata.get(_OWN) or _plain(getattr(settings, name)) != _plain(_default(field))
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join([title] + [f"  {name:<{width}}  {'-' if value is None else value}" for name, value in rows])
+
+
+def _is_secret(name: str) -> bool:
+    return name.endswith("hub_token")  # two fields of transformers' TrainingArguments
 
 
 def _fields(cls: type) -> dict[str, dataclasses.Field]:
@@ -184,6 +189,12 @@ def _help(field: dataclasses.Field) -> str:
         return f"{text} (required)"
     default = _default(field)
     return f"{text} (default: {'-' if default in (None, '', [], {}) else default})"
+
+
+def _underscored(word: str) -> str:
+    """`--dry-run` is `--dry_run`; values stay as they are."""
+    key, equals, value = word.partition("=")
+    return key[:2] + key[2:].replace("-", "_") + equals + value if key.startswith("--") else word
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, str]:

@@ -40,6 +40,29 @@ def test_command_line_wins_over_the_file(config):
     assert (settings.model, settings.rate, settings.steps) == ("m", 1e-3, 9)
 
 
+def test_dashes_are_underscores_in_names_only():
+    @dataclasses.dataclass
+    class Dashed:
+        dry_run: bool = setting(False, help="flag")
+        title: str = setting("", help="title")
+
+    given = parse_settings(Dashed, ["--title=a-b", "--dry-run"], program="program.py", about="About.")
+    assert given == Dashed(dry_run=True, title="a-b")
+
+
+def test_a_token_is_neither_shown_nor_saved(tmp_path):
+    @dataclasses.dataclass
+    class WithToken:
+        hub_token: str | None = setting(None, help="token")
+        model: str = setting("m", help="folder")
+
+    given = WithToken(hub_token="hf_secret")
+    assert "hf_secret" not in show_settings(given, "title")
+    write_settings(given, tmp_path / "settings.yaml")
+    assert "hf_secret" not in (tmp_path / "settings.yaml").read_text()
+    assert "model: m" in (tmp_path / "settings.yaml").read_text()
+
+
 def test_yaml_text_5e_6_is_a_number(config):
     assert parse("--config", config("model: m\nrate: 5e-6")).rate == 5e-6  # YAML 1.1 reads 5e-6 as text
 

@@ -11,10 +11,15 @@ from internvl_mpo.benchmarks import load_benchmark
 from internvl_mpo.errors import BadInputError
 
 
-def add_to_card(run: Path, model: Path) -> list[Path]:
+def add_to_card(run: Path, model: Path, model_name: str | None = None) -> list[Path]:
     """Write a run's headline numbers into a model folder and return the files written.
 
     Numbers of the same benchmark and mode are replaced, everything else on the card is kept.
+
+    Args:
+        run: folder of `evaluate_mpo.py`.
+        model: model folder with a README.md.
+        model_name: name in `model-index`; None keeps the card's own, or takes the folder's.
 
     Raises:
         BadInputError: the run has no scores, or the model folder no README.md.
@@ -53,7 +58,7 @@ def add_to_card(run: Path, model: Path) -> list[Path]:
             path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
             written.append(path)
     card.data.eval_results = list(results.values())
-    card.data.model_name = card.data.model_name or model.name
+    card.data.model_name = model_name or card.data.model_name or model.name
     card.save(card_path)
     return written
 

@@ -1,51 +1,73 @@
-"""Builds the exact folders that go to the Hub; pushing one is the last step.
+"""Builds the exact folder that goes to the Hub, checks it as a stranger would, and pushes it as the last step.
 
-python -m internvl_mpo.publish model InternVL2-2B/ --output outputs/InternVL2-2B
-    puts this project's code, a fast tokenizer, a processor and a chat template beside the weights of an official (or
-    fine-tuned) InternVL folder. The weights are linked, not rewritten.
+    python -m internvl_mpo.publish model outputs/mini/model --output outputs/hub/model --run outputs/mini/train/mpo
+        puts code, a fast tokenizer, a processor, a card with curves and scores beside the weights, loads the result in
+        a clean process and compares its logits with the source's; also for official folders and LoRA adapters
+
+Each takes `--push OWNER/NAME` with `--private`, `--create_pr`, `--revision`, `--overwrite`; `--dry_run` shows what
+would change. The token comes from `hf auth login` or HF_TOKEN. A push is one commit: whoever looks sees all of it or
+nothing, and the same command goes on where a broken one stopped.
 """
 
 import sys
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.publish.hub import push_folder
-from internvl_mpo.publish.model_folder import build_model_folder
-from internvl_mpo.settings import parse_settings, setting, show_settings
+from internvl_mpo.publish.hub import check_access, files_of, format_size, plan_push, push_folder
+from internvl_mpo.publish.model import ModelSettings, publish_model
+from internvl_mpo.settings import parse_settings, show_settings
 
-
-@dataclass
-class Settings:
-    """Settings of `publish`."""
-
-    source: str = setting(help="folder to publish; may be given without --source")
-    output: str = setting(help="folder to build")
-    push: str | None = setting(None, help="Hub repository to upload to, as owner/name")
-    private: bool = setting(False, help="make the repository private if it has to be created")
-
-
-BUILDERS = {"model": build_model_folder}
+# kind -> its settings, what builds and checks the folder
+KINDS = {"model": (ModelSettings, publish_model)}
 
 
 def main(argv: list[str]) -> int:
     """Build a folder, and push it if asked to."""
     kind = argv[0] if argv else None
     if kind in (None, "-h", "--help"):
-        kinds = ",".join(BUILDERS)
-        print(f"{__doc__}\nusage: python -m internvl_mpo.publish {{{kinds}}} SOURCE --output DIR [--push REPO]")
+        kinds = ",".join(KINDS)
+        print(f"{__doc__}\nusage: python -m internvl_mpo.publish {{{kinds}}} SOURCE --output DIR [--push OWNER/NAME]")
         return 0 if kind else 2
-    if kind not in BUILDERS:
-        raise BadInputError(f"'{kind}' cannot be published; expected one of {', '.join(BUILDERS)}")
+    if kind not in KINDS:
+        raise BadInputError(f"'{kind}' cannot be published; expected one of {', '.join(KINDS)}")
+    settings_class, build = KINDS[kind]
     rest = argv[1:]
     if rest and not rest[0].startswith("-"):
         rest = ["--source", *rest]
-    settings = parse_settings(Settings, rest, program=f"-m internvl_mpo.publish {kind}", about=__doc__)
-    print(show_settings(settings, f"publish {kind}"))
-    folder = BUILDERS[kind](settings.source, settings.output)
-    print(f"built {folder}")
-    if settings.push:
-        print(f"pushed to {push_folder(folder, settings.push, repo_type=kind, private=settings.private)}")
+    settings = parse_settings(settings_class, rest, program=f"-m internvl_mpo.publish {kind}", about=__doc__)
+    print(show_settings(settings, f"publish {kind}"), flush=True)
+    uploads = settings.push and not settings.dry_run
+    if uploads:
+        check_access(settings.push, repo_type=kind, private=settings.private)
+    folder = build(settings)
+    print(f"built {folder}: {len(files_of(folder))} files, {format_size(_num_bytes(folder))}", flush=True)
+    if settings.dry_run:
+        print(_preview(folder, kind, settings))
+    elif settings.push:
+        address = push_folder(
+            folder,
+            settings.push,
+            repo_type=kind,
+            private=settings.private,
+            create_pr=settings.create_pr,
+            revision=settings.revision,
+            overwrite=settings.overwrite,
+            attempts=settings.attempts,
+        )
+        print(f"pushed to {address}")
     return 0
+
+
+def _preview(folder: Path, kind: str, settings: Any) -> str:
+    """What a push would change; without a repository, the files and their sizes."""
+    if settings.push:
+        return str(plan_push(folder, settings.push, repo_type=kind, revision=settings.revision))
+    return "\n".join(f"  {format_size(path.stat().st_size):>10}  {name}" for name, path in files_of(folder).items())
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files_of(folder).values())
 
 
 if __name__ == "__main__":

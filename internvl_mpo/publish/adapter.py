@@ -1,0 +1,67 @@
+"""Adapter-only folders: LoRA weights and the Hub id of the model they belong to; or both merged into one model."""
+
+from pathlib import Path
+from typing import Any
+
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.publish.folders import link, read_json, update_json
+from internvl_mpo.publish.model_folder import write_model_folder
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds an adapter and no model."""
+    return (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists()
+
+
+def find_base(adapter: Path, given: str | None) -> Path:
+    """Return the local folder of the model an adapter belongs to.
+
+    Args:
+        adapter: folder with adapter_config.json.
+        given: the folder, if the user names it.
+
+    Raises:
+        BadInputError: it is not to be found here.
+    """
+    named = given or read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not named or not (Path(named) / "config.json").exists():
+        raise BadInputError(f"the base model of {adapter} ('{named}') is not here; give its folder with --base")
+    return Path(named)
+
+
+def build_adapter_folder(source: Path, output: Path, *, base_model: str) -> None:
+    """Copy an adapter and let it name its base model by Hub id.
+
+    Args:
+        source: folder that peft saved.
+        output: folder to fill.
+        base_model: owner/name of the model the adapter was trained on.
+
+    Raises:
+        BadInputError: the weights are missing or are not safetensors.
+    """
+    if not (source / ADAPTER_WEIGHTS).exists():
+        raise BadInputError(f"{source} has no {ADAPTER_WEIGHTS}; save the adapter with peft's save_pretrained")
+    link(source / ADAPTER_WEIGHTS, output)
+    config = read_json(source / ADAPTER_CONFIG)
+    # peft notes the class it wrapped, which lives in a module cache that nobody else has
+    config |= {"base_model_name_or_path": base_model, "auto_mapping": None, "task_type": "CAUSAL_LM", "revision": None}
+    update_json(output / ADAPTER_CONFIG, config)
+
+
+def merge_adapter(base: Path, adapter: Path, output: Path, *, max_shard_size: int, dtype: str | None) -> None:
+    """Add an adapter's weights to its base model and write the model folder."""
+    import torch
+
+    from modeling_internvl_mpo import InternVLChatModel, InternVLChatProcessor
+
+    model: Any = InternVLChatModel.from_pretrained(base, dtype="auto")
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    if dtype:
+        model = model.to(getattr(torch, dtype))
+    processor = InternVLChatProcessor.from_pretrained(base)
+    write_model_folder(model, processor, output, max_shard_size=max_shard_size)

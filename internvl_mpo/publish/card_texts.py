@@ -1,0 +1,86 @@
+"""What stands on every card, in Markdown; `{name}` is the repository, `{base}` that of the base model."""
+
+TRANSFORMERS = """\
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{name}", dtype="auto", device_map="auto", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device, model.dtype)
+answer = model.generate(**inputs, max_new_tokens=512)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```
+
+With a LoRA adapter trained on it: `model = peft.PeftModel.from_pretrained(model, "owner/adapter")`."""
+
+ADAPTER = """\
+```python
+from peft import PeftModel
+from transformers import AutoModel, AutoProcessor
+
+base = AutoModel.from_pretrained("{base}", dtype="auto", device_map="auto", trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "{name}")
+processor = AutoProcessor.from_pretrained("{base}", trust_remote_code=True)
+content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(base.device, base.dtype)
+answer = model.generate(**inputs, max_new_tokens=512)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```
+
+`model.disable_adapter()` gives the base model's answers; `model.merge_and_unload()` makes one model of the two. The
+code of the official InternVL2 repositories does not run on current transformers: with one of those as the base, install
+MPO for InternVL, `import modeling_internvl_mpo` first, and leave `trust_remote_code` out."""
+
+VLLM = """\
+vLLM, SGLang and LMDeploy know this layout (`InternVLChatModel`); not run for this checkpoint:
+
+```bash
+vllm serve {name} --trust-remote-code
+```"""
+
+VLLM_ADAPTER = """\
+vLLM (not run for this checkpoint):
+
+```bash
+vllm serve {base} --trust-remote-code --enable-lora --lora-modules mpo={name}
+```"""
+
+SMALLER = """\
+Smaller: 4-bit weights of the language model with bitsandbytes (the vision tower and the projector stay as they are), or
+fp8 in vLLM with `--quantization fp8`. Neither was measured for quality here.
+
+```python
+from transformers import AutoModel, BitsAndBytesConfig
+
+four_bit = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_compute_dtype="bfloat16",
+    llm_int8_skip_modules=["vision_model", "mlp1", "output", "lm_head"],
+)
+model = AutoModel.from_pretrained("{name}", quantization_config=four_bit, trust_remote_code=True)
+```"""
+
+CITATION = """\
+```bibtex
+@article{wang2024mpo,
+  title={Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference Optimization},
+  author={Wang, Weiyun and Chen, Zhe and Wang, Wenhai and Cao, Yue and Liu, Yangzhou and Gao, Zhangwei and Zhu, Jinguo
+    and Zhu, Xizhou and Lu, Lewei and Qiao, Yu and Dai, Jifeng},
+  journal={arXiv preprint arXiv:2411.10442},
+  year={2024}
+}
+```"""

@@ -1,0 +1,75 @@
+"""Folders and small files: read, change, and replace a whole folder at once."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from internvl_mpo.errors import BadInputError
+
+
+@contextlib.contextmanager
+def replaced_folder(output: str | Path, *, sources: Sequence[str | Path], signs: Sequence[str]) -> Iterator[Path]:
+    """Give a new folder to build in; it takes the place of `output` when the block succeeds.
+
+    Args:
+        output: may exist if an earlier run built it.
+        sources: folders that are read, which must not be touched.
+        signs: files by which a folder is known to be built by an earlier run.
+
+    Raises:
+        BadInputError: `output` holds, or lies around, something that is not ours to replace.
+    """
+    output = Path(output)
+    where = output.resolve()
+    for source in sources:
+        if where == Path(source).resolve() or where in Path(source).resolve().parents:
+            raise BadInputError(f"output is the source folder {source}, or lies around it; give another folder")
+    if output.exists():
+        if not output.is_dir():
+            raise BadInputError(f"output {output} is a file; give a folder")
+        built = any((output / sign).exists() for sign in signs) and not (output / ".git").exists()
+        if any(output.iterdir()) and not built:
+            raise BadInputError(f"output {output} holds other things; give an empty or a new folder")
+    part = output.with_name(f".{output.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    shutil.rmtree(output, ignore_errors=True)
+    part.rename(output)
+
+
+def link(path: Path, folder: Path, name: str | None = None) -> Path:
+    """Hard-link a file into a folder, or copy it to another file system; an older file there is replaced."""
+    target = folder / (name or path.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path.resolve(), target)
+    except OSError:
+        shutil.copyfile(path, target)
+    return target
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file.
+
+    Raises:
+        BadInputError: the file is unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BadInputError(f"{path} is not valid JSON ({error})") from error
+
+
+def update_json(path: Path, values: dict[str, Any]) -> None:
+    """Set keys of an object in a file, which is made if absent."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content.update(values)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
