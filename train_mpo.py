@@ -4,9 +4,10 @@
     one GPU, LoRA                 python train_mpo.py --config configs/internvl2_8b_lora.yaml --data MMPR/meta.json
     eight GPUs                    torchrun --nproc_per_node 8 train_mpo.py --config configs/internvl2_8b.yaml
 
-Reads pairs (a meta.json in MMPR's layout, or JSONL), checks every row, computes the reference log-probs once with the
-start model, trains, and writes a model folder that the Auto classes load. A run that was killed goes on with the same
-command. Every field of transformers' TrainingArguments is accepted beside the options below.
+Reads pairs (a meta.json in MMPR's layout, JSONL, or MMPR as Parquet, here or on the Hub), checks every row, computes
+the reference log-probs once with the start model, trains, and writes a model folder that the Auto classes load. A run
+that was killed goes on with the same command. Every field of transformers' TrainingArguments is accepted beside the
+options below.
 """
 
 import hashlib
@@ -67,7 +68,9 @@ def read_settings(argv: list[str]) -> Any:
         """Settings of `train_mpo.py`."""
 
         model: str = setting(help="start model: folder or Hub id; it is also the reference")
-        data: list[str] = setting(help="preference pairs: meta.json of an MMPR folder, or JSONL; several with commas")
+        data: list[str] = setting(
+            help="pairs: MMPR's meta.json, JSONL, Parquet folder, hub:OWNER/NAME; several with commas"
+        )
         output_dir: str = setting(help="run folder: settings, log, checkpoints")
         model_dir: str | None = setting(None, help="folder of the trained model; none = model/ in output_dir")
         image_root: str | None = setting(None, help="folder of the images of a JSONL file; none = that of the file")
@@ -107,9 +110,6 @@ def _check_paths_cheaply(argv: list[str]) -> None:
 
 def read_pairs(settings: Any) -> tuple[list[PairRow], list[PairRow], list[RowError]]:
     """Return training rows, held-out rows and the rows that could not be read."""
-    for path in settings.data:
-        if not Path(path).is_file():
-            raise BadInputError(f"data file '{path}' does not exist")
     rows, rejects = [], []
     for path in settings.data:
         for row in iter_pairs(path, settings.image_root):

@@ -6,10 +6,11 @@ answer is scored with it. What cannot be trained on is refused with a `RowError`
 """
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import ExifTags, Image
 
@@ -18,6 +19,19 @@ from internvl_mpo.records import PreferencePair, RowError
 
 PLACEHOLDER = "<image>"
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+class Pictures(Protocol):
+    """Pictures that are no files of their own: inside Parquet rows, or inside a release's archives.
+
+    Attributes:
+        version: differs when the pictures may differ.
+    """
+
+    version: str
+
+    def read(self, name: str) -> bytes:
+        """Return the file of a picture; a `RowError` says why there is none."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ class GroupSize:
 def encode_group(
     processor: Any,
     pairs: Sequence[PreferencePair],
-    image_root: str | Path,
+    image_root: str | Path | Pictures,
     *,
     max_tiles: int = 12,
     max_length: int = 6144,
@@ -52,7 +66,7 @@ def encode_group(
     Args:
         processor: `InternVLChatProcessor` of the model.
         pairs: at least one; all with the same `group_key`.
-        image_root: folder that image paths are relative to.
+        image_root: folder that image paths are relative to, or what reads them by these paths.
         max_tiles: most tiles of a single image, thumbnail not counted; several images share it, `max_tiles // n` each
             and at least one, as in the original program.
         max_length: longest prompt plus response in tokens; longer responses are cut.
@@ -67,7 +81,7 @@ def encode_group(
     """
     question, where = _question(pairs)
     prompt = _render(processor, question)
-    images = [_open(Path(image_root) / name, where) for name in pairs[0].images]
+    images = [_open(image_root, name, where) for name in pairs[0].images]
     inputs: dict[str, Any] = {}
     if images:
         limits = {"max_dynamic_patch": _tiles_per_image(max_tiles, len(images))}
@@ -89,7 +103,7 @@ def encode_group(
 def measure_group(
     processor: Any,
     pairs: Sequence[PreferencePair],
-    image_root: str | Path,
+    image_root: str | Path | Pictures,
     *,
     max_tiles: int = 12,
     max_length: int = 6144,
@@ -114,7 +128,7 @@ def measure_group(
     limits = {"max_dynamic_patch": _tiles_per_image(max_tiles, len(pairs[0].images))}
     num_tiles = 0
     for name in pairs[0].images:
-        with _open(Path(image_root) / name, where) as image:
+        with _open(image_root, name, where) as image:
             width, height = _upright_size(image)
             num_tiles += processor.image_processor.get_number_of_image_patches(height, width, limits)
             if decode:
@@ -176,9 +190,12 @@ def _tiles_per_image(max_tiles: int, num_images: int) -> int:
     return max(1, max_tiles // max(1, num_images))
 
 
-def _open(path: Path, where: str) -> Image.Image:
+def _open(image_root: str | Path | Pictures, name: str, where: str) -> Image.Image:
+    path = Path(image_root) / name if isinstance(image_root, (str, Path)) else name
     try:
-        return Image.open(path)
+        return Image.open(path if isinstance(path, Path) else io.BytesIO(image_root.read(name)))
+    except RowError as error:
+        raise RowError(error.reason, where) from error
     except FileNotFoundError as error:
         raise RowError(f"image '{path}' does not exist", where) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -10,6 +10,7 @@ add where they should multiply, and a few forget the final line. That is what pr
 
     python -m internvl_mpo.mini world --output outputs/mini/world
     python -m internvl_mpo.mini start --world outputs/mini/world --output outputs/mini/start
+    python -m internvl_mpo.mini mmpr --output outputs/mini/mmpr_raw --release v1.2
 """
 
 import math
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.mini_mmpr import MMPRSettings, make_release
 from internvl_mpo.prompts import ask
 from internvl_mpo.records import Question, Response, read_rows, write_rows
 from internvl_mpo.settings import parse_settings, setting
@@ -115,7 +117,7 @@ def make_world(settings: WorldSettings) -> None:
 
     output = Path(settings.output)
     (output / "images").mkdir(parents=True, exist_ok=True)
-    draw = _Painter(output, settings.seed)
+    draw = Painter(output, settings.seed)
     rng = random.Random(settings.seed)
 
     annotations: list[Response] = []
@@ -189,7 +191,7 @@ def _drill(rng: random.Random, lines: int = 12) -> Response:
     )
 
 
-class _Painter:
+class Painter:
     """Puts digits of one split side by side and saves the picture."""
 
     def __init__(self, output: Path, seed: int):
@@ -419,7 +421,11 @@ def _encode(rows: Sequence[Response], processor, world: Path) -> list:
     return groups
 
 
-COMMANDS = {"world": (WorldSettings, make_world), "start": (StartSettings, train_start_model)}
+COMMANDS = {
+    "world": (WorldSettings, make_world),
+    "start": (StartSettings, train_start_model),
+    "mmpr": (MMPRSettings, make_release),
+}
 
 
 def main(argv: list[str]) -> int:

@@ -4,6 +4,8 @@
                  "repeat_time": 0.5, "length": 9000, "max_dynamic_patch": 12, "data_augment": false}, ...}
     x.jsonl     {"image": "1.png", "question": "...", "chosen": "...", "rejected": "...", "answer_gt": "12"}
 
+Official releases are read as they are published: absolute cluster paths, annotations.zip, images in zip parts.
+
 `repeat_time` is how often a subset is seen in one epoch. The fraction is honoured exactly, also above 1: 2.5 means
 every row twice and a seeded half of the rows a third time.
 """
@@ -12,13 +14,14 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.records import PreferencePair, RowError, iter_jsonl
+from internvl_mpo.mmpr_files import MAX_LINE_BYTES, Member, PictureFolder, ReleaseFiles, read_lines
+from internvl_mpo.records import PreferencePair, RowError, content_id
 
 Resample = Literal["none", "sqrt"]
 
@@ -34,21 +37,50 @@ _RULE_OF_SUFFIX = (
 
 @dataclass(frozen=True)
 class Subset:
-    """One entry of meta.json, with its paths resolved.
+    """One entry of meta.json, with its files found.
 
     Attributes:
         name: key in meta.json.
-        root: folder that image paths are relative to.
-        annotation: JSONL file of preference rows.
+        pictures: folder that image paths are relative to: on disk, or in the archives of the release.
+        annotation: JSONL file of preference rows, on disk or in an archive.
         repeat_time: how often its rows are seen per epoch, >= 0.
         max_tiles: cap on the tiles per image, or None for that of the run.
+        entry: the entry as it stands in meta.json; empty for a JSONL file without one.
     """
 
     name: str
-    root: Path
-    annotation: Path
+    pictures: PictureFolder
+    annotation: Path | Member
     repeat_time: float = 1.0
     max_tiles: int | None = None
+    entry: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path | PictureFolder:
+        """The folder on disk where there is one."""
+        return self.pictures.path or self.pictures
+
+    @property
+    def source(self) -> str:
+        """The data set its questions come from."""
+        return split_subset_name(self.name)[0]
+
+    def pair(self, row: Mapping[str, Any], where: str) -> PreferencePair:
+        """Return the pair of a row of the annotation file.
+
+        A row without an id gets one from its content, with the name of the image folder in it: two folders may both
+        hold a `1.png`.
+
+        Raises:
+            RowError: see `PreferencePair.from_json`.
+        """
+        source, rule = split_subset_name(self.name)
+        added = {} if row.get("rule") else {"rule": rule}
+        if not row.get("id") and self.entry:
+            keys = ("image", "question", "answer_gt", "chosen", "rejected")
+            folder = PurePosixPath(str(self.entry["root"])).name
+            added["id"] = content_id(folder, [row.get(key) for key in keys])
+        return PreferencePair.from_json({**row, **added}, source=source, where=where)
 
 
 @dataclass(frozen=True)
@@ -57,7 +89,7 @@ class PairRow:
 
     Attributes:
         pair: the row.
-        image_root: folder its image paths are relative to.
+        image_root: what its image paths are relative to: a folder, or an object with `read(name) -> bytes`.
         max_tiles: cap on the tiles per image, or None for that of the run.
         where: `file:line`, for messages.
         subset: name of the subset it belongs to.
@@ -65,7 +97,7 @@ class PairRow:
     """
 
     pair: PreferencePair
-    image_root: Path
+    image_root: Path | Any
     max_tiles: int | None
     where: str
     subset: str
@@ -86,13 +118,16 @@ def split_subset_name(name: str) -> tuple[str, str]:
     return name, "other"
 
 
-def read_meta(path: str | Path) -> list[Subset]:
+def read_meta(path: str | Path, image_root: str | Path | None = None) -> list[Subset]:
     """Return the subsets of a meta.json, in its order.
 
-    Relative paths are relative to the folder of meta.json.
+    Args:
+        path: the file. Relative paths in it are relative to its folder; what is not there is looked for as
+            `mmpr_files` describes.
+        image_root: another folder to look for images and archives in.
 
     Raises:
-        BadInputError: the file is unreadable, or an entry lacks a key, has a wrong type, or names a missing file.
+        BadInputError: the file is unreadable, or an entry lacks a key, has a wrong type, or names a missing annotation.
     """
     path = Path(path)
     try:
@@ -103,10 +138,11 @@ def read_meta(path: str | Path) -> list[Subset]:
         raise BadInputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(meta, dict) or not meta:
         raise BadInputError(f"{path} must be an object of subsets, each with 'root', 'annotation' and 'repeat_time'")
-    return [_subset(path, name, entry) for name, entry in meta.items()]
+    files = ReleaseFiles(*([image_root] if image_root else []), path.parent)
+    return [_subset(path, name, entry, files) for name, entry in meta.items()]
 
 
-def _subset(path: Path, name: str, entry: object) -> Subset:
+def _subset(path: Path, name: str, entry: object, files: ReleaseFiles) -> Subset:
     where = f"{path}, subset '{name}'"
     if not isinstance(entry, dict):
         raise BadInputError(f"{where}: expected an object, found {type(entry).__name__}")
@@ -115,38 +151,85 @@ def _subset(path: Path, name: str, entry: object) -> Subset:
             raise BadInputError(f"{where}: key '{key}' is missing")
         if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
             raise BadInputError(f"{where}: key '{key}' has the wrong type, {type(entry[key]).__name__}")
-    if entry["repeat_time"] < 0:
+    if not 0 <= entry["repeat_time"] < float("inf"):
         raise BadInputError(f"{where}: repeat_time is {entry['repeat_time']}, expected 0 or more")
     max_tiles = entry.get("max_dynamic_patch")
     if max_tiles is not None and (not isinstance(max_tiles, int) or max_tiles < 1):
         raise BadInputError(f"{where}: max_dynamic_patch is {max_tiles!r}, expected a whole number of 1 or more")
-    annotation = path.parent / entry["annotation"]
-    if not annotation.is_file():
-        raise BadInputError(f"{where}: annotation file {annotation} does not exist")
-    return Subset(name, path.parent / entry["root"], annotation, float(entry["repeat_time"]), max_tiles)
+    annotation = files.text(entry["annotation"])
+    if annotation is None:
+        raise BadInputError(
+            f"{where}: annotation file {path.parent / entry['annotation']} does not exist, nor does it lie elsewhere "
+            f"below {path.parent} or in a zip archive there"
+        )
+    return Subset(name, files.pictures(entry["root"]), annotation, float(entry["repeat_time"]), max_tiles, entry)
+
+
+def read_subsets(data: str | Path, image_root: str | Path | None = None) -> list[Subset]:
+    """Return the subsets of a release's folder, of its meta.json, or of one JSONL file (one subset named after it).
+
+    Raises:
+        BadInputError: see `read_meta`; a folder holds no meta.json.
+    """
+    data = Path(data)
+    if data.is_dir():
+        found = [path for path in (data / "meta.json", *sorted(data.glob("*/meta.json"))) if path.is_file()]
+        if not found:
+            raise BadInputError(f"{data} holds no meta.json, so it is no MMPR release")
+        data = found[0]
+    if data.suffix == ".json":
+        return read_meta(data, image_root)
+    if not data.is_file():
+        raise BadInputError(f"data file '{data}' does not exist")
+    return [Subset(data.stem, ReleaseFiles(image_root or data.parent).pictures("."), data)]
+
+
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """Return the object of a JSONL line.
+
+    Raises:
+        RowError: it is no JSON object, or no text at all.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise RowError(f"the line has over {MAX_LINE_BYTES:,} bytes", where)
+    if b"\0" in line:
+        raise RowError(f"the line holds a NUL byte at column {line.index(0) + 1}", where)
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 text (byte {error.start + 1} of the line)", where) from error
+    except json.JSONDecodeError as error:
+        raise RowError(f"not valid JSON ({error.msg} at column {error.colno})", where) from error
+    except RecursionError as error:
+        raise RowError("not valid JSON (nested too deep)", where) from error
+    if not isinstance(row, dict):
+        raise RowError(f"expected a JSON object, found {type(row).__name__}", where)
+    return row
 
 
 def iter_pairs(data: str | Path, image_root: str | Path | None = None) -> Iterator[PairRow | RowError]:
-    """Yield the rows of a meta.json or of one JSONL file; an unusable row is yielded as its error.
+    """Yield the rows of training data; an unusable row is yielded as its error.
 
     Args:
-        data: `.json` is read as meta.json, anything else as JSONL.
+        data: a release (its meta.json or folder), one JSONL file, or MMPR as Parquet (a folder, a file, or a data set
+            on the Hub as `hub:OWNER/NAME[@REVISION][:CONFIG]`, see `mmpr_parquet`).
         image_root: folder of the images of a JSONL file; None means the folder the file is in.
 
     Raises:
-        BadInputError: a file is missing or unreadable, or a line is not JSON.
+        BadInputError: a file is missing or unreadable.
     """
-    data = Path(data)
-    if data.suffix == ".json":
-        subsets = read_meta(data)
-    else:
-        subsets = [Subset(data.stem, Path(image_root) if image_root else data.parent, data)]
-    for subset in subsets:
-        source, rule = split_subset_name(subset.name)
-        for where, row in iter_jsonl(subset.annotation):
-            row.setdefault("rule", rule)
+    from internvl_mpo.mmpr_parquet import is_parquet, iter_rows
+
+    if is_parquet(data):
+        yield from iter_rows(data)
+        return
+    for subset in read_subsets(data, image_root):
+        for number, (_, _, line) in enumerate(read_lines(subset.annotation), start=1):
+            if line.isspace():
+                continue
+            where = f"{subset.annotation}:{number}"
             try:
-                pair = PreferencePair.from_json(row, source=source, where=where)
+                pair = subset.pair(parse_line(line, where), where)
             except RowError as error:
                 yield error
                 continue

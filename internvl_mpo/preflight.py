@@ -223,6 +223,8 @@ class _ImageStats:
 
     def of(self, row: PairRow) -> str:
         """Return one text for all images of a pair."""
+        if not isinstance(row.image_root, (str, Path)):
+            return row.image_root.version
         return " ".join(self._one(os.path.join(row.image_root, name)) for name in row.pair.images)
 
     def _one(self, path: str) -> str:

@@ -29,7 +29,7 @@ def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
 
 
 def test_digits_of_the_test_split_are_in_no_training_picture(tmp_path):
-    one, other = (mini._Painter(tmp_path, seed) for seed in (0, 1))
+    one, other = (mini.Painter(tmp_path, seed) for seed in (0, 1))
     train, test = set(one.split["train"]), set(one.split["test"])
     assert not train & test
     assert len(train | test) == 1797

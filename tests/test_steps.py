@@ -207,6 +207,7 @@ def test_subset_names_tell_source_and_rule(name, expected):
 
 def test_meta_json_is_read_relative_to_itself(tmp_path):
     (tmp_path / "annotations").mkdir()
+    (tmp_path / "images").mkdir()
     (tmp_path / "annotations" / "a.jsonl").write_text(
         '{"image": "1.png", "question": "q", "chosen": "c", "rejected": "r"}\n'
         '{"image": "1.png", "question": "q", "chosen": "c", "rejected": "c"}\n'
