@@ -111,7 +111,7 @@ class PictureFolder:
     def __str__(self) -> str:
         return str(self.path or self.root)
 
-    @property
+    @cached_property
     def version(self) -> str:
         """Differs when an archive has another size."""
         return " ".join(str(part.stat().st_size) for archive in self.files.archives for part in archive.parts)
