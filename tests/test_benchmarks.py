@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from internvl_mpo.benchmarks import BENCHMARKS, llava_bench, load_benchmark, m3cot, mathvision, mathvista, mmvet, pope
 from internvl_mpo.benchmarks.common import Example, Score, bootstrap_interval
 from internvl_mpo.benchmarks.latex_value import latex_value
+from internvl_mpo.benchmarks.python_value import python_value
 from internvl_mpo.errors import BadInputError
 
 CASES = Path(__file__).parent / "cases"
@@ -60,6 +61,79 @@ def test_trap(name, case, rule):
         assert score.extracted == case["want"][rule], score.reason
     else:
         assert score.value == case["value"][rule], score.reason
+
+
+def example_of_verdict(name: str, gold: str, choices: list[str]) -> Example:
+    kind = name.partition("/")[2]
+    row = {
+        "pope": {"question_id": 1, "text": "?", "label": gold, "category": "random"},
+        "crpe": {"question_id": 1, "text": "?\nA. a\nB. b", "category": "subject", "correct_option": gold},
+        "m3cot": {"id": "1", "question": "?", "choices": choices, "answer": gold},
+        "mathvision": {"id": "1", "question": "?", "options": choices, "answer": gold},
+        "mathvista": {
+            "pid": "1",
+            "question": "?",
+            "choices": choices,
+            "answer": gold,
+            "question_type": "multi_choice" if choices else "free_form",
+            "answer_type": kind.rstrip("12"),
+            "precision": int(kind[-1]) if kind[-1:].isdigit() else None,
+        },
+    }
+    benchmark = name.partition("/")[0]
+    return load_benchmark(benchmark).examples([row[benchmark]])[0]
+
+
+def test_verdicts_of_the_original_programs_are_kept():
+    """The file holds replies of ours and what each original function said of them, run one at a time."""
+    different = []
+    for name, reply, gold, choices, verdicts in json.loads((CASES / "official.json").read_text(encoding="utf-8")):
+        example = example_of_verdict(name, gold, choices)
+        for rule, right in verdicts.items():
+            score = load_benchmark(name.partition("/")[0]).score(example, reply, rule)
+            if bool(score.value) != right:
+                different.append((name, rule, reply, gold, choices, right))
+    assert different == []
+
+
+def test_missing_answer_is_none_to_mathvista_upstream():
+    example = example_of_verdict("mathvista/text", "none", ["a", "none"])
+    assert mathvista.score(example, None, "official").value == 1.0
+    assert mathvista.score(example, None, "ours").value == 0.0
+
+
+@pytest.mark.parametrize("length", [4_001, 300_000])
+def test_option_closest_to_a_long_reply_is_the_one_of_the_table(length):
+    example = example_of_verdict("mathvista/text", "the cat", ["\u4e00 dog", "the cat", "7\u00b0", "cat eht"])
+    reply = ("a cat sat on the mat with a dog " * (length // 32 + 1))[:length]
+    scored = mathvista.score(example, reply, "official").extracted
+    lengths = {choice: mathvista._distance(reply, choice) for choice in example.choices}
+    assert lengths == {choice: length - held for choice, held in zip(example.choices, (4, 7, 0, 7), strict=True)}
+    assert scored == "the cat"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5 or 6", 5),
+        ("5^2", 7),
+        ("2*a", 6),
+        ("6 if 1 > 2 else 7", 7),
+        ("1 < 2 < 3", True),
+        ("not 0", True),
+        ("0 or 0 or 8", 8),
+        ("open('x')", None),
+        ("6,", None),
+        ("[6]", None),
+        ("'6'", None),
+        ("9**9**9", None),
+        ("1/0", None),
+        ("(" * 300 + "6" + ")" * 300, None),
+        ("\x00", None),
+    ],
+)
+def test_python_value(text, value):
+    assert python_value(text, {"a": 3}) == value
 
 
 # ------------------------------------------------------------------------------------------- published numbers

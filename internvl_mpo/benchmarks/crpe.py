@@ -86,7 +86,7 @@ def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode 
         letter, reason = (text, "one character") if len(text) == 1 else (None, "not exactly one character")
         gold = gold if len(gold) == 1 else ""
     else:
-        letter, reason = _vlmevalkit(first_marked_answer(text) if mode == "cot" else text, gold)
+        letter, reason = _vlmevalkit(first_marked_answer(text).strip() if mode == "cot" else text, gold)
     return Score(
         id=example.id,
         value=float(bool(gold) and letter == gold),
@@ -132,7 +132,6 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
 
 
 def _vlmevalkit(text: str, gold: str) -> tuple[str | None, str]:
-    text = text.strip()
     if not text:
         return None, "empty"
     if len(text) == 1 or text[0] in "ABCD":

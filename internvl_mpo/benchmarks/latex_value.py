@@ -22,14 +22,15 @@ MAX_BITS = 20_000
 
 _TOKEN = re.compile(
     r"""\s+
-      | (?P<number>\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)
-      | (?P<command>\\[a-zA-Z]+|\\[%{}|])
+      | (?P<number>[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)
+      | (?P<command>\\right\||\\[a-zA-Z]+|\\[%{}|\\])
       | (?P<letter>[a-zA-Z])
       | (?P<sign>[-+*/^_()\[\]{}|,;:<>=!&.'])
     """,
     re.VERBOSE,
 )
 _SPACING = re.compile(r"\\displaystyle|\\q?quad|\\,|[~$]")
+_OPERATOR = re.compile(r"\\operatorname\{(gcd|lcm)\}")
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma upsilon "
     "phi varphi chi psi omega"
@@ -59,12 +60,26 @@ _COMPARE: dict[str, Callable[[Number, Number], bool]] = {
     "\\geq": lambda a, b: a >= b,
 }
 _VALUELESS = {f"\\{name}" for name in _GREEK.split()} | {"\\infty"}
-_NAMED = {"\\log", "\\sqrt", *_FUNCTIONS}
-_NO_FACTOR = {"\\%", "\\}", "\\|", "\\rfloor", "\\ne", "\\neq", "\\rightarrow", "\\to", *_TIMES, *_OVER, *_COMPARE}
+_INVERSE = {name: f"\\arc{name[1:]}" for name in ("\\sin", "\\cos", "\\tan")}
+_NAMED = {"e", "\\log", "\\exp", "\\sqrt", *_FUNCTIONS}
+_IRRATIONAL = (_NAMED - {"\\sqrt"}) | {"\\pi", "\\tau", "\\lfloor"}
+_NO_FACTOR = {
+    "\\%",
+    "\\}",
+    "\\|",
+    "\\\\",
+    "\\right|",
+    "\\choose",
+    "\\rfloor",
+    "\\ne",
+    "\\neq",
+    "\\rightarrow",
+    "\\to",
+} | {*_TIMES, *_OVER, *_COMPARE}
 _COMMANDS = (
     {"\\frac", "\\dfrac", "\\tfrac", "\\sqrt", "\\pi", "\\tau", "\\log", "\\ln", "\\exp", "\\left", "\\right", "\\%"}
     | {"\\binom", "\\dbinom", "\\tbinom", "\\lfloor", "\\rfloor", "\\ne", "\\neq", "\\{", "\\}", "\\|", "\\rightarrow"}
-    | {"\\to", *_TIMES, *_OVER, *_COMPARE, *_VALUELESS, *_FUNCTIONS}
+    | {"\\\\", "\\right|", "\\choose", "\\gcd", "\\lcm", "\\to", *_TIMES, *_OVER, *_COMPARE, *_VALUELESS, *_FUNCTIONS}
 )
 
 
@@ -72,18 +87,22 @@ class _NoValue(Exception):
     """The text is no expression, or one without a number."""
 
 
-def latex_value(text: str, *, whole: bool = False) -> Number | None:
+def latex_value(text: str, *, whole: bool = False, rational: bool = False, a: Number | None = None) -> Number | None:
     """Return the value of an expression, or None.
 
     Args:
         text: LaTeX, dollar signs allowed.
         whole: refuse text after the expression and relations, which the official pair passes over.
+        rational: roots, pi, functions and factorials have no value, as where `math` is not imported.
+        a: value of the letter a, if it has one.
     """
-    text = _SPACING.sub(" ", text)
-    if not text.strip() or len(text) > MAX_CHARS:
+    if len(text) > MAX_CHARS:
+        return None
+    text = _OPERATOR.sub(r"\\\1", _SPACING.sub(" ", text))
+    if not text.strip():
         return None
     try:
-        parser = _Parser(text)
+        parser = _Parser(text, rational, a)
         value = parser.relation(whole)
         return value if math.isfinite(value) or isinstance(value, int) else None
     except (_NoValue, ArithmeticError, ValueError, TypeError):
@@ -93,8 +112,10 @@ def latex_value(text: str, *, whole: bool = False) -> Number | None:
 class _Parser:
     """Recursive descent over tokens that are read only as far as needed: an illegal character beyond does no harm."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, rational: bool, a: Number | None):
         self.text = text
+        self.rational = rational
+        self.a = a
         self.position = 0
         self.depth = 0
         self.token = ""
@@ -187,13 +208,16 @@ class _Parser:
         if self.token == "e":  # a power of e has a value in `math`, e itself has not
             self.advance()
             self.take("^")
-            return math.exp(self.exponent())
-        value = self.postfix(self.atom())
+            power = self.exponent()
+            if self.rational and power:
+                raise _NoValue
+            value: Number = math.exp(power)
+        else:
+            value = self.atom()
         while self.token == "^":
             self.advance()
             value = _power(value, self.exponent())
-            value = self.postfix(value)
-        return value
+        return self.postfix(value)
 
     def exponent(self) -> Number:
         if self.token == "{":
@@ -203,26 +227,33 @@ class _Parser:
         return self.atom()
 
     def postfix(self, value: Number) -> Number:
-        while self.token in ("!", "\\%", "'"):
-            sign = self.token
-            self.advance()
-            if sign == "!":
-                if not isinstance(value, int) or not 0 <= value <= 1000:
+        while self.token in ("!", "'"):
+            if self.token == "!":
+                if self.rational or not isinstance(value, int) or not 0 <= value <= 1000:
                     raise _NoValue
                 value = math.factorial(value)
-            elif sign == "\\%":
-                if self.starts_factor():  # read as a remainder upstream
-                    raise _NoValue
-                value = value / 100
+            self.advance()
+            if self.token == "^":  # no power of a factorial: the grammar stops here
+                self.token, self.kind = "", "end"
+                self.position = len(self.text)
+        if self.token == "\\%":  # a percent sign belongs to a number, anything else is a remainder upstream
+            raise _NoValue
         return value
 
     def atom(self) -> Number:
         token, kind = self.token, self.kind
+        if self.rational and token in _IRRATIONAL:
+            raise _NoValue
+        if token == "a" and self.a is not None:
+            self.advance()
+            return self.a
         if kind == "number":
             self.advance()
             exact = Fraction(token.replace(",", "") if token[0] != "." else f"0{token}")
             if self.token == "\\%":
                 self.advance()
+                if self.kind == "letter" and self.token != "e":
+                    raise _NoValue
                 return float(exact / 100)
             return exact.numerator if exact.denominator == 1 else float(exact)
         if token in _CLOSING:
@@ -243,6 +274,8 @@ class _Parser:
         if token == "\\sqrt":
             self.advance()
             degree = self.group("[") if self.token == "[" else None
+            if self.rational and degree in (None, 2):  # a third root is printed as a power upstream
+                raise _NoValue
             value = self.group("{")
             return math.sqrt(value) if degree is None else _power(value, 1 / degree)
         if token == "\\lfloor":
@@ -257,12 +290,23 @@ class _Parser:
                 self.advance()
                 base = self.exponent()
             return math.log(self.argument(), base)
+        if token == "\\exp":
+            self.advance()
+            power = self.argument()
+            if power == 1:  # upstream is left with e itself
+                raise _NoValue
+            return math.exp(power)
+        if token in ("\\gcd", "\\lcm"):
+            self.advance()
+            return self.common(math.gcd if token == "\\gcd" else math.lcm)
         if token in _FUNCTIONS:
             self.advance()
             power = None
             if self.token == "^":
                 self.advance()
                 power = self.exponent()
+                if power == -1 and token in _INVERSE:
+                    return _FUNCTIONS[_INVERSE[token]](self.argument())
             value = _FUNCTIONS[token](self.argument())
             return value if power is None else _power(value, power)
         raise _NoValue
@@ -270,6 +314,17 @@ class _Parser:
     def argument(self) -> Number:
         r"""In parentheses, or else the whole product that follows: \sin 2x/3 is the sine of 2x/3."""
         return self.group("(") if self.token == "(" else self.product(functions=False)
+
+    def common(self, join: Callable[..., int]) -> int:
+        self.take("(")
+        numbers = [self.sum()]
+        while self.token == ",":
+            self.advance()
+            numbers.append(self.sum())
+        self.take(")")
+        if not all(isinstance(number, int) for number in numbers):
+            raise _NoValue
+        return join(*numbers)
 
     def group(self, opening: str) -> Number:
         self.take(opening)

@@ -11,7 +11,9 @@ Rules
   box or phrase the whole reply is the answer, so "Final answer: 6" is wrong. The original hands replies to `eval`;
   `latex_value` gives the same verdicts without.
 - vlmevalkit (November 2024, no judge): the option inferred from the whole reply; free answers only if the whole reply
-  equals the gold answer as text or as a number within 1e-6.
+  equals the gold answer as text or as a number within 1e-6. Upstream evaluates both as Python first, so "5 or 6" is 5,
+  5^2 is 7 too, and "A" is any number: its variable a holds the gold value at that moment. `python_value` does the
+  arithmetic of that without running anything.
 - ours: the last marked or boxed answer; the strict option rule, or the same text or number (within 1e-6, units and
   degrees ignored). A two-decimal rounding of an irrational gold answer is not the answer.
 """
@@ -23,6 +25,7 @@ from typing import Any
 
 from internvl_mpo.benchmarks.common import (
     LETTERS,
+    SLOW_REPLY,
     Example,
     Mode,
     Rule,
@@ -34,6 +37,7 @@ from internvl_mpo.benchmarks.common import (
 )
 from internvl_mpo.benchmarks.extraction import choose_option, final_segment, quantity, vlmevalkit_option
 from internvl_mpo.benchmarks.latex_value import latex_value
+from internvl_mpo.benchmarks.python_value import python_value
 from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows
 from internvl_mpo.prompts import ask
 
@@ -42,6 +46,7 @@ TITLE = "MathVision MINI"
 HUB_ID = "MathLLMs/MathVision:testmini"
 RULES: tuple[Rule, ...] = ("ours", "official", "internvl", "vlmevalkit")
 MAX_NEW_TOKENS: Mapping[Mode, int] = {"direct": 4096, "cot": 4096}
+MAX_ELEMENTS = 64  # of a tuple; no gold answer has more than a few
 
 
 def examples(source: Source, image_root: str | Path | None = None) -> list[Example]:
@@ -74,7 +79,7 @@ def prompt(example: Example, mode: Mode) -> str:
 
 def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot") -> Score:
     """Return whether the answer is the gold answer; see the rules above."""
-    text = plain_text(answer)
+    text = plain_text(answer, SLOW_REPLY)
     if rule == "ours":
         right, extracted, reason = _ours(example, text)
     elif rule == "vlmevalkit":
@@ -210,7 +215,7 @@ def _official_equal(gold: str, given: str) -> bool:
 
 def _rounded_tuple(text: str) -> str:
     parts = text[1:-1].split(",")
-    if len(parts) < 2 or text[0] + text[-1] not in ("()", "[]"):
+    if not 2 <= len(parts) <= MAX_ELEMENTS or text[0] + text[-1] not in ("()", "[]"):
         return text
     rounded = []
     for part in parts:
@@ -237,12 +242,21 @@ def _vlmevalkit(example: Example, text: str) -> tuple[bool, str | None, str]:
 
 
 def _same_number(given: str, gold: str) -> bool:
+    """Equal as text, as Python's `eval` reads both, or as LaTeX; its variable `a` holds the gold value meanwhile."""
     if given == gold:
         return True
-    if re.search(r"[a-z\\]", gold.replace("\\frac", "")):  # roots and pi stay symbols upstream and never compare
+    wanted = python_value(gold)
+    if wanted is not None and _close(python_value(given, {"a": wanted}), wanted):
+        return True
+    wanted = latex_value(gold, rational=True)
+    return wanted is not None and _close(latex_value(given, rational=True, a=wanted), wanted)
+
+
+def _close(given: complex | None, wanted: complex) -> bool:
+    try:
+        return given is not None and abs(given - wanted) < 1e-6
+    except OverflowError:
         return False
-    values = latex_value(given.replace("**", "^")), latex_value(gold.replace("**", "^"))
-    return None not in values and abs(values[0] - values[1]) < 1e-6
 
 
 # ----------------------------------------------------------------------------------------------------------- ours

@@ -26,6 +26,8 @@ from typing import Any
 
 from internvl_mpo.benchmarks.common import (
     LETTERS,
+    MAX_REPLY,
+    SLOW_REPLY,
     Example,
     Mode,
     Rule,
@@ -120,7 +122,7 @@ def score(
     example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot", replies: Sequence[str] = ()
 ) -> Score:
     """Return whether the answer, or a judge's extraction of it, is the gold answer; see the rules above."""
-    text = replies[0].strip() if replies else plain_text(answer)
+    text = replies[0].strip() if replies else plain_text(answer, SLOW_REPLY if rule == "vlmevalkit" else MAX_REPLY)
     if rule == "ours":
         right, extracted, reason = _ours(example, text)
     elif rule == "vlmevalkit":
@@ -128,6 +130,8 @@ def score(
     else:
         if rule == "internvl" and mode == "cot":
             text = first_marked_answer(text)
+        if answer is None and rule == "official" and example.choices and not replies:
+            text = "None"  # upstream makes a text of it and takes the option closest to that
         extracted, reason = _official(example, text)
         right = extracted == example.answer
     return Score(id=example.id, value=float(right), extracted=extracted, reason=reason, groups=example.groups)
@@ -191,15 +195,11 @@ def _most_similar(text: str, choices: Sequence[str]) -> str:
 
 
 def _distance(text: str, choice: str) -> int:
-    """Levenshtein distance, a column of the table per character as bits of two integers (Myers 1999).
-
-    Of a text too long to be an extraction: its length less the characters of the choice it holds in order.
-    """
+    """Levenshtein distance, a column of the table per character as bits of two integers (Myers 1999)."""
     if not choice:
         return len(text)
     if len(text) > MAX_EXTRACTION:
-        rest = iter(text)
-        return len(text) - sum(character in rest for character in choice)
+        return _distance_of_long(text, choice)
     matches: dict[str, int] = {}
     for i, character in enumerate(choice):
         matches[character] = matches.get(character, 0) | 1 << i
@@ -214,6 +214,26 @@ def _distance(text: str, choice: str) -> int:
         plus = plus << 1 | 1
         up, down = (minus << 1 | ~(vertical | plus)) & mask, plus & vertical & mask
     return distance
+
+
+def _distance_of_long(text: str, choice: str) -> int:
+    """Levenshtein distance of a text far longer than the choice: its length less the characters they share in order.
+
+    A character of the choice that the text does not hold at all takes the place of any other. Where those it does hold
+    come in another order, only the beginning of the text is compared.
+    """
+    position = shared = 0
+    for character in choice:
+        found = text.find(character, position)
+        if found >= 0:
+            shared += 1
+            position = found + 1
+        elif character not in text:
+            position += 1
+        else:
+            beginning = text[:MAX_EXTRACTION]
+            return len(text) - max(shared, MAX_EXTRACTION - _distance(beginning, choice))
+    return len(text) - shared
 
 
 # ----------------------------------------------------------------------------------------------------- vlmevalkit

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.benchmarks.common import (
+    MAX_REPLY,
+    SLOW_REPLY,
     Example,
     Mode,
     Rule,
@@ -83,9 +85,9 @@ def prompt(example: Example, mode: Mode) -> str:
 
 def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot") -> Score:
     """Return whether the answer says what the label says; see the rules above."""
-    text = plain_text(answer)
+    text = plain_text(answer, SLOW_REPLY if rule == "vlmevalkit" else MAX_REPLY)
     if mode == "cot" and rule in ("internvl", "vlmevalkit"):
-        text = first_marked_answer(text)
+        text = first_marked_answer(text).strip()
     said, reason = _READERS[rule](text)
     return Score(
         id=example.id,
