@@ -132,6 +132,13 @@ class InternVLChatModel(PreTrainedModel, GenerationMixin):
         """The model without its output matrix; `model.base_model(...)` returns `last_hidden_state` and no logits."""
         return Headless(self)
 
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """Return the vision tower for "image" and "video", else the model itself, which has no text encoder.
+
+        transformers would ask `base_model`, a view of this very model, for ever; peft asks in mixed batches.
+        """
+        return self.vision_model if modality in ("image", "video") else self
+
     @property
     def img_context_token_id(self) -> int | None:
         """Id of `<IMG_CONTEXT>`; the official name of `config.image_token_id`."""

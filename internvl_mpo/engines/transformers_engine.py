@@ -43,6 +43,7 @@ class TransformersEngine:
         batch_size: replies generated at the same time.
         max_tiles: most crops of all pictures of a request together; None keeps the model's own limit.
         trust_remote_code: run the model code inside the folder instead of ours, which serves every InternVL 2 and 2.5.
+        four_bit: quantise the language model's weights while loading (bitsandbytes).
 
     Raises:
         BadInputError: the folder holds no model, or the device does not exist.
@@ -59,6 +60,7 @@ class TransformersEngine:
         batch_size: int = 32,
         max_tiles: int | None = None,
         trust_remote_code: bool = False,
+        four_bit: bool = False,
     ):
         self.model_id = str(model_path)
         self.batch_size = batch_size
@@ -75,10 +77,11 @@ class TransformersEngine:
                 model = AutoModel.from_pretrained(self.model_id, dtype=wanted, trust_remote_code=True)
             else:
                 self.processor = load_processor(self.model_id)
-                model = InternVLChatModel.from_pretrained(self.model_id, dtype=wanted)
-        except (OSError, ValueError) as error:
+                extra = _four_bit(wanted, self.device) if four_bit else {}
+                model = InternVLChatModel.from_pretrained(self.model_id, dtype=wanted, **extra)
+        except (OSError, ValueError, ImportError) as error:
             raise BadInputError(f"cannot load a model from {self.model_id}: {str(error).splitlines()[0]}") from error
-        self.model = model.to(self.device).eval()
+        self.model = (model if four_bit else model.to(self.device)).eval()
         self.revision = model_revision(self.model_id)
         self.max_tiles = max_tiles or self.processor.image_processor.max_dynamic_patch
         self.tokenizer = self.processor.tokenizer
@@ -274,6 +277,23 @@ class TransformersEngine:
         suppressed = suppressed.to(self.device)
         suppressed[self.stop_ids] = False
         return suppressed
+
+
+def _four_bit(dtype: Any, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for 4-bit weights.
+
+    The tower, the projector and the head stay as they are: they are small beside the language model and feel rounding
+    most.
+    """
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+        llm_int8_skip_modules=["vision_model", "mlp1", "output", "lm_head"],
+    )
+    return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
 def draw_tokens(logits_RV: torch.Tensor, sampling: Sampling, uniform_R: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,225 @@
+"""One loaded model that continues conversations token by token, all rows of a batch at the same time.
+
+    rows      R conversations, left-padded; row r may use the LoRA adapter or the bare base
+    put       called by transformers once per step with the R new tokens
+
+Every row draws from its own seed, as in `engines.transformers_engine`, so an answer does not depend on its neighbour.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from internvl_mpo.demo.conversation import Message
+from internvl_mpo.demo.pictures import Cutter
+from internvl_mpo.engines import Sampling
+from internvl_mpo.engines.transformers_engine import TransformersEngine, draw_tokens, load_processor
+from internvl_mpo.errors import BadInputError
+
+BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
+
+
+class ChatModel:
+    """A model of the InternVL family, with or without a LoRA adapter.
+
+    Args:
+        path: model folder or Hub id.
+        adapter: LoRA folder or Hub id; its weights are used for rows that ask for it.
+        device: "auto" (CUDA where there is one, else the CPU), or a torch device.
+        dtype: "auto" (as the config says on CUDA, float32 elsewhere), or a torch dtype name.
+        four_bit: quantise the weights while loading (bitsandbytes).
+
+    Raises:
+        BadInputError: there is no model or adapter, or the device does not exist.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        adapter: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        four_bit: bool = False,
+    ):
+        engine = _load(path, device, dtype, four_bit)
+        self.model, self.processor, self.tokenizer = engine.model, engine.processor, engine.tokenizer
+        self.device, self.revision = engine.device, engine.revision
+        self.stop_ids, self.suppressed = engine.stop_ids, engine.suppressed
+        self._stops = set(self.stop_ids.tolist())
+        self.cutter = Cutter.of(self.processor)
+        self.peft = _attach(self.model, adapter) if adapter else None
+
+    def generate(
+        self,
+        chats: Sequence[Sequence[Message]],
+        *,
+        sampling: Sampling,
+        seed: int,
+        max_tiles: int | None,
+        adapters: Sequence[str] | None = None,
+        put: Callable[[list[int]], None],
+        stop: threading.Event,
+    ) -> None:
+        """Continue every conversation; return when all have ended, are long enough, or `stop` is set.
+
+        Args:
+            chats: R conversations, each ending with the user.
+            sampling: how tokens are drawn.
+            seed: the same for every row.
+            max_tiles: most tiles of all pictures of a conversation together; None keeps the model's limit.
+            adapters: per row "__base__" or "default"; None without an adapter.
+            put: takes the R new tokens of a step; after a row has ended they mean nothing.
+            stop: ends the generation after the step that is running.
+        """
+        inputs = self._inputs(chats, max_tiles, adapters)
+        uniforms = None
+        if sampling.temperature > 0:
+            draw = torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+            uniforms = draw.to(self.device).expand(len(chats), -1)
+        mixed = {"adapter_names": list(adapters)} if adapters else {}
+        (self.peft or self.model).generate(
+            **inputs,
+            **mixed,
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=self.stop_ids.tolist(),
+            pad_token_id=int(self.stop_ids[0]),
+            logits_processor=[_Draw(sampling, uniforms, self.suppressed)],
+            streamer=_Steps(put),
+            stopping_criteria=[_Stopped(stop)],
+        )
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return tokens as text, without the end of the turn."""
+        return self.tokenizer.decode([token for token in tokens if not self.has_ended(token)]).strip()
+
+    def has_ended(self, token: int) -> bool:
+        """Return whether a token ends an answer."""
+        return token in self._stops
+
+    def _inputs(
+        self, chats: Sequence[Sequence[Message]], max_tiles: int | None, adapters: Sequence[str] | None
+    ) -> dict[str, Any]:
+        """Tokens of all rows; pictures are encoded once where all rows show the same."""
+        texts, images = [], []
+        for chat in chats:
+            messages = [{"role": message.role, "content": message.text} for message in chat]
+            texts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            images.append([picture for message in chat for picture in message.images])
+        most = max(len(row) for row in images)
+        settings = {"max_dynamic_patch": self.cutter.share(max_tiles, most)} if most else {}
+        opened = {id(picture): picture.open() for row in images for picture in row}
+        inputs = self.processor(
+            text=texts,
+            images=[[opened[id(picture)] for picture in row] for row in images] if most else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **settings,
+        ).to(self.device)
+        pixels = inputs.pop("pixel_values", None)
+        if pixels is not None:
+            pixels = pixels.to(self.model.dtype)
+            same = len(chats) > 1 and all([*map(id, row)] == [*map(id, images[0])] for row in images)
+            inputs["visual_features"] = self._features(pixels, len(chats) if same else 1, adapters)
+        return dict(inputs)
+
+    @torch.no_grad()
+    def _features(self, pixels: torch.Tensor, copies: int, adapters: Sequence[str] | None) -> torch.Tensor:
+        """Tiles as the language model gets them, (I, N, C); `copies` rows show the same pictures.
+
+        The adapters this package trains leave the vision tower alone, so both rows may share its work; one that does
+        not would make them see differently, and is refused when it is loaded.
+        """
+        distinct = pixels[: len(pixels) // copies]
+        if adapters:
+            with self.peft.disable_adapter():
+                features = self.model.extract_feature(distinct)
+        else:
+            features = self.model.extract_feature(distinct)
+        return features.repeat(copies, 1, 1)
+
+
+def _load(path: str, device: str, dtype: str, four_bit: bool) -> TransformersEngine:
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise BadInputError(f"device '{device}' is not there ({str(error).splitlines()[0]}); try auto") from error
+    return TransformersEngine(path, device=device, dtype=dtype, four_bit=four_bit)
+
+
+def _attach(model: Any, adapter: str) -> Any:
+    """Put a LoRA adapter beside the weights; the model itself answers as before wherever it is not asked for."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise BadInputError("an adapter needs peft; pip install 'internvl-mpo[demo]'") from error
+    try:
+        wrapped = PeftModel.from_pretrained(model, adapter).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInputError(f"cannot load the adapter {adapter}: {str(error).splitlines()[0]}") from error
+    towers = ("vision_model", "mlp1")
+    touched = [name for name, _ in wrapped.named_parameters() if "lora_" in name and any(t in name for t in towers)]
+    if touched:
+        raise BadInputError(
+            f"the adapter {adapter} changes {touched[0].split('.lora_')[0]}; only adapters on the language model can "
+            "share one batch with the base, so merge it and give it as --mpo"
+        )
+    return wrapped
+
+
+class _Steps(BaseStreamer):
+    """Hands the tokens of each step on; the first call of transformers carries the prompt."""
+
+    def __init__(self, put: Callable[[list[int]], None]):
+        self._put, self._is_prompt = put, True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+        else:
+            self._put(value.reshape(-1).tolist())
+
+    def end(self) -> None:
+        pass
+
+
+class _Stopped(StoppingCriteria):
+    """True for every row once the event is set."""
+
+    def __init__(self, stop: threading.Event):
+        self._stop = stop
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self._stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token per row: the likeliest, or the one that the row's uniform number falls on."""
+
+    def __init__(self, sampling: Sampling, uniforms: torch.Tensor | None, suppressed: torch.Tensor):
+        self._sampling, self._uniforms, self._suppressed = sampling, uniforms, suppressed
+        self._step = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.float().masked_fill(self._suppressed[: scores.shape[-1]], float("-inf"))
+        if self._uniforms is not None:
+            tokens = draw_tokens(scores, self._sampling, self._uniforms[:, self._step])
+            scores = torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
+        self._step += 1
+        return scores
+
+
+def load_cutter(path: str) -> Cutter:
+    """Return how a model cuts pictures, without loading its weights; InternVL2's way where there is no such folder."""
+    try:
+        return Cutter.of(load_processor(str(Path(path)) if Path(path).is_dir() else path))
+    except (OSError, ValueError):
+        return Cutter()

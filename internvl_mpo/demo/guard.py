@@ -1,0 +1,142 @@
+"""What no request may ask the server for, in front of everything else.
+
+Gradio fetches a web address or serves it through itself wherever a file is expected: `/file=http://...`, and
+`{"path": "http://..."}` in the data of a call. Here a picture is what a visitor uploads, nothing else, so such requests
+are refused before they are looked at, and bodies that are too large before they are read. Gradio itself refuses paths
+outside its temporary folder; they are refused here too, so that the answer does not depend on its version.
+"""
+
+import json
+import posixpath
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+_ADDRESS = ("http:", "https:", "ftp:", "file:", "//", "\\\\")
+MAX_DEPTH = 40
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        app: what comes behind.
+        uploads: the folder uploads are in; the only place a file of a request may be.
+        max_body_bytes: of a call. Uploads have a limit of their own, which Gradio enforces while it reads.
+        allow_addresses: let http(s) addresses through to the function that asked for them.
+        health: answers `/health`.
+    """
+
+    def __init__(
+        self,
+        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        uploads: str | Path,
+        max_body_bytes: int,
+        allow_addresses: bool = False,
+        health: Callable[[], dict[str, Any]] | None = None,
+    ):
+        self.app, self.uploads, self.max_body_bytes = app, Path(uploads).resolve(), max_body_bytes
+        self.allow_addresses, self.health = allow_addresses, health
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with a refusal."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = unquote(scope["path"])
+        if path == "/health" and self.health is not None:
+            await _answer(send, 200, self.health())
+            return
+        reason = self._refuse_path(path)
+        if reason:
+            await _answer(send, 403, {"detail": reason})
+            return
+        if scope["method"] == "POST" and not path.endswith("/upload"):
+            body, reason = await self._read(receive)
+            if reason:
+                await _answer(send, 413, {"detail": reason})
+                return
+            reason = self._refuse_body(body)
+            if reason:
+                await _answer(send, 403, {"detail": reason})
+                return
+            receive = _again(body, receive)
+        await self.app(scope, receive, send)
+
+    def _refuse_path(self, path: str) -> str | None:
+        for word in ("file=", "file/", "proxy="):
+            _, found, wanted = path.partition(f"/{word}")
+            if not found:
+                continue
+            wanted = unquote(unquote(wanted))
+            if word == "proxy=" or wanted.lower().lstrip("/ ").startswith(_ADDRESS):
+                return "addresses are not fetched"
+            if ".." in posixpath.normpath(wanted).split("/") or ".." in wanted.replace("\\", "/").split("/"):
+                return "paths with .. are not served"
+        return None
+
+    async def _read(self, receive: Receive) -> tuple[bytes, str | None]:
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return b"", "the client has gone"
+            part = message.get("body", b"")
+            size += len(part)
+            if size > self.max_body_bytes:
+                return b"", f"a call may have {self.max_body_bytes / 2**20:.0f} MB at most"
+            parts.append(part)
+            if not message.get("more_body"):
+                return b"".join(parts), None
+
+    def _refuse_body(self, body: bytes) -> str | None:
+        try:
+            return self._refuse(json.loads(body), 0) if body else None
+        except (ValueError, RecursionError):
+            return None  # no JSON: nothing that could name a file
+
+    def _refuse(self, value: Any, depth: int) -> str | None:
+        """A sentence for the first object that names a file the visitor has not uploaded."""
+        if depth > MAX_DEPTH:
+            return "the call is nested too deeply"
+        if isinstance(value, list):
+            return next((reason for item in value if (reason := self._refuse(item, depth + 1))), None)
+        if not isinstance(value, dict):
+            return None
+        if isinstance(value.get("path"), str) and not self._may_read(value["path"]):
+            return "only uploaded files are read; upload the picture first"
+        return next((reason for item in value.values() if (reason := self._refuse(item, depth + 1))), None)
+
+    def _may_read(self, path: str) -> bool:
+        if path.strip().lower().startswith(_ADDRESS):
+            return self.allow_addresses and path.lower().startswith(("http:", "https:"))
+        try:
+            return Path(path).resolve().is_relative_to(self.uploads)
+        except (OSError, ValueError):
+            return False
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body that was already read, then goes on as before."""
+    given = False
+
+    async def once() -> dict[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return once
+
+
+async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,486 @@
+"""The page: two panes that stream, controls, votes, a link to share, the benchmark browser, and the API.
+
+The only file of the demo that imports Gradio. What a button does is in `service`, `votes`, `sharing` and `browser`;
+what is shown is made in `show` from a `Conversation`, so every way to the same state looks the same.
+"""
+
+import contextlib
+import functools
+import html
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from internvl_mpo.demo import browser, show
+from internvl_mpo.demo.backends import Backend
+from internvl_mpo.demo.conversation import SIDES, STYLE_NAMES, Conversation, safe_markdown
+from internvl_mpo.demo.examples import Example
+from internvl_mpo.demo.guard import Guard
+from internvl_mpo.demo.service import Service
+from internvl_mpo.demo.settings import DemoSettings
+from internvl_mpo.demo.sharing import Shelf
+from internvl_mpo.demo.votes import VoteBox
+from internvl_mpo.errors import BadInputError
+
+LATEX = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+    {"left": "$", "right": "$", "display": False},
+]
+QUEUE = "model"  # page and API wait in one line
+STYLE_SHEET = Path(__file__).with_name("style.css")
+EMPTY = {"text": "", "files": []}
+VOTE_LABELS = {"left": "👈 A is better", "right": "B is better 👉", "tie": "Tie", "both_bad": "Both bad"}
+PRIVACY = (
+    "A vote stores the question, its pictures and both answers as training data of the next round; a shared link "
+    "stores the conversation. Nothing else is kept."
+)
+PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
+AT_ONCE = {**PRIVATE, "queue": False}
+
+
+class Page:
+    """The demo with its parts.
+
+    Args:
+        backend: who answers.
+        votes: where votes go.
+        shelf: where shared conversations go.
+        settings: of the program.
+        examples: the gallery.
+        uploads: Gradio's temporary folder.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        votes: VoteBox,
+        shelf: Shelf,
+        settings: DemoSettings,
+        examples: Sequence[Example],
+        uploads: Path,
+    ):
+        self.backend, self.votes, self.shelf = backend, votes, shelf
+        self.settings, self.examples = settings, examples
+        self.service = Service(backend, settings.limits, uploads, settings.max_new_tokens, settings.allow_image_urls)
+        self.runs = browser.find_runs(settings.runs)
+        self._in_line = {"concurrency_id": QUEUE, "concurrency_limit": settings.concurrency or backend.concurrency}
+
+    def build(self) -> gr.Blocks:
+        """Return the Gradio app."""
+        with gr.Blocks(
+            title="InternVL: base and MPO side by side",
+            analytics_enabled=False,
+            delete_cache=(600, 1800),
+            fill_width=True,
+        ) as blocks:
+            gr.HTML(
+                "<h1>Base and MPO think side by side</h1><p class='muted'>Ask about a picture. The same question goes "
+                "to InternVL before and after Mixed Preference Optimization.</p>",
+                elem_id="title",
+            )
+            with gr.Tabs():
+                with gr.Tab("Ask", id="ask"):
+                    self._build_ask(blocks)
+                with gr.Tab("Benchmarks", id="benchmarks"):
+                    self._build_browser(blocks)
+            gr.api(self.compare, api_name="compare", **self._in_line)
+            blocks.unload(self._leave)
+        return blocks
+
+    # --- the first tab ------------------------------------------------------------------------------------------------
+
+    def _build_ask(self, blocks: gr.Blocks) -> None:
+        settings = self.settings
+        most_tiles = settings.max_tiles or self.backend.cutter().max_tiles
+        conversation, drawn = gr.State(Conversation(), time_to_live=6 * 3600), gr.State(None)
+
+        with gr.Row(equal_height=True, elem_id="panes"):
+            heads, panes, speeds = zip(*(self._build_pane(position) for position in (0, 1)), strict=True)
+        agreement = gr.HTML(show.agreement_html(None, False), elem_id="agreement")
+        with gr.Row(elem_id="votes"):
+            buttons = {
+                verdict: gr.Button(label, size="sm", interactive=False, elem_id=f"vote-{verdict}")
+                for verdict, label in VOTE_LABELS.items()
+            }
+        voted = gr.HTML(show.status_html(""), elem_id="vote-status")
+        box = gr.MultimodalTextbox(
+            elem_id="box",
+            label="Your question",
+            show_label=False,
+            placeholder="Ask about a picture: type, paste or drop pictures here, press Enter",
+            file_types=["image"],
+            file_count="multiple",
+            sources=["upload"],
+            max_lines=8,
+            autofocus=True,
+        )
+        with gr.Row(elem_id="actions"):
+            stop = gr.Button("Stop", size="sm", interactive=False, variant="stop", elem_id="stop")
+            retry = gr.Button("Retry", size="sm", interactive=False, elem_id="retry")
+            clear = gr.Button("Clear", size="sm", elem_id="clear")
+            share = gr.Button("Share link", size="sm", elem_id="share")
+        link = gr.Textbox(visible=False, label="Link to this conversation", elem_id="link", buttons=["copy"])
+        with gr.Accordion("How to ask", open=False, elem_id="controls"):
+            with gr.Row():
+                style = gr.Radio(
+                    [(name, key) for key, name in STYLE_NAMES.items()],
+                    value=settings.style,
+                    label="Prompt",
+                    info="The instruction put around your question",
+                    elem_id="style",
+                )
+                blind = gr.Checkbox(
+                    settings.blind,
+                    label="Blind",
+                    info="Hide and shuffle the sides of the next conversation",
+                    elem_id="blind",
+                )
+            with gr.Row():
+                temperature = gr.Slider(
+                    0, 1.5, settings.temperature, step=0.05, label="Temperature", info="0 is greedy"
+                )
+                length = gr.Slider(
+                    1,
+                    settings.max_new_tokens,
+                    min(512, settings.max_new_tokens),
+                    step=1,
+                    label="Longest answer",
+                    info="Tokens",
+                )
+                tiles = gr.Slider(1, most_tiles, most_tiles, step=1, label="Tiles", info="All pictures together")
+                seed = gr.Number(0, precision=0, label="Seed", minimum=0, info="Of the draw", elem_id="seed")
+        with gr.Accordion("How the pictures are cut", open=False, elem_id="cut"):
+            cut = gr.HTML(show.tiles_html(self.backend.cutter(), [], most_tiles), elem_id="tiles")
+        with gr.Accordion("Camera", open=False, elem_id="camera"):
+            photo = gr.Image(sources=["webcam"], type="filepath", label="Take a picture", height=280, format="png")
+        if self.examples:
+            gr.Examples(
+                [[{"text": one.question, "files": list(one.images)}, one.style] for one in self.examples],
+                [box, style],
+                example_labels=[one.title for one in self.examples],
+                examples_per_page=20,
+                label="Examples",
+                elem_id="examples",
+                api_visibility="private",
+            )
+        gr.HTML(f"<p class='muted'>{PRIVACY}</p>", elem_id="privacy")
+
+        controls = [style, temperature, length, tiles, seed]
+        view = [*panes, *heads, *speeds, agreement, *buttons.values(), stop, retry]
+
+        def tidy() -> list[Any]:
+            return [show.status_html(""), gr.Textbox(visible=False)]
+
+        for event in (
+            box.submit(self._begin, [box, conversation, *controls, blind], [box, *view], **AT_ONCE),
+            retry.click(self._retry, [conversation, *controls], [seed, *view], **AT_ONCE),
+        ):
+            event.success(tidy, None, [voted, link], **AT_ONCE).success(
+                self._answer, conversation, view, **PRIVATE, **self._in_line
+            )
+        stop.click(self._stop, None, None, **AT_ONCE)
+        clear.click(self._clear, blind, [conversation, box, *view], **AT_ONCE).then(
+            tidy, None, [voted, link], **AT_ONCE
+        )
+        share.click(self._share, conversation, link, **AT_ONCE)
+        for verdict, button in buttons.items():
+            button.click(functools.partial(self._vote, verdict), conversation, [voted, *view], **AT_ONCE)
+        for changed in (box.change, tiles.release):
+            changed(self._preview, [box, tiles, drawn], [cut, drawn], trigger_mode="always_last", **AT_ONCE)
+        photo.change(self._add_photo, [photo, box], [box, photo], **AT_ONCE)
+        blocks.load(self._open, None, [conversation, *view], **AT_ONCE)
+
+    def _build_pane(self, position: int) -> tuple[gr.HTML, gr.Chatbot, gr.HTML]:
+        letter = "ab"[position]
+        start = Conversation()
+        start.restart(self.settings.blind)
+        with gr.Column(min_width=320):
+            head = gr.HTML(show.head_html(start, position, self._models()), elem_id=f"head-{letter}")
+            pane = gr.Chatbot(
+                elem_id=f"chat-{letter}",
+                label=f"Answers of {letter.upper()}",
+                show_label=False,
+                height="max(300px, min(50vh, 620px))",
+                latex_delimiters=LATEX,
+                buttons=["copy"],
+                feedback_options=None,
+                placeholder="Ask below, or take one of the examples.",
+                allow_tags=False,
+            )
+            speed = gr.HTML(show.speed_html(None), elem_id=f"speed-{letter}")
+        return head, pane, speed
+
+    def _view(self, conversation: Conversation, running: bool = False, voted: bool = False) -> list[Any]:
+        """Values of every output that shows the conversation, in the order of `view` above."""
+        turn = conversation.turns[-1] if conversation.turns else None
+        can_vote = bool(turn and turn.is_finished and not running and not voted)
+        can_vote = can_vote and all(answer.text for answer in turn.answers.values())
+        return [
+            *(show.chat_messages(conversation, side) for side in conversation.order),
+            *(show.head_html(conversation, position, self._models()) for position in (0, 1)),
+            *(show.speed_html(turn.answers[side] if turn else None) for side in conversation.order),
+            show.agreement_html(turn, running),
+            *(gr.Button(interactive=can_vote) for _ in VOTE_LABELS),
+            gr.Button(interactive=running),
+            gr.Button(interactive=bool(turn) and not running),
+        ]
+
+    def _models(self) -> dict[str, str]:
+        return {side: name.model for side, name in self.backend.names().items()}
+
+    def _begin(
+        self,
+        message: Any,
+        conversation: Conversation,
+        style: str,
+        temperature: float,
+        length: float,
+        tiles: float,
+        seed: float | None,
+        blind: bool,
+        request: gr.Request,
+    ) -> list[Any]:
+        message = message or EMPTY
+        with toasts():
+            controls = self.service.controls(style, temperature, length, tiles, seed)
+            asked = message["text"], message["files"]
+            self.service.begin(request.session_hash, conversation, *asked, controls, blind)
+        return [EMPTY, *self._view(conversation, running=True)]
+
+    def _retry(
+        self,
+        conversation: Conversation,
+        style: str,
+        temperature: float,
+        length: float,
+        tiles: float,
+        seed: float | None,
+        request: gr.Request,
+    ) -> list[Any]:
+        with toasts():
+            controls = self.service.controls(style, temperature, length, tiles, seed)
+            used = self.service.retry(request.session_hash, conversation, controls)
+        return [used.seed, *self._view(conversation, running=True)]
+
+    def _answer(self, conversation: Conversation, request: gr.Request) -> Iterator[list[Any]]:
+        for _ in self.service.answer(request.session_hash, conversation):
+            yield self._view(conversation, running=not conversation.turns[-1].is_finished)
+        for error in dict.fromkeys(a.error for a in conversation.turns[-1].answers.values() if a.error):
+            gr.Warning(html.escape(error), title="No complete answer")
+
+    def _stop(self, request: gr.Request) -> None:
+        self.service.stop(request.session_hash)
+
+    def _clear(self, blind: bool, request: gr.Request) -> list[Any]:
+        conversation = self.service.clear(request.session_hash, blind)
+        return [conversation, EMPTY, *self._view(conversation)]
+
+    def _leave(self, request: gr.Request) -> None:
+        self.service.leave(request.session_hash)
+
+    def _vote(self, verdict: str, conversation: Conversation) -> list[Any]:
+        with toasts():
+            said = self.votes.cast(conversation, verdict, self.backend.names())
+        conversation.revealed = True
+        return [show.status_html(said), *self._view(conversation, voted=True)]
+
+    def _share(self, conversation: Conversation, request: gr.Request) -> Any:
+        with toasts():
+            name = self.shelf.store(conversation)
+        root = str(request.request.url).partition("/gradio_api")[0]
+        kept = f"Stored on this server for {self.settings.shared_days:g} days; whoever has the link can read it."
+        return gr.Textbox(value=f"{root}/?c={name}", visible=True, info=kept)
+
+    def _open(self, request: gr.Request) -> list[Any]:
+        """Show the shared conversation that a page's address names; leave a page without one alone."""
+        name = request.query_params.get("c")
+        if name:
+            try:
+                conversation = self.shelf.open(name)
+                return [conversation, *self._view(conversation)]
+            except BadInputError as error:
+                gr.Warning(str(error))
+        return [gr.skip()] * (1 + len(self._view(Conversation())))
+
+    def _add_photo(self, photo: str | None, message: Any) -> tuple[Any, None]:
+        if photo is None:
+            return gr.skip(), None
+        message = message or EMPTY
+        return {"text": message["text"], "files": [*message["files"], photo]}, None
+
+    def _preview(self, message: Any, max_tiles: int, drawn: Any) -> tuple[Any, Any]:
+        """Draw the tiles of the pictures in the box, if these or the limit have changed since it was drawn."""
+        wanted = (tuple((message or EMPTY)["files"]), int(max_tiles))
+        if wanted == drawn or (drawn is None and not wanted[0]):
+            return gr.skip(), gr.skip()
+        try:
+            pictures = self.service.preview(wanted[0])
+        except BadInputError as error:
+            return f"<p class='muted'>{html.escape(str(error))}</p>", wanted
+        return show.tiles_html(self.backend.cutter(), pictures, int(max_tiles)), wanted
+
+    # --- the API ------------------------------------------------------------------------------------------------------
+
+    def compare(
+        self,
+        question: str,
+        images: list[str | dict] | None = None,
+        style: Literal["cot", "direct", "r1", "plain"] = "cot",
+        temperature: float = 0.0,
+        max_new_tokens: int = 512,
+        max_tiles: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[dict[str, Any]]:
+        """Ask base and MPO the same question and return both answers.
+
+        Args:
+            question: the text.
+            images: uploaded files (`gradio_client.handle_file`) or `data:image/...;base64,...` texts.
+            style: cot (step by step), direct (a word or phrase), r1 (thinks first), plain (as it stands).
+            temperature: 0 is greedy.
+            max_new_tokens: longest answer.
+            max_tiles: most tiles of all pictures together; empty is the model's own limit.
+            seed: of the draw, where temperature is above 0.
+
+        Returns:
+            {"base": {"text", "final_answer", "num_tokens", "tokens_per_s", "first_token_s", "finish_reason", "model"},
+            "mpo": the same, "agreement": "same", "different" or "unknown"}; partial ones while the answers grow.
+        """
+        with toasts():
+            if not isinstance(question, str) or not isinstance(images or [], list):
+                raise BadInputError("question must be text and images a list")
+            limit = max_tiles or self.settings.max_tiles or self.backend.cutter().max_tiles
+            controls = self.service.controls(style, temperature, max_new_tokens, limit, seed)
+            yield from self.service.compare(question, images or [], controls)
+
+    # --- the second tab -----------------------------------------------------------------------------------------------
+
+    def _build_browser(self, blocks: gr.Blocks) -> None:
+        names = list(self.runs)
+        if len(names) < 2:
+            gr.Markdown(
+                "Give two runs of `evaluate_mpo.py` with `--runs FOLDER,FOLDER` (or one folder that holds both), and "
+                "page here through the questions on which they differ."
+            )
+            return
+        first_run = "start" if "start" in names else names[0]
+        second_run = next(name for name in ("mpo", *reversed(names)) if name in names and name != first_run)
+        with gr.Row():
+            first = gr.Dropdown(names, value=first_run, label="First run")
+            second = gr.Dropdown(names, value=second_run, label="Second run")
+            task = gr.Dropdown([], label="Benchmark and mode")
+            which = gr.Dropdown([(text, key) for key, text in browser.FILTERS.items()], value="differ", label="Show")
+        with gr.Row(elem_id="bench-steps"):
+            before = gr.Button("← Previous", size="sm", elem_id="bench-previous")
+            number = gr.Number(1, precision=0, minimum=1, label="Question", show_label=False, elem_id="bench-number")
+            after = gr.Button("Next →", size="sm", elem_id="bench-next")
+        where = gr.HTML(elem_id="bench-where")
+        question = gr.HTML(elem_id="bench-question")
+        verdicts, answers = [], []
+        with gr.Row():
+            for letter in "ab":
+                with gr.Column(min_width=320):
+                    verdicts.append(gr.HTML(elem_id=f"bench-verdict-{letter}"))
+                    answers.append(
+                        gr.Markdown(latex_delimiters=LATEX, container=True, elem_id=f"bench-answer-{letter}")
+                    )
+        chosen, shown = [first, second, task, which, number], [number, where, question, *verdicts, *answers]
+        for choose in (first.input, second.input, blocks.load):
+            choose(self._bench_tasks, [first, second], task, **AT_ONCE).then(self._bench_show, chosen, shown, **AT_ONCE)
+        for choose in (task.input, which.input):
+            choose(self._bench_show, chosen, shown, **AT_ONCE)
+        for move, step in ((number.submit, 0), (before.click, -1), (after.click, 1)):
+            move(functools.partial(self._bench_show, step=step), chosen, shown, **AT_ONCE)
+
+    def _bench_tasks(self, first: str, second: str) -> Any:
+        with toasts():
+            names = browser.tasks(self.runs[first], self.runs[second])
+        preferred = next((name for name in names if name.endswith("/cot")), names[0] if names else None)
+        return gr.Dropdown(choices=names, value=preferred)
+
+    def _bench_show(
+        self, first: str, second: str, task: str | None, which: str, number: float | None, step: int = 0
+    ) -> list[Any]:
+        with toasts():
+            selection = browser.select(self.runs[first], self.runs[second], task or "", which)
+        count = len(selection.entries)
+        if not count:
+            return [1, f"<p class='muted'>None of {selection.total} questions.</p>", *[""] * (1 + 2 * len(SIDES))]
+        number = min(max(1, int(number or 1) + step), count)
+        entry = selection.entries[number - 1]
+        return [
+            number,
+            f"<p class='muted' role='status'>Question {number} of {count}, {selection.total} in all</p>",
+            browser.question_html(entry),
+            *(browser.verdict_html(entry, side, name) for side, name in enumerate((first, second))),
+            *(safe_markdown(row["answer"] or "no answer") for row in entry.rows),
+        ]
+
+
+@contextlib.contextmanager
+def toasts() -> Iterator[None]:
+    """Show what a visitor can put right as a toast; a program gets the sentence as its error."""
+    try:
+        yield
+    except BadInputError as error:
+        raise gr.Error(html.escape(str(error), quote=False), title="Please check", print_exception=False) from error
+
+
+def launch(page: Page) -> tuple[gr.Blocks, str]:
+    """Start the server in threads of its own and return the app and its address.
+
+    Raises:
+        BadInputError: the port is taken, or MCP is asked for and not installed.
+    """
+    settings, limits = page.settings, page.service.limits
+    blocks = page.build()
+    blocks.queue(default_concurrency_limit=8)  # no max_size: nobody who waits is turned away
+    guard = Middleware(
+        Guard,
+        uploads=page.service.uploads,
+        max_body_bytes=limits.max_images * (limits.max_bytes * 4 // 3 + 4096) + (1 << 20),
+        allow_addresses=settings.allow_image_urls,
+        health=page.backend.activity.as_dict,
+    )
+    try:
+        _, url, _ = blocks.launch(
+            server_name=settings.host,
+            server_port=settings.port or _free_port(settings.host),
+            max_file_size=limits.max_bytes,
+            allowed_paths=sorted({str(Path(path).parent) for one in page.examples for path in one.images}),
+            app_kwargs={"middleware": [guard]},
+            mcp_server=settings.mcp or None,
+            theme=gr.themes.Soft(
+                primary_hue="blue",
+                neutral_hue="slate",
+                radius_size="md",
+                spacing_size="sm",
+                font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+                font_mono=["ui-monospace", "Consolas", "monospace"],
+            ),
+            css=STYLE_SHEET.read_text(encoding="utf-8"),
+            ssr_mode=False,
+            footer_links=["api", "settings"],
+            show_error=True,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise BadInputError(
+            f"port {settings.port} on {settings.host} cannot be used; give another --port, or 0 for a free one"
+        ) from error
+    except ImportError as error:
+        raise BadInputError(f"--mcp needs more packages ({error}); pip install 'gradio[mcp]'") from error
+    return blocks, url
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]

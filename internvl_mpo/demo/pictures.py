@@ -1,0 +1,223 @@
+"""Uploads in, checked pictures out; and how a picture is cut into tiles, drawn and counted."""
+
+import base64
+import binascii
+import contextlib
+import io
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from internvl_mpo.errors import BadInputError
+from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid, to_rgb
+
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+)  # what browsers show; every decoder more is a risk more
+THUMBNAIL_PIXELS = 480
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a visitor may send: bytes and pixels of one picture, pictures of one conversation."""
+
+    max_bytes: int = 10 << 20
+    max_pixels: int = 25_000_000
+    max_images: int = 8
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture held in memory: PNG without any metadata, upright, 8-bit RGB."""
+
+    png: bytes
+    width: int
+    height: int
+
+    def open(self) -> Image.Image:
+        """Return the pixels."""
+        return Image.open(io.BytesIO(self.png))
+
+    def thumbnail(self, pixels: int = THUMBNAIL_PIXELS) -> str:
+        """Return a small copy as a data URI; small pictures are enlarged in whole steps, so that they can be seen."""
+        image = self.open().convert("RGB")
+        if max(image.size) > pixels:
+            image.thumbnail((pixels, pixels))
+        elif max(image.size) < 160:
+            times = 160 // max(image.size) + 1
+            image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+        return data_uri(image)
+
+
+def read_picture(content: bytes, name: str, limits: Limits) -> Picture:
+    """Check a picture and return it upright, in RGB, without metadata (a photo's place and time stay with its owner).
+
+    Size and format are read from the header before any pixel is decoded.
+
+    Raises:
+        BadInputError: it is too large, damaged, or no picture at all.
+    """
+    if len(content) > limits.max_bytes:
+        raise BadInputError(f"{name} has {len(content) / 2**20:.1f} MB; at most {limits.max_bytes / 2**20:g} MB please")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            width, height = opened.size
+            if width * height > limits.max_pixels:
+                raise BadInputError(
+                    f"{name} has {width} x {height} pixels; at most {limits.max_pixels / 1e6:g} megapixels please"
+                )
+            image = to_rgb(opened)
+    except BadInputError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInputError(f"{name} is not a picture that can be read; PNG, JPEG, WebP, GIF and BMP are") from error
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return Picture(buffer.getvalue(), *image.size)
+
+
+def take_uploads(paths: list[str], limits: Limits) -> tuple[Picture, ...]:
+    """Read uploaded files into memory; once all are good, delete them from the disk.
+
+    Raises:
+        BadInputError: one of them is not acceptable; then all stay, since the visitor's box still shows them.
+    """
+    pictures = tuple(read_upload(path, limits) for path in paths)
+    for path in map(Path, paths):
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # an upload of the same content shares the folder
+            path.parent.rmdir()
+    return pictures
+
+
+def read_upload(path: str, limits: Limits) -> Picture:
+    """Read an uploaded file.
+
+    Raises:
+        BadInputError: it is gone, too large, or no picture.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > limits.max_bytes:
+            raise BadInputError(f"{path.name} is larger than {limits.max_bytes / 2**20:g} MB")
+        return read_picture(path.read_bytes(), path.name, limits)
+    except OSError as error:
+        raise BadInputError(f"{path.name} is no longer here; please add it again") from error
+
+
+def read_data_uri(text: str, limits: Limits) -> Picture:
+    """Return the picture in `data:image/...;base64,...` or in bare base64.
+
+    Raises:
+        BadInputError: it is not one, or too large.
+    """
+    head, comma, body = text.partition(",")
+    if comma and not (head.startswith("data:image/") and head.endswith(";base64")):
+        raise BadInputError(f"'{text[:40]}' is no picture; give data:image/...;base64,... or an uploaded file")
+    if len(text) > limits.max_bytes * 4 // 3 + 100:
+        raise BadInputError(f"a picture is larger than {limits.max_bytes / 2**20:g} MB")
+    try:
+        content = base64.b64decode(body if comma else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadInputError(
+            f"'{text[:40]}' is no picture; give data:image/...;base64,... or an uploaded file"
+        ) from error
+    return read_picture(content, "the picture", limits)
+
+
+def fetch_picture(address: str, limits: Limits) -> Picture:
+    """Fetch a picture from a public http(s) address.
+
+    Gradio's client looks names up itself and connects to what it found only if that is a public network, redirects
+    included, so no address of this machine or its neighbours can be reached.
+
+    Raises:
+        BadInputError: nothing acceptable came.
+    """
+    from gradio.processing_utils import ssrf_protected_download
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = ssrf_protected_download(address, folder)
+        except Exception as error:
+            raise BadInputError(f"{address} could not be fetched") from error
+        return read_upload(path, limits)
+
+
+def data_uri(image: Image.Image) -> str:
+    """Return an image as a data URI: PNG where few colours make it small, else JPEG."""
+    buffer = io.BytesIO()
+    if image.getcolors(256) is not None:
+        image.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image.convert("RGB").save(buffer, "JPEG", quality=85)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """How a model cuts pictures.
+
+    Attributes:
+        side: of a tile in pixels.
+        num_image_token: tokens a tile costs.
+        min_tiles, max_tiles: per picture, thumbnail not counted.
+        thumbnail: whether the whole picture is added as a last tile if there is more than one.
+    """
+
+    side: int = 448
+    num_image_token: int = 256
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
+
+    @classmethod
+    def of(cls, processor) -> "Cutter":
+        """Return the cutter of an `InternVLChatProcessor`."""
+        images = processor.image_processor
+        return cls(
+            side=images.size["height"],
+            num_image_token=processor.num_image_token,
+            min_tiles=images.min_dynamic_patch,
+            max_tiles=images.max_dynamic_patch if images.dynamic_image_size else 1,
+            thumbnail=images.use_thumbnail,
+        )
+
+    def share(self, max_tiles: int | None, num_images: int) -> int:
+        """Return the tiles each of several pictures may have, of a limit that they share."""
+        return max(self.min_tiles, (max_tiles or self.max_tiles) // max(1, num_images))
+
+    def grid(self, picture: Picture, limit: int) -> tuple[int, int]:
+        """Return (columns, rows)."""
+        return best_grid(picture.width, picture.height, self.min_tiles, limit, self.side)
+
+    def num_tiles(self, picture: Picture, limit: int) -> int:
+        """Return the tiles of a picture, the thumbnail included."""
+        columns, rows = self.grid(picture, limit)
+        return columns * rows + (self.thumbnail and columns * rows > 1)
+
+    def draw(self, picture: Picture, limit: int, tile_pixels: int = 96, gap: int = 4) -> Image.Image:
+        """Return the tiles as the model gets them, apart from each other, the thumbnail at the right."""
+        columns, rows = self.grid(picture, limit)
+        tile_pixels = max(28, min(tile_pixels, 720 // (columns + 1)))
+        pixels = picture.open().convert("RGB").resize((columns * tile_pixels, rows * tile_pixels))
+        has_thumbnail = self.thumbnail and columns * rows > 1
+        width = columns * (tile_pixels + gap) - gap + (tile_pixels + 4 * gap if has_thumbnail else 0)
+        sheet = Image.new("RGBA", (width, rows * (tile_pixels + gap) - gap))
+        for row in range(rows):
+            for column in range(columns):
+                left, top = column * tile_pixels, row * tile_pixels
+                tile = pixels.crop((left, top, left + tile_pixels, top + tile_pixels))
+                sheet.paste(tile, (column * (tile_pixels + gap), row * (tile_pixels + gap)))
+        if has_thumbnail:
+            sheet.paste(pixels.resize((tile_pixels, tile_pixels)), (width - tile_pixels, 0))
+        return sheet

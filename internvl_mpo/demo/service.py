@@ -1,0 +1,259 @@
+"""What a visitor can do: ask, stop, ask again, clear, leave, and the same for programs. Knows nothing of the page.
+
+A visitor's conversation lives in the page's session; here is only what must be known across calls: whether an answer
+is being written for a page, and the event that ends it.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from internvl_mpo.demo.backends import Backend, Question
+from internvl_mpo.demo.conversation import (
+    SIDES,
+    Answer,
+    Controls,
+    Conversation,
+    Turn,
+    check_question,
+    split_answer,
+)
+from internvl_mpo.demo.pictures import (
+    SUFFIXES,
+    Limits,
+    Picture,
+    fetch_picture,
+    read_data_uri,
+    read_upload,
+    take_uploads,
+)
+from internvl_mpo.errors import BadInputError
+
+
+@dataclass
+class Session:
+    """One open page."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    is_running: bool = False
+    conversation: Conversation | None = None
+
+    def start(self, conversation: Conversation) -> None:
+        """A question has been asked; its answer is on the way."""
+        self.stop, self.is_running, self.conversation = threading.Event(), True, conversation
+
+
+class Service:
+    """Answers visitors.
+
+    Args:
+        backend: who answers.
+        limits: what visitors may send.
+        uploads: the folder uploads are in; no other file of a visitor is read.
+        max_new_tokens: longest answer anyone may ask for.
+        allow_image_urls: fetch pictures of API calls from public addresses.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        limits: Limits,
+        uploads: Path,
+        max_new_tokens: int = 1024,
+        allow_image_urls: bool = False,
+    ):
+        self.backend, self.limits, self.uploads = backend, limits, uploads.resolve()
+        self.max_new_tokens, self.allow_image_urls = max_new_tokens, allow_image_urls
+        self._sessions: dict[str, Session] = {}
+
+    def controls(self, style: str, temperature: float, max_new_tokens: float, max_tiles: float, seed: Any) -> Controls:
+        """Return checked controls.
+
+        Raises:
+            BadInputError: one of them is out of range.
+        """
+        if not 1 <= max_new_tokens <= self.max_new_tokens:
+            raise BadInputError(f"The longest answer must have 1 to {self.max_new_tokens} tokens.")
+        return Controls(style, float(temperature), int(max_new_tokens), int(max_tiles), int(seed or 0))
+
+    def begin(
+        self,
+        page: str,
+        conversation: Conversation,
+        text: str | None,
+        files: Sequence[str],
+        controls: Controls,
+        blind: bool = False,
+    ) -> None:
+        """Check a question and add it to the conversation; its uploads are read into memory and deleted.
+
+        Args:
+            page: names the open page.
+            conversation: gets a turn.
+            text: the question.
+            files: paths of uploads.
+            controls: how it is asked.
+            blind: whether a conversation that begins now hides its sides.
+
+        Raises:
+            BadInputError: the question or a picture is not acceptable, or an answer is still being written.
+        """
+        session = self._idle(page)
+        question = check_question(text, conversation.num_images + len(files), self.limits.max_images)
+        images = take_uploads([self.upload(path) for path in files], self.limits)
+        if not conversation.turns:
+            conversation.restart(blind)
+        conversation.turns.append(Turn(question, controls, images))
+        session.start(conversation)
+
+    def retry(self, page: str, conversation: Conversation, controls: Controls) -> Controls:
+        """Put the last question again, with the controls as they are now; where tokens are drawn, with the next seed.
+
+        Returns:
+            The controls it is asked with.
+
+        Raises:
+            BadInputError: there is no question, or an answer is still being written.
+        """
+        session = self._idle(page)
+        if not conversation.turns:
+            raise BadInputError("There is no question to ask again yet.")
+        last = conversation.turns[-1]
+        if controls.temperature > 0 and controls.seed == last.controls.seed:
+            controls = dataclasses.replace(controls, seed=(controls.seed + 1) % 2**31)
+        conversation.turns[-1] = Turn(last.question, controls, last.images)
+        session.start(conversation)
+        return controls
+
+    def answer(self, page: str, conversation: Conversation) -> Iterator[None]:
+        """Write the answers to the last question into the conversation; yields whenever there is more to show."""
+        session = self._session(page)
+        try:
+            if conversation.turns and not conversation.turns[-1].is_finished:
+                yield from self._answer(conversation, session.stop)
+        finally:
+            session.is_running = False
+
+    def stop(self, page: str) -> None:
+        """End the answers of a page, whether they are being written or wait in the queue."""
+        self._session(page).stop.set()
+
+    def clear(self, page: str, blind: bool) -> Conversation:
+        """End the answers of a page and return an empty conversation."""
+        session = self._session(page)
+        session.stop.set()
+        session.conversation = Conversation()
+        session.conversation.restart(blind)
+        return session.conversation
+
+    def leave(self, page: str) -> None:
+        """A page was closed: end its answers and forget what was said."""
+        session = self._sessions.pop(page, None)
+        if session is not None:
+            session.stop.set()
+            if session.conversation is not None and not session.is_running:
+                session.conversation.turns.clear()
+
+    def compare(self, question: str, images: Sequence[Any], controls: Controls) -> Iterator[dict[str, Any]]:
+        """Yield the growing result of one question without a page; the last one is whole.
+
+        Args:
+            question: the text.
+            images: uploads as `{"path": ...}`, data URIs, or addresses where these are allowed.
+            controls: how it is asked.
+
+        Raises:
+            BadInputError: the question or a picture is not acceptable, or a side gave no answer.
+        """
+        question = check_question(question, len(images), self.limits.max_images)
+        turn = Turn(question, controls, tuple(self._sent_picture(image) for image in images))
+        for _ in self._answer(Conversation([turn]), threading.Event()):
+            yield self._result(turn)
+        errors = [answer.error for answer in turn.answers.values() if answer.error]
+        if errors:
+            raise BadInputError(errors[0])
+
+    def upload(self, path: str) -> str:
+        """Return the path of an uploaded picture.
+
+        Raises:
+            BadInputError: it lies elsewhere, or its name is not that of a picture.
+        """
+        if not Path(path).resolve().is_relative_to(self.uploads):
+            raise BadInputError("Only uploaded pictures are read; please upload it again.")
+        if Path(path).suffix.lower() not in SUFFIXES:
+            raise BadInputError(f"{Path(path).name} is not a picture. Please add a PNG, JPEG, WebP, GIF or BMP file.")
+        return path
+
+    def _session(self, page: str) -> Session:
+        return self._sessions.setdefault(page, Session())
+
+    def _idle(self, page: str) -> Session:
+        session = self._session(page)
+        if session.is_running:
+            raise BadInputError("The last question is still being answered; wait for it or press Stop.")
+        return session
+
+    def _answer(self, conversation: Conversation, stop: threading.Event) -> Iterator[None]:
+        """What is there when the visitor stops counts as the answer."""
+        turn = conversation.turns[-1]
+        question = Question(
+            chats={side: conversation.messages(side) for side in SIDES},
+            sampling=turn.controls.sampling,
+            seed=turn.controls.seed,
+            max_tiles=turn.controls.max_tiles,
+        )
+        stream = self.backend.stream(question)
+        try:
+            while not stop.is_set() and (pair := next(stream, None)) is not None:
+                turn.answers = dict(zip(SIDES, pair, strict=True))
+                if not stop.is_set():
+                    yield
+        except BadInputError as error:  # a model that cannot be loaded
+            turn.answers = {side: Answer(finish_reason="error", error=str(error)) for side in SIDES}
+        finally:
+            stream.close()  # returns when the engine's threads have ended
+            for side, answer in turn.answers.items():
+                if not answer.finish_reason:
+                    turn.answers[side] = dataclasses.replace(answer, finish_reason="stopped")
+        yield
+
+    def _result(self, turn: Turn) -> dict[str, Any]:
+        names = self.backend.names()
+        result: dict[str, Any] = {
+            side: {
+                "text": answer.text,
+                "final_answer": split_answer(answer.text, turn.answer_format).final,
+                "num_tokens": answer.num_tokens,
+                "tokens_per_s": answer.tokens_per_s,
+                "first_token_s": answer.first_token_s,
+                "finish_reason": answer.finish_reason,
+                "model": names[side].model,
+            }
+            for side, answer in turn.answers.items()
+        }
+        result["agreement"] = turn.agreement.state if turn.is_finished else "unknown"
+        return result
+
+    def _sent_picture(self, image: Any) -> Picture:
+        address = image.get("path") if isinstance(image, dict) else image
+        if not isinstance(address, str):
+            raise BadInputError("a picture is an uploaded file or a data:image/...;base64,... text")
+        if address.startswith(("http://", "https://")):
+            if not self.allow_image_urls:
+                raise BadInputError("this demo fetches no addresses; upload the picture")
+            return fetch_picture(address, self.limits)
+        if isinstance(image, dict):
+            return take_uploads([self.upload(address)], self.limits)[0]
+        return read_data_uri(address, self.limits)
+
+    def preview(self, files: Sequence[str]) -> list[Picture]:
+        """Return uploads that have not been sent yet, for the drawing of their tiles.
+
+        Raises:
+            BadInputError: one of them is not acceptable.
+        """
+        return [read_upload(self.upload(path), self.limits) for path in files]

@@ -1,0 +1,121 @@
+"""A conversation as messages and small pieces of HTML; everything a model or a visitor wrote is escaped here."""
+
+import html
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from internvl_mpo.demo.conversation import (
+    Answer,
+    Conversation,
+    Turn,
+    describe_speed,
+    safe_markdown,
+    shown_answer,
+    split_answer,
+)
+from internvl_mpo.demo.pictures import Cutter, Picture, data_uri
+
+TITLES = {"base": "Base", "mpo": "MPO"}
+MARKS = {"same": "✓ same", "different": "≠ different", "unknown": ""}
+
+
+def chat_messages(conversation: Conversation, side: str) -> list[dict[str, Any]]:
+    """Return the messages of one pane: the question with its pictures, thoughts, reasoning, the final answer apart."""
+    return [message for turn in conversation.turns for message in (_asked(turn), *_answered(turn, side))]
+
+
+def _asked(turn: Turn) -> dict[str, Any]:
+    pictures = "".join(
+        f'<img class="sent" src="{_thumbnail(picture)}" alt="Picture {number} of the question">'
+        for number, picture in enumerate(turn.images, start=1)
+    )
+    text = safe_markdown(turn.question)
+    return {"role": "user", "content": f"{pictures}\n\n{text}" if pictures else text}
+
+
+def _answered(turn: Turn, side: str) -> list[dict[str, Any]]:
+    answer = turn.answers[side]
+    parts = split_answer(answer.text, turn.answer_format)
+    messages: list[dict[str, Any]] = []
+
+    def say(text: str, **metadata: str) -> None:
+        messages.append({"role": "assistant", "content": text, "metadata": metadata})
+
+    if parts.thoughts:
+        thinking = not (parts.body or answer.finish_reason)
+        say(safe_markdown(parts.thoughts), title="Thoughts", **({"status": "pending"} if thinking else {}))
+    if not answer.finish_reason:  # the final answer is lifted out when it is known to be final
+        text = parts.body or ("" if parts.thoughts else answer.text)
+        if text or not parts.thoughts:
+            say(safe_markdown(text) or "…")
+        return messages
+    if parts.body:
+        say(safe_markdown(parts.body))
+    if parts.final is not None:
+        mark = f" *{MARKS[turn.agreement.state]}*" if turn.is_finished and MARKS[turn.agreement.state] else ""
+        say(f"**Final answer:** {safe_markdown(shown_answer(parts.final))}{mark}")
+    if answer.error:
+        say(f"⚠️ {safe_markdown(answer.error)}")
+    elif not answer.text:
+        say("*Stopped before the first word.*" if answer.finish_reason == "stopped" else "*An empty answer.*")
+    return messages
+
+
+@lru_cache(maxsize=256)
+def _thumbnail(picture: Picture) -> str:
+    return picture.thumbnail()
+
+
+def head_html(conversation: Conversation, position: int, models: dict[str, str]) -> str:
+    """Return the heading of the left (0) or right (1) pane; a blinded one is only called A or B."""
+    side = conversation.order[position]
+    letter, where = "AB"[position], ("left", "right")[position]
+    hidden = conversation.hides_names
+    title = letter if hidden else f"{letter} · {TITLES[side]}"
+    model = "hidden until you vote" if hidden else models[side]
+    return f"<div class='pane-head pane-{where}'><h2>{title}</h2><span class='muted'>{html.escape(model)}</span></div>"
+
+
+def speed_html(answer: Answer | None) -> str:
+    """Return the line under a pane."""
+    return f"<p class='speed'>{html.escape(describe_speed(answer)) if answer else ''}</p>"
+
+
+def agreement_html(turn: Turn | None, running: bool) -> str:
+    """Return the line between panes and votes."""
+    if turn is None:
+        state, text = "idle", "Whether the two final answers agree will stand here."
+    elif running or not turn.is_finished:
+        state, text = "running", "Both sides are writing …"
+    else:
+        state, text = turn.agreement
+    mark = {"same": "✓", "different": "≠"}.get(state, "")
+    return f"<p class='agreement {state}' role='status' aria-live='polite'><b aria-hidden='true'>{mark}</b> {text}</p>"
+
+
+def status_html(text: str) -> str:
+    """Return a line a screen reader announces."""
+    return f"<p class='muted' role='status' aria-live='polite'>{html.escape(text)}</p>"
+
+
+def tiles_html(cutter: Cutter, pictures: Sequence[Picture], max_tiles: int) -> str:
+    """Return a drawing of the tiles of pictures that share a limit, with their cost in tokens."""
+    if not pictures:
+        return "<p class='muted'>Add a picture to see the tiles the model gets, and what they cost.</p>"
+    limit = cutter.share(max_tiles, len(pictures))
+    figures, total = [], 0
+    for number, picture in enumerate(pictures, start=1):
+        columns, rows = cutter.grid(picture, limit)
+        num_tiles = cutter.num_tiles(picture, limit)
+        total += num_tiles * cutter.num_image_token
+        text = (
+            f"Picture {number}: {picture.width} × {picture.height} pixels, {columns} × {rows} "
+            f"tile{'s' if columns * rows > 1 else ''} of {cutter.side} × {cutter.side}"
+            f"{' and a small copy of the whole' if num_tiles > columns * rows else ''}, "
+            f"{num_tiles * cutter.num_image_token:,} tokens"
+        )
+        drawn = data_uri(cutter.draw(picture, limit))
+        figures.append(f"<figure><img src='{drawn}' alt='{text}'><figcaption>{text}</figcaption></figure>")
+    together = f"<p class='muted'>{total:,} image tokens together.</p>" if len(pictures) > 1 else ""
+    return f"<div class='tiles'>{''.join(figures)}</div>{together}"
