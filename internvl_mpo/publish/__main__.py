@@ -4,6 +4,13 @@
         puts code, a fast tokenizer, a processor, a card with curves and scores beside the weights, loads the result in
         a clean process and compares its logits with the source's; also for official folders and LoRA adapters
 
+    python -m internvl_mpo.publish dataset outputs/MMPR --output outputs/hub/MMPR --push me/MMPR
+        checks the Parquet folder of convert_mmpr.py, reads it back with load_dataset, plain and streaming, before the
+        push and from the Hub after it
+
+    python -m internvl_mpo.publish space --output outputs/hub/space --base me/base --mpo me/mpo --push me/demo
+        puts the demo together with pinned requirements and starts it in a clean virtual environment
+
 Each takes `--push OWNER/NAME` with `--private`, `--create_pr`, `--revision`, `--overwrite`; `--dry_run` shows what
 would change. The token comes from `hf auth login` or HF_TOKEN. A push is one commit: whoever looks sees all of it or
 nothing, and the same command goes on where a broken one stopped.
@@ -14,12 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.publish.dataset import DatasetSettings, publish_dataset, verify_dataset
 from internvl_mpo.publish.hub import check_access, files_of, format_size, plan_push, push_folder
 from internvl_mpo.publish.model import ModelSettings, publish_model
+from internvl_mpo.publish.space import SpaceSettings, publish_space
 from internvl_mpo.settings import parse_settings, show_settings
 
 # kind -> its settings, what builds and checks the folder
-KINDS = {"model": (ModelSettings, publish_model)}
+KINDS = {
+    "model": (ModelSettings, publish_model),
+    "dataset": (DatasetSettings, publish_dataset),
+    "space": (SpaceSettings, publish_space),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -40,12 +53,13 @@ def main(argv: list[str]) -> int:
     uploads = settings.push and not settings.dry_run
     if uploads:
         check_access(settings.push, repo_type=kind, private=settings.private)
-    folder = build(settings)
+    built = build(settings)
+    folder = built.folder
     print(f"built {folder}: {len(files_of(folder))} files, {format_size(_num_bytes(folder))}", flush=True)
     if settings.dry_run:
         print(_preview(folder, kind, settings))
     elif settings.push:
-        address = push_folder(
+        pushed = push_folder(
             folder,
             settings.push,
             repo_type=kind,
@@ -55,7 +69,9 @@ def main(argv: list[str]) -> int:
             overwrite=settings.overwrite,
             attempts=settings.attempts,
         )
-        print(f"pushed to {address}")
+        print(f"pushed to {pushed.address}", flush=True)
+        if kind == "dataset":
+            verify_dataset(settings, built, pushed)
     return 0
 
 

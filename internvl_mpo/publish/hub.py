@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.publish.faults import diagnose
@@ -65,6 +65,18 @@ class Plan:
         counts = ", ".join(f"{len(self.of(kind))} {kind}" for kind in ("new", "changed", "same", "gone"))
         to_send = sum(change.size for change in self.of("new", "changed"))
         return "\n".join([*lines, f"{counts}; {format_size(to_send)} to send"])
+
+
+class Pushed(NamedTuple):
+    """Where a folder is now.
+
+    Attributes:
+        address: of the repository or the pull request.
+        revision: branch or pull request, None for `main`.
+    """
+
+    address: str
+    revision: str | None
 
 
 class _GiveUp(Exception):
@@ -155,7 +167,7 @@ def push_folder(
     overwrite: bool = False,
     attempts: int = 4,
     message: str | None = None,
-) -> str:
+) -> Pushed:
     """Make a repository hold exactly this folder, in one commit; if it does already, nothing happens.
 
     Args:
@@ -170,7 +182,7 @@ def push_folder(
         message: of the commit.
 
     Returns:
-        Address of the repository, or of the pull request.
+        Where it is now.
 
     Raises:
         BadInputError: the push did not happen; what to do about it.
@@ -212,7 +224,7 @@ def _push_once(
     revision: str | None,
     overwrite: bool,
     message: str | None,
-) -> str:
+) -> Pushed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
@@ -224,7 +236,7 @@ def _push_once(
     plan = plan_push(folder, repository, repo_type=repo_type, revision=revision, api=api)
     if not plan.of("new", "changed", "gone"):
         print(f"{repository} holds exactly this folder already", flush=True)
-        return address
+        return Pushed(address, revision)
     lost = plan.of("changed", "gone")
     if lost and not overwrite and not create_pr:
         raise _GiveUp(
@@ -255,10 +267,11 @@ def _push_once(
                 "before running the command again"
             ) from error
         raise
-    left = plan_push(folder, repository, repo_type=repo_type, revision=commit.pr_revision or revision, api=api)
+    revision = commit.pr_revision or revision
+    left = plan_push(folder, repository, repo_type=repo_type, revision=revision, api=api)
     if differing := left.of("new", "changed", "gone"):
         raise _GiveUp(f"{repository} differs from the folder after the upload, first in {differing[0].path}")
-    return commit.pr_url or address
+    return Pushed(commit.pr_url or address, revision)
 
 
 def files_of(folder: str | Path) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from internvl_mpo.publish.folders import link, read_json, replaced_folder
 from internvl_mpo.publish.hygiene import check_nothing_private
 from internvl_mpo.publish.model_folder import AUTO_MAP, build_model_folder
 from internvl_mpo.publish.proof import prove_model
-from internvl_mpo.publish.settings import HubSettings
+from internvl_mpo.publish.settings import Built, HubSettings
 from internvl_mpo.publish.weights import parse_size
 from internvl_mpo.records import iter_jsonl
 from internvl_mpo.settings import setting
@@ -53,8 +53,8 @@ class ModelSettings(HubSettings):
                 raise BadInputError(f"'{name}' is no Hub id; expected OWNER/NAME")
 
 
-def publish_model(settings: ModelSettings) -> Path:
-    """Build, check and prove the folder; return it.
+def publish_model(settings: ModelSettings) -> Built:
+    """Build, check and prove the folder.
 
     Raises:
         BadInputError: the source is unusable, or the folder fails its own check.
@@ -85,7 +85,7 @@ def publish_model(settings: ModelSettings) -> Path:
         check_nothing_private(folder, owner=settings.owner)
         if not settings.skip_proof:
             print(_prove(folder, source, base, variant == "adapter", settings.device), flush=True)
-    return Path(settings.output)
+    return Built(Path(settings.output))
 
 
 def _variant(settings: ModelSettings, source: Path) -> str:

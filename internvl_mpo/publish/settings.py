@@ -1,9 +1,23 @@
-"""Settings that all kinds of publication share."""
+"""What all kinds of publication share: settings, and what a builder leaves."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.settings import setting
+
+
+class Built(NamedTuple):
+    """What a builder leaves.
+
+    Attributes:
+        folder: the folder that goes to the Hub.
+        rows: of a data set, what a stranger read from it; see `clean_rows.py`.
+    """
+
+    folder: Path
+    rows: dict[str, Any] | None = None
 
 
 @dataclass(kw_only=True)

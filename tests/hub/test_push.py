@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def push(folder: Path, **options) -> str:
-    return push_folder(folder, NAME, repo_type="model", **options)
+    return push_folder(folder, NAME, repo_type="model", **options).address
 
 
 def put(hub: LoopbackHub) -> int:
