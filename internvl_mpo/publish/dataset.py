@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -87,20 +86,14 @@ def read_back(source: str, folder: Path, num_rows: int, *, revision: str | None 
     Raises:
         BadInputError: it does not load.
     """
-    from huggingface_hub import get_token
-
+    is_local = source == str(folder.resolve())
     with tempfile.TemporaryDirectory() as temporary:
         result = Path(temporary) / "rows.json"
-        environment = clean_environment(Path(temporary))
-        if source != str(folder.resolve()):
-            del environment["HF_HUB_OFFLINE"]
-            hub = {name: value for name, value in os.environ.items() if name in ("HF_ENDPOINT", "HF_HUB_DISABLE_XET")}
-            environment |= hub | ({"HF_TOKEN": token} if (token := get_token()) else {})
         words = [source, revision or "-", str(num_rows), _smallest(folder), str(result)]
         ran = subprocess.run(
             [sys.executable, "-I", str(_READER), *words],
             cwd=temporary,
-            env=environment,
+            env=clean_environment(Path(temporary), online=not is_local),
             capture_output=True,
             text=True,
         )
@@ -128,9 +121,7 @@ def configurations(folder: Path) -> dict[str, list[Path]]:
         paths = [path for part in parts for path in ([part["path"]] if isinstance(part["path"], str) else part["path"])]
         files = sorted({file for pattern in paths for file in folder.glob(pattern)})
         if not files:
-            raise BadInputError(
-                f"{card} promises a configuration '{entry['config_name']}', but {paths[0]} is not there"
-            )
+            raise BadInputError(f"{card} names a configuration '{entry['config_name']}', but {paths[0]} is not there")
         found[entry["config_name"]] = files
     if not found:
         raise BadInputError(f"the header of {card} names no `configs`; dataset_scripts/convert_mmpr.py writes them")

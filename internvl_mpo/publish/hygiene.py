@@ -18,6 +18,7 @@ _FOLDERS = "home root Users mnt tmp data work workspace scratch var opt private 
 _ABSOLUTE = re.compile(
     rb"(?<![\w:/.~<)\]}-])/(?:" + "|".join(_FOLDERS.split()).encode() + rb")/[\w.-]+|[A-Z]:\\Users\\"
 )
+_PATH_COLUMN = re.compile(r"path|root|provenance|image")  # of a data set; its other texts may well talk about paths
 _TEXT = {".md", ".json", ".jsonl", ".yaml", ".yml", ".txt", ".py", ".jinja", ".toml", ".cfg", ".css", ".js", ".html"}
 _NO_NAMES = {"root", "user", "admin", "ubuntu", "runner", "jovyan", "docker", "nobody", "localhost", "debian", "work"}
 _KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "JUDGE_API_KEY", "MODEL_API_KEY", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN")
@@ -38,16 +39,23 @@ def check_nothing_private(folder: Path, *, owner: str | None = None) -> None:
     private = _private_words(owner)
     for name, path in files_of(folder).items():
         if path.suffix == ".parquet":
-            for text in _parquet_texts(path):
+            for column, text in _parquet_texts(path):
                 _check(name, text, private)
+                if _PATH_COLUMN.search(column):
+                    _check_paths(f"column '{column}' of {name}", text)
         elif path.suffix == ".safetensors":
             _check(name, _safetensors_header(path), private)
         elif path.suffix in _TEXT or "." not in path.name:
             content = path.read_bytes()
             _check(name, content, private)
             is_code = path.suffix in (".py", ".js", ".css")  # ours, and the same on every computer
-            if not is_code and (match := _ABSOLUTE.search(content)):
-                raise BadInputError(f"{name} holds the absolute path '{match[0].decode()}'; it is not published")
+            if not is_code:
+                _check_paths(name, content)
+
+
+def _check_paths(name: str, content: bytes) -> None:
+    if match := _ABSOLUTE.search(content):
+        raise BadInputError(f"{name} holds the absolute path '{match[0].decode()}'; it is not published")
 
 
 def _check(name: str, content: bytes, private: dict[str, re.Pattern[bytes]]) -> None:
@@ -87,16 +95,17 @@ def _safetensors_header(path: Path) -> bytes:
         return file.read(int.from_bytes(file.read(8), "little"))
 
 
-def _parquet_texts(path: Path) -> Iterator[bytes]:
-    """Metadata, and all texts of a batch of rows at a time; pictures are not read."""
+def _parquet_texts(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Column and text of the metadata, and of a batch of rows at a time; pictures are not read."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        yield repr(file.schema_arrow.metadata).encode()
+        yield "metadata", repr(file.schema_arrow.metadata).encode()
         columns = [
             column.path
             for index in range(len(file.schema.names))
             if (column := file.schema.column(index)).logical_type.type == "STRING"
         ]
         for batch in file.iter_batches(batch_size=2000, columns=columns) if columns else ():
-            yield repr(batch.to_pydict()).encode(errors="replace")
+            for name, values in batch.to_pydict().items():
+                yield name, repr(values).encode(errors="replace")

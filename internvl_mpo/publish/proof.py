@@ -90,12 +90,22 @@ def compare(found: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"], fol
     )
 
 
-def clean_environment(home: Path) -> dict[str, str]:
-    """Variables of a process that has nothing of this project: own cache, no network, no extra import paths."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))
-    }
-    return {**kept, "HF_HOME": str(home / "hf_home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+def clean_environment(home: Path, *, online: bool = False) -> dict[str, str]:
+    """Variables of a process that has nothing of this project: own cache, no extra import paths.
+
+    Args:
+        home: folder for its caches.
+        online: let it use the Hub, the one this process uses and with the same token.
+    """
+    from huggingface_hub import constants, get_token
+
+    ours = ("PYTHON", "HF_", "TRANSFORMERS_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    kept |= {"HF_HOME": str(home / "hf_home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if not online:
+        return {**kept, "HF_HUB_OFFLINE": "1"}
+    kept |= {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_DISABLE_XET": str(int(constants.HF_HUB_DISABLE_XET))}
+    return {**kept, **({"HF_TOKEN": token} if (token := get_token()) else {})}
 
 
 def _draw(path: Path) -> None:

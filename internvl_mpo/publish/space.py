@@ -23,8 +23,8 @@ from internvl_mpo.settings import setting
 APP, DEFAULTS, REQUIREMENTS = "app.py", "app.yaml", "requirements.txt"
 ROOT = Path(__file__).parents[2]
 OURS = ("internvl_mpo", "modeling_internvl_mpo")
-# Needed though nothing imports them by name: transformers asks for them.
-_SILENT = ("accelerate", "safetensors", "tokenizers", "sentencepiece", "jinja2")
+# Needed though nothing may import them by name: transformers asks for them, the Space runs on Gradio.
+_ALWAYS = ("gradio", "accelerate", "safetensors", "tokenizers", "sentencepiece", "jinja2")
 
 
 @dataclass(kw_only=True)
@@ -43,8 +43,8 @@ class SpaceSettings(HubSettings):
     hardware: str | None = setting(None, help="hardware to suggest, such as zero-a10g or l4x1")
     environment: Literal["clean", "borrowed"] = setting(
         "clean",
-        help="where it is started: clean (a new virtual environment, requirements.txt installed), or borrowed (a new one "
-        "with the packages of this environment: seconds, but a missing requirement goes unnoticed)",
+        help="where it is started: clean (a new virtual environment, requirements.txt installed), or borrowed (a new "
+        "one with the packages of this one: seconds, but a missing requirement goes unnoticed)",
     )
     skip_start: bool = setting(False, help="do not start it; refused together with --push")
     ask: bool = setting(False, help="also ask the started app a question, which loads both models")
@@ -76,7 +76,7 @@ def publish_space(settings: SpaceSettings) -> Built:
             target = folder / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        pins = pin({*packages, *_SILENT} | ({"bitsandbytes"} if settings.four_bit else set()))
+        pins = pin({*packages, *_ALWAYS} | ({"bitsandbytes"} if settings.four_bit else set()))
         (folder / REQUIREMENTS).write_text("".join(f"{line}\n" for line in pins), encoding="utf-8")
         (folder / DEFAULTS).write_text(yaml.safe_dump(_defaults(settings), sort_keys=False), encoding="utf-8")
         (folder / "README.md").write_text(_card(settings, dict(line.split("==") for line in pins)), encoding="utf-8")
@@ -104,7 +104,7 @@ def needed_by(app: Path) -> tuple[list[Path], set[str]]:
     root = app.parent
     seen, waiting, others = {app}, [app], set()
     while waiting:
-        for name in _imports(waiting.pop()):
+        for name in _imports(waiting.pop(), root):
             top = name.split(".")[0]
             if top not in OURS:
                 if top not in sys.stdlib_module_names and importlib.util.find_spec(top) is not None:
@@ -138,9 +138,9 @@ def pin(modules: set[str]) -> list[str]:
     return sorted(lines)
 
 
-def _imports(path: Path) -> Iterator[str]:
+def _imports(path: Path, root: Path) -> Iterator[str]:
     """Dotted names a file imports, also inside functions; of `from a import b` both `a` and `a.b`."""
-    package = path.parent.name
+    package = ".".join(path.relative_to(root).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -179,11 +179,11 @@ def _card(settings: SpaceSettings, versions: dict[str, str]) -> str:
         python_version=".".join(platform.python_version_tuple()[:2]),
         app_file=APP,
         license=settings.license,
-        models=models,
+        models=list(models),
         datasets=[settings.votes_repo] if settings.votes_repo else None,
         suggested_hardware=settings.hardware,
         short_description="Ask both about your picture, side by side",
-        preload_from_hub=models,
+        preload_from_hub=list(models),  # equal lists of one object would become YAML anchors
     )
     links = " and ".join(f"[{name}](https://huggingface.co/{name})" for name in models)
     stored = "A vote stores the question, both answers and the picture"
@@ -199,8 +199,9 @@ _TEXT = """\
 
 # {title}
 
-Ask about a picture and watch {links} answer side by side, with their reasoning. Settings are in `app.yaml`; every flag
-of `python app.py --help` can stand there.
+Ask about a picture and watch two models answer side by side, with their reasoning: {links}.
+
+Settings are in `app.yaml`; every flag of `python app.py --help` can stand there.
 
 Uploads stay in a temporary folder of the Space and go with it. {stored}.
 """

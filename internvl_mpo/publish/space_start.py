@@ -77,10 +77,7 @@ def _make_environment(folder: Path, requirements: Path, clean: bool) -> Path:
 @contextlib.contextmanager
 def _started(python: Path, folder: Path, home: Path, timeout: float) -> Iterator[str]:
     """Run the app and give its address."""
-    environment = clean_environment(home)
-    hub = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_DISABLE_XET") if name in os.environ}
-    environment = {**environment, **hub, "PYTHONUNBUFFERED": "1"}
-    del environment["HF_HUB_OFFLINE"]
+    environment = clean_environment(home, online=True) | {"PYTHONUNBUFFERED": "1"}
     output = home / "output.txt"
     with open(output, "w", encoding="utf-8") as file:
         words = [str(python), "app.py", "--host", "127.0.0.1", "--port", "0"]

@@ -1,0 +1,173 @@
+"""A data set goes to the Hub and comes back: plain, streaming, from a pull request; unfinished ones stay here."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+from loopback import READER, LoopbackHub
+from PIL import Image as Picture
+from published import run_as_stranger
+
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.publish.__main__ import main
+
+NAME = "digits/MMPR-tiny"
+FEATURES = Features(
+    {"id": Value("string"), "images": List(Image()), "question": Value("string"), "image_root": Value("string")}
+)
+CARD = """\
+---
+configs:
+- config_name: default
+  data_files: [{split: train, path: data/*/train-*.parquet}]
+  default: true
+- config_name: tiny
+  data_files: [{split: train, path: tiny/train-*.parquet}]
+---
+# MMPR
+
+    load_dataset("org/MMPR", "tiny")
+"""
+
+
+def picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Picture.new("RGB", (20 + number, 10), (number, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, numbers: range, root: str = "MMPR/images/digits") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "id": f"{number:04d}",
+            "images": [{"bytes": picture(number), "path": f"{number}.png"}] if number % 3 else [],
+            "question": f"What is {number}?",
+            "image_root": root,
+        }
+        for number in numbers
+    ]
+    Dataset.from_list(rows, features=FEATURES).to_parquet(path)
+
+
+def write_manifest(folder: Path) -> None:
+    shards = [
+        {
+            "path": path.relative_to(folder).as_posix(),
+            "num_bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in sorted(folder.rglob("*.parquet"))
+    ]
+    meta = {"digits": {"root": "MMPR/images/digits", "annotation": "/mnt/cluster/share/annotations/digits.jsonl"}}
+    (folder / "manifest.json").write_text(json.dumps({"version": 1, "shards": shards, "meta": meta}))
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Path:
+    """Three shards, a card, a manifest, as convert_mmpr.py leaves them."""
+    folder = tmp_path / "converted"
+    write_shard(folder / "data/digits/train-00000-of-00002.parquet", range(0, 30))
+    write_shard(folder / "data/digits/train-00001-of-00002.parquet", range(30, 60))
+    write_shard(folder / "tiny/train-00000-of-00001.parquet", range(0, 6))
+    (folder / "README.md").write_text(CARD)
+    write_manifest(folder)
+    return folder
+
+
+def publish(source: Path, output: Path, *options: str) -> int:
+    return main(["dataset", str(source), "--output", str(output), *options])
+
+
+@pytest.mark.slow
+def test_a_stranger_loads_it_whole_and_streaming(
+    hub: LoopbackHub, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    hub.fail("PUT", "/lfs/", times=2, cut_after=100)  # the network is not at its best today
+    assert publish(converted, tmp_path / "built", "--push", NAME, "--private") == 0
+    out = capsys.readouterr().out
+    assert "read back from the folder: 26 rows of 2 configurations streamed, 'tiny' loaded whole (6 rows)" in out
+    assert f"read back from {NAME}: 26 rows of 2 configurations streamed, 'tiny' loaded whole (6 rows)" in out
+    assert f'load_dataset("{NAME}", "tiny")' in hub.text("datasets", NAME, "README.md")
+    assert "/mnt/cluster" not in hub.text("datasets", NAME, "manifest.json")
+    code = f"""
+import json
+from datasets import load_dataset
+stream = load_dataset("{NAME}", split="train", streaming=True)
+whole = load_dataset("{NAME}", split="train")
+print(json.dumps([[row["id"] for row in rows] for rows in (stream, whole)]))
+print(json.dumps([picture.size for picture in whole[59 - 1]["images"]]))
+"""
+    asked = len(hub.requests)
+    done = run_as_stranger(hub, code, tmp_path / "stranger")
+    assert done.returncode == 0, done.stderr[-2000:]
+    ids, size = map(json.loads, done.stdout.strip().splitlines()[-2:])
+    assert ids == [[f"{number:04d}" for number in range(60)]] * 2
+    assert size == [[20 + 58, 10]]
+    assert 206 in {status for _, path, status, _ in hub.requests[asked:] if path.endswith(".parquet")}  # ranges
+    assert run_as_stranger(hub, code, tmp_path / "visitor", token=READER).returncode != 0  # it is private
+
+
+@pytest.mark.slow
+def test_a_pull_request_is_read_back_too(
+    hub: LoopbackHub, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert publish(converted, tmp_path / "built", "--push", NAME, "--create-pr", "--num_rows", "3") == 0
+    assert "6 rows of 2 configurations streamed" in capsys.readouterr().out.split("discussions/1")[1]
+    assert hub.repository("datasets", NAME).paths() == set()
+    assert "tiny/train-00000-of-00001.parquet" in hub.repository("datasets", NAME).paths("refs/pr/1")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", r"train-00001-of-00002.parquet is not the file that manifest.json describes"),
+        ("missing", r"is in manifest.json but not there; run convert_mmpr.py again"),
+        ("surplus", r"train-00009-of-00009.parquet is not in manifest.json"),
+        ("script", r"MMPR.py would stop load_dataset"),
+        ("card", r"has no README.md with `configs`"),
+        ("header", r"names no `configs`"),
+        ("promise", r"names a configuration 'more', but data/more/\*.parquet is not there"),
+        ("path", r"absolute path '/gpfs/projects'"),
+        ("secret", r"looks like a secret key"),
+    ],
+)
+def test_what_is_not_fit_to_publish_is_named(converted: Path, tmp_path: Path, damage: str, message: str) -> None:
+    shard = converted / "data/digits/train-00001-of-00002.parquet"
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "surplus":
+        write_shard(converted / "data/digits/train-00009-of-00009.parquet", range(3))
+    elif damage == "script":
+        (converted / "MMPR.py").write_text("import datasets\n")
+    elif damage == "card":
+        (converted / "README.md").unlink()
+    elif damage == "header":
+        (converted / "README.md").write_text("---\nlicense: mit\n---\n# MMPR\n")
+    elif damage == "promise":
+        more = "- config_name: more\n  data_files: [{split: train, path: data/more/*.parquet}]\n---\n# MMPR"
+        (converted / "README.md").write_text(CARD.replace("---\n# MMPR", more))
+    elif damage == "path":
+        write_shard(shard, range(30, 60), root="/gpfs/projects/zeb/images")
+        write_manifest(converted)
+    else:
+        (converted / "notes.txt").write_text("hf_abcdefghijklmnopqrstuvw")
+    with pytest.raises(BadInputError, match=message):
+        publish(converted, tmp_path / "built")
+    assert not (tmp_path / "built").exists()
+
+
+def test_pictures_named_by_path_only_are_refused(converted: Path, tmp_path: Path) -> None:
+    """Such a file loads where it was made and nowhere else."""
+    from internvl_mpo.publish.clean_rows import digest
+
+    inside = {"id": "1", "images": [{"bytes": picture(1), "path": "1.png"}]}
+    assert digest(inside) == digest({**inside, "images": [{"bytes": picture(1), "path": "elsewhere/1.png"}]})
+    assert digest(inside) != digest({**inside, "images": [{"bytes": picture(2), "path": "1.png"}]})
+    with pytest.raises(SystemExit, match="a picture is not inside its row"):
+        digest({"id": "1", "images": [{"bytes": None, "path": "1.png"}]})
