@@ -460,10 +460,9 @@ def train(settings: Any, trainer: "MPOTrainer") -> None:
         # several threads add gradients of one token in any order otherwise, and no two runs are equal to the last bit
         torch.use_deterministic_algorithms(True, warn_only=True)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.held_out:
-        metrics = trainer.evaluate()
-        if settings.process_index == 0:
-            print(f"held-out pairs: reward accuracy {metrics['eval_rewards/accuracy']:.3f}")
+    evaluations = [row for row in trainer.state.log_history if "eval_rewards/accuracy" in row]
+    if evaluations and settings.process_index == 0:
+        print(f"held-out pairs: reward accuracy {evaluations[-1]['eval_rewards/accuracy']:.3f}")
 
 
 def save(settings: Any, trainer: "MPOTrainer", processor: Any) -> None:

@@ -5,6 +5,7 @@ number of pairs however they are split, reference log-probs from a cache, the re
 whole or passed over, and numbers a user needs.
 """
 
+import functools
 import json
 import math
 import shutil
@@ -25,12 +26,22 @@ from internvl_mpo.encoding import encode_group
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.logps import attach_scoring, response_logps
 from internvl_mpo.mmpr import PairRow
+from internvl_mpo.monitor import (
+    Watch,
+    dump_step,
+    expected_first_loss,
+    greedy_answers,
+    repetition,
+    send_samples,
+    sequence_kl,
+)
 from internvl_mpo.objective import Generation, Preference, Quality, RewardShift, ShiftMode, mpo_loss
 from internvl_mpo.packing import Group, Pack, PairSize, fill_packs, pack_groups
 from internvl_mpo.records import atomic_writer
 from internvl_mpo.reference_cache import ReferenceCache
 from internvl_mpo.settings import setting
 from internvl_mpo.steps import Rows, StepSampler
+from internvl_mpo.throughput import FlopModel, device_peak, memory_in_use, speed
 
 CHECKPOINT_STATE = "mpo_state.json"  # written last: a checkpoint without it is half-written
 
@@ -59,6 +70,9 @@ class MPOArguments(TrainingArguments):
     label_smoothing: float = setting(0.0, help="share of pairs labelled the wrong way round (cdpo, robust_dpo)")
     reward_shift: ShiftMode = setting("previous", help="delta of the quality term: previous inclusive ema none")
     reward_shift_momentum: float = setting(0.99, help="memory of reward_shift ema")
+    peak_tflops: float | None = setting(None, help="bfloat16 peak of a device for MFU; none = as known for its name")
+    num_eval_samples: int = setting(4, help="held-out questions answered greedily at each evaluation")
+    eval_sample_tokens: int = setting(256, help="where such an answer is cut")
     max_length: int = setting(6144, help="longest prompt plus response in tokens")
     max_tiles: int = setting(12, help="tiles per image, thumbnail not counted")
 
@@ -70,6 +84,7 @@ class MPOArguments(TrainingArguments):
     num_train_epochs: float = setting(1.0, help="passes over the data")
     seed: int = setting(42, help="data order and dropout")
     logging_steps: float = setting(1, help="steps between log lines")
+    logging_first_step: bool = setting(True, help="log the first step whatever logging_steps is")
     save_steps: float = setting(200, help="steps between checkpoints")
     save_total_limit: int | None = setting(2, help="checkpoints kept")
 
@@ -88,6 +103,13 @@ class MPOArguments(TrainingArguments):
             raise BadInputError("preference, quality and generation are all 'none', so there is nothing to train on")
         if self.preference == "robust_dpo" and not 0 <= self.label_smoothing < 0.5:
             raise BadInputError(f"label_smoothing is {self.label_smoothing}; robust_dpo needs 0 or more and below 0.5")
+        if self.num_eval_samples < 0 or self.eval_sample_tokens < 1:
+            raise BadInputError(
+                f"num_eval_samples is {self.num_eval_samples} and eval_sample_tokens {self.eval_sample_tokens}, "
+                "expected 0 or more, and 1 or more"
+            )
+        if self.eval_steps is not None and self.eval_strategy == "no":
+            self.eval_strategy = "steps"  # whoever says how often wants it
         self.remove_unused_columns = False  # packs are not columns
         self.logging_nan_inf_filter = False  # a non-finite loss stops the run instead of being averaged away
         self.per_device_train_batch_size = 1  # a batch is a pack
@@ -196,6 +218,7 @@ class MPOTrainer(Trainer):
         attach_scoring(model)
         self.shift = RewardShift(args.reward_shift, args.reward_shift_momentum)
         self.step_rewards: list[Tensor] = []
+        self.step_packs: list[tuple[list[str], Tensor, Tensor]] = []  # ids and reference log-probs, for a dump
         self.sums = MeanMeter()
         self.last_log = time.perf_counter()
         super().__init__(
@@ -207,6 +230,8 @@ class MPOTrainer(Trainer):
             data_collator=self._collate,
             callbacks=list(callbacks),
         )
+        if held_out:
+            self.add_callback(EvaluateAtTheEnd())
         self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step already
@@ -265,15 +290,13 @@ class MPOTrainer(Trainer):
         return inputs.to(self.args.device)
 
     def floating_point_ops(self, inputs: Micro) -> float:
-        """Return 6 FLOP per weight and trunk token, the usual estimate of forward and backward."""
-        return 6.0 * inputs.pack.num_tokens * self.num_weights
+        """Return the FLOP of a pack, forward and backward, see `throughput`."""
+        return self.flop_model.of(inputs.pack)
 
-    @property
-    def num_weights(self) -> int:
-        """Weights of the language model, the part every token runs through."""
-        if not hasattr(self, "_num_weights"):
-            self._num_weights = sum(p.numel() for n, p in self.model.named_parameters() if "language_model" in n)
-        return self._num_weights
+    @functools.cached_property
+    def flop_model(self) -> FlopModel:
+        """Arithmetic of the policy."""
+        return FlopModel(self.accelerator.unwrap_model(self.model))
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -308,8 +331,9 @@ class MPOTrainer(Trainer):
             num_pairs=num_items_in_batch[0],
             num_chosen_tokens=num_items_in_batch[1],
         )
+        self.step_packs.append((pack.pair_ids, inputs.reference_chosen_logps, inputs.reference_rejected_logps))
         if not torch.isfinite(out.loss):
-            raise self._not_finite(pack, logps_R)
+            raise self._not_finite("loss", pack.pair_ids)
         self.step_rewards += [out.chosen_rewards, out.rejected_rewards]
         self.sums.add(
             pack.num_pairs,
@@ -323,11 +347,19 @@ class MPOTrainer(Trainer):
                 "rewards/accuracy": (out.chosen_rewards > out.rejected_rewards).double(),
                 "logps/chosen": policy_chosen,
                 "logps/rejected": policy_rejected,
+                "logps/chosen_change": (policy_chosen - inputs.reference_chosen_logps) / pack.chosen_lengths_P,
+                "kl": (
+                    sequence_kl(policy_chosen, inputs.reference_chosen_logps, pack.chosen_lengths_P)
+                    + sequence_kl(policy_rejected, inputs.reference_rejected_logps, pack.rejected_lengths_P)
+                ).detach()
+                / 2,
+                "rewards/square": (out.chosen_rewards**2 + out.rejected_rewards**2) / 2,
                 "length/chosen": pack.chosen_lengths_P,
                 "length/rejected": pack.rejected_lengths_P,
             },
         )
         self.sums.tokens += pack.num_tokens
+        self.sums.flop += self.flop_model.of(pack)
         loss = out.loss * self.args.world_size
         return (loss, out) if return_outputs else loss
 
@@ -340,18 +372,60 @@ class MPOTrainer(Trainer):
             self.step_rewards = []
         return loss
 
-    def _not_finite(self, pack: Pack, logps_R: Tensor) -> BadInputError:
-        """Write down the offending pack and return the error to raise."""
-        path = (
-            Path(self.args.output_dir) / f"not_finite_step{self.state.global_step}_rank{self.args.process_index}.json"
-        )
-        with atomic_writer(path) as out:
-            dump = {"step": self.state.global_step, "pair_ids": pack.pair_ids, "response_logps": logps_R.tolist()}
-            json.dump(dump, out)
-        shown = ", ".join(pack.pair_ids[:5]) + (", ..." if len(pack.pair_ids) > 5 else "")
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradient; stop before the optimizer acts on one that is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # float16 with a loss scale meets infinite gradients on purpose and skips the step
+        if norm is not None and not math.isfinite(norm) and not self.args.fp16:
+            raise self._not_finite("gradient", [pair_id for ids, *_ in self.step_packs for pair_id in ids])
+        self.step_packs = []
+        return norm
+
+    def _not_finite(self, what: str, pair_ids: Sequence[str]) -> BadInputError:
+        """Write down the step so far and return the error to raise.
+
+        Args:
+            what: "loss" or "gradient".
+            pair_ids: pairs it may come from, of this rank.
+        """
+        step = self.state.global_step + 1
+        path = Path(self.args.output_dir) / f"not_finite_step{step}_rank{self.args.process_index}.json"
+        references = {
+            pair_id: (chosen, rejected)
+            for ids, *logps in self.step_packs
+            for pair_id, chosen, rejected in zip(ids, *(values.tolist() for values in logps), strict=True)
+        }
+        pairs = [
+            {
+                **row.pair.to_json(),
+                "image_root": str(Path(row.image_root).resolve()),
+                "max_tiles": row.max_tiles,
+                "reference_logps": references[row.pair.id],
+            }
+            for row in self.rows
+            if row.pair.id in references
+        ]
+        args = self.args
+        names = ("max_tiles", "max_length", "beta", "preference", "quality", "generation", "label_smoothing")
+        header = {
+            "what": what,
+            "step": step,
+            "model": getattr(args, "model", None),
+            "output_dir": args.output_dir,
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+            "weights": list(args.weights),
+            "reward_shift": self.shift.value,
+            **{name: getattr(args, name) for name in names},
+            "pair_ids": list(pair_ids),
+            "packs": [ids for ids, *_ in self.step_packs],
+        }
+        broken = dump_step(path, header, pairs, self.accelerator.unwrap_model(self.model))
+        shown = ", ".join(pair_ids[:5]) + (", ..." if len(pair_ids) > 5 else "")
+        weights = f"{len(broken)} tensors of weights are not finite, the step before broke them; " if broken else ""
         return BadInputError(
-            f"the loss is not finite at step {self.state.global_step + 1}; the pack holds the pairs {shown} "
-            f"(all in {path}); lower learning_rate, or leave these pairs out"
+            f"the {what} is not finite at step {step}; the pairs are {shown} (all in {path}); {weights}look at "
+            f"them with python -m internvl_mpo.replay --dump {path}, then lower learning_rate or leave pairs out"
         )
 
     # --- numbers ------------------------------------------------------------------------------------------------------
@@ -362,13 +436,22 @@ class MPOTrainer(Trainer):
             now = time.perf_counter()
             seconds, self.last_log = now - self.last_log, now
             means = self.sums.reduce(self.accelerator)
-            num_pairs, num_tokens = means.pop("num_pairs"), means.pop("num_tokens")
+            num_pairs, num_tokens, flop = (means.pop(name) for name in ("num_pairs", "num_tokens", "flop"))
+            mean = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
+            means["rewards/std"] = math.sqrt(max(0.0, means.pop("rewards/square") - mean**2))
             logs.update(means)
             logs["reward_shift"] = self.shift.value
-            logs["pairs_per_second"] = num_pairs / seconds
-            logs["tokens_per_second"] = num_tokens / seconds
+            peak = device_peak(self.args.device, self.args.peak_tflops)
+            logs.update(speed(num_pairs, num_tokens, flop, seconds, peak and peak * self.args.world_size))
+            logs.update(self._largest(memory_in_use(self.args.device)))
             self.sums = MeanMeter()
         super().log(logs, start_time)
+
+    def _largest(self, values: dict[str, float]) -> dict[str, float]:
+        """The largest of each value over all ranks; a collective."""
+        mine = torch.tensor([list(values.values())], dtype=torch.float64 if self.args.device.type != "mps" else None)
+        rows = self.accelerator.gather(mine.to(self.args.device))
+        return dict(zip(values, rows.max(dim=0).values.tolist(), strict=True))
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Return rewards, accuracy and NLL on the held-out pairs; the reward shift does not move.
@@ -378,6 +461,7 @@ class MPOTrainer(Trainer):
         """
         if not self.held_out:
             raise BadInputError("there are no held-out pairs to evaluate on; set held_out_share above 0")
+        started = time.perf_counter()
         # Every rank does the same number of packs, so that sharded models meet in the same collectives.
         costs = [size.num_tokens for size in self.held_out_sizes]
         plan = fill_packs(costs, max(self.args.max_tokens_per_pack, max(costs)))
@@ -404,13 +488,59 @@ class MPOTrainer(Trainer):
                     f"{metric_key_prefix}_nll": -chosen / micro.pack.chosen_lengths_P,
                 }
                 meter.add(micro.pack.num_pairs, values)
-        model.train(was_training)
         metrics = meter.reduce(self.accelerator)
         metrics[f"{metric_key_prefix}_num_pairs"] = metrics.pop("num_pairs")
-        metrics.pop("num_tokens")
+        for name in ("num_tokens", "flop"):
+            metrics.pop(name)
+        metrics |= self._answer_some(metric_key_prefix)
+        model.train(was_training)
         self.log(dict(metrics))
+        self.last_log += time.perf_counter() - started  # the speed that is logged is that of training
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _answer_some(self, prefix: str) -> dict[str, float]:
+        """Answer some held-out questions greedily, keep and track the texts, return means over them.
+
+        All ranks do the same, so that sharded weights are gathered together.
+        """
+        questions: dict[Any, int] = {}
+        for index, row in enumerate(self.held_out):
+            questions.setdefault(row.key, index)
+        chosen = list(questions.values())[: self.args.num_eval_samples]
+        if not chosen:
+            return {}
+        model = self.accelerator.unwrap_model(self.model)
+        precision = torch.bfloat16 if self.args.bf16 else torch.float16
+        with torch.autocast(self.args.device.type, precision, enabled=self.args.bf16 or self.args.fp16):
+            groups = [self.eval_dataset[(index,)] for index in chosen]
+            answers = greedy_answers(model, groups, self.args.eval_sample_tokens)
+        tokenizer = self.processing_class.tokenizer
+        samples = []
+        for index, ids in zip(chosen, answers, strict=True):
+            pair = self.held_out[index].pair
+            samples.append(
+                {
+                    "step": self.state.global_step,
+                    "images": list(pair.images),
+                    "question": pair.question,
+                    "answer": tokenizer.decode(ids, skip_special_tokens=True),
+                    "chosen": pair.chosen,
+                    "num_tokens": len(ids),
+                    "finished": len(ids) < self.args.eval_sample_tokens,
+                    "repetition": repetition(ids),
+                }
+            )
+        if self.is_world_process_zero():
+            with open(Path(self.args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as out:
+                out.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            send_samples(self.callback_handler.callbacks, samples, self.state.global_step)
+        means = {
+            "length": [sample["num_tokens"] for sample in samples],
+            "unfinished": [not sample["finished"] for sample in samples],
+            "repetition": [sample["repetition"] for sample in samples],
+        }
+        return {f"{prefix}_samples/{name}": sum(values) / len(values) for name, values in means.items()}
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -477,6 +607,7 @@ class MeanMeter:
         self.totals: dict[str, Tensor] = {}
         self.count = 0
         self.tokens = 0
+        self.flop = 0.0
 
     def add(self, count: int, values: Mapping[str, Tensor]) -> None:
         """Add values of `count` pairs. Each value has shape (count,)."""
@@ -486,14 +617,14 @@ class MeanMeter:
             self.totals[name] = self.totals[name] + total if name in self.totals else total
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
-        """Return the mean of every value over all ranks, with `num_pairs` and `num_tokens`; a collective."""
+        """Return the mean of every value over all ranks, with sums `num_pairs`, `num_tokens`, `flop`; a collective."""
         device = accelerator.device
         values = [total.to(device) for total in self.totals.values()]
-        counts = torch.tensor([self.count, self.tokens], dtype=torch.float64, device=device)
+        counts = torch.tensor([self.count, self.tokens, self.flop], dtype=torch.float64, device=device)
         sums = accelerator.reduce(torch.cat([torch.stack(values), counts]), reduction="sum").tolist()
-        *totals, num_pairs, num_tokens = sums
+        *totals, num_pairs, num_tokens, flop = sums
         means = {name: total / num_pairs for name, total in zip(self.totals, totals, strict=True)}
-        return {**means, "num_pairs": num_pairs, "num_tokens": num_tokens}
+        return {**means, "num_pairs": num_pairs, "num_tokens": num_tokens, "flop": flop}
 
 
 def read_checkpoint_state(checkpoint: str | Path) -> dict[str, Any]:
@@ -526,12 +657,22 @@ def remove_half_written(output_dir: str | Path) -> list[str]:
     return sorted(folder.name for folder in halves)
 
 
+class EvaluateAtTheEnd(TrainerCallback):
+    """Evaluates after the last step, while trackers still listen."""
+
+    def on_step_end(self, args: MPOArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for it."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
 class ConsoleCallback(TrainerCallback):
     """A progress bar with rate and time left, the first loss explained, and a JSON line per log entry."""
 
-    def __init__(self, output_dir: str | Path):
-        """Write to `log.jsonl` in `output_dir`."""
+    def __init__(self, output_dir: str | Path, watch: Watch | None = None):
+        """Write to `log.jsonl` in `output_dir`; `watch` decides on warnings."""
         self.path = Path(output_dir) / "log.jsonl"
+        self.watch = watch or Watch()
         self.bar: Any = None
 
     def on_train_begin(self, args: MPOArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -541,19 +682,20 @@ class ConsoleCallback(TrainerCallback):
         from tqdm import tqdm
 
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-        kept = []
-        if self.path.exists() and state.global_step:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
-        with atomic_writer(self.path) as out:
-            out.writelines(line + "\n" for line in kept)
+        for path in (self.path, self.path.with_name("samples.jsonl")):
+            _keep_until(path, state.global_step)
 
     def on_log(self, args: MPOArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Write the line; explain the first one."""
         if not state.is_world_process_zero or not logs:
             return
+        warnings = self.watch.look(state.global_step, logs)
         with open(self.path, "a", encoding="utf-8") as out:
             out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            out.writelines(json.dumps({"step": state.global_step, "warning": text}) + "\n" for text in warnings)
+        write = print if self.bar is None else self.bar.write
+        for text in warnings:
+            write(f"warning, {text}")
         if "loss" not in logs or self.bar is None:
             return
         self.bar.set_postfix(
@@ -575,19 +717,27 @@ class ConsoleCallback(TrainerCallback):
             self.bar = None
 
 
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines of later steps, which a resumed run repeats; step 0 drops all."""
+    kept = []
+    if path.exists() and step:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    if path.exists() or path.name == "log.jsonl":
+        with atomic_writer(path) as out:
+            out.writelines(line + "\n" for line in kept)
+
+
 def first_loss_line(args: MPOArguments, logs: Mapping[str, float]) -> str:
     """Return a sentence that says whether the first loss is normal: policy and reference are still the same model."""
-    expected = 0.0
-    parts = []
-    if args.preference == "dpo":
-        expected += args.preference_weight * math.log(2)
-        parts.append(f"{args.preference_weight:g} ln 2")
-    if args.quality == "bco":
-        expected += args.quality_weight * 2 * math.log(2)
-        parts.append(f"{args.quality_weight:g} * 2 ln 2")
-    nll = args.generation_weight * logs["loss_generation"] if args.generation != "none" else 0.0
+    expected, words = expected_first_loss(args, logs["loss_generation"])
     line = f"step 1: loss {logs['loss']:.4f}"
-    if args.preference in ("dpo", "none"):
-        terms = " + ".join([*parts, *(["NLL of the chosen responses"] if args.generation != "none" else [])])
-        line += f", expected {expected + nll:.4f} = {terms} (policy = reference)"
+    if expected is None:
+        return f"{line}; {words}"
+    line += f", expected {expected:.4f} = {words} (policy = reference)"
+    if abs(logs["loss"] - expected) > 0.02 * max(1.0, expected):
+        line += (
+            f"; they differ by {logs['loss'] - expected:+.4f}, so policy and reference are not the same model here: "
+            "check dropout, adapters, and the precision of the reference log-probs"
+        )
     return line

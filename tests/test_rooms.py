@@ -33,6 +33,8 @@ ROOMS = {
     "internvl_mpo/packed_attention.py": {"torch", "transformers", METHOD + "packing"},
     "internvl_mpo/logps.py": {"torch", METHOD + "packing", METHOD + "packed_attention"},
     "internvl_mpo/encoding.py": {"torch", "PIL", METHOD + "packing", METHOD + "records"},
+    "internvl_mpo/monitor.py": {"torch", "pandas", METHOD + "packing", METHOD + "records"},
+    "internvl_mpo/throughput.py": {"torch", "psutil", METHOD + "packing"},
     "internvl_mpo/preflight.py": {
         *("pyarrow", METHOD + "encoding", METHOD + "errors", METHOD + "mmpr", METHOD + "packing", METHOD + "records"),
         METHOD + "reference_cache",

@@ -1,0 +1,234 @@
+"""Watches the numbers of a run and speaks up: what goes wrong slowly, and what a greedy answer looks like.
+
+    watch = Watch()
+    for sentence in watch.look(step, logs): print("warning:", sentence)
+
+Each warning is given once, with the window and the threshold it comes from. Loss and gradients that are not finite are
+not warnings: they stop the run, see `dump_step` and `internvl_mpo.replay`.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from internvl_mpo.packing import Group
+from internvl_mpo.records import atomic_writer
+
+
+class Watch:
+    """Looks at the log lines of a run."""
+
+    def __init__(
+        self,
+        *,
+        window: int = 50,
+        falling: float = -0.05,
+        spread_factor: float = 3.0,
+        repetition_rise: float = 0.2,
+    ):
+        """Set the thresholds.
+
+        Args:
+            window: log lines that are averaged.
+            falling: nats a token; chosen log-probs count as falling when their mean change against the reference is
+                below this over a window, and below that of the window before.
+            spread_factor: rewards count as equal when, after a whole window, their standard deviation is still below
+                this times that of the first line (where it is rounding noise: policy and reference are one model).
+            repetition_rise: greedy answers count as repetitive when the share of repeated 4-grams has risen by this
+                since the first samples.
+        """
+        self.window, self.falling = window, falling
+        self.spread_factor, self.repetition_rise = spread_factor, repetition_rise
+        self.changes: deque[float] = deque(maxlen=2 * window)
+        self.spreads: list[float] = []
+        self.first_repetition: float | None = None
+        self.given: set[str] = set()
+
+    def look(self, step: int, logs: Mapping[str, float]) -> list[str]:
+        """Take a log line in and return the warnings it gives rise to."""
+        found = {
+            "falling": self._falling(logs),
+            "equal": self._equal(logs),
+            "repetition": self._repetition(logs),
+        }
+        new = {name: sentence for name, sentence in found.items() if sentence and name not in self.given}
+        self.given |= new.keys()
+        return [f"step {step}: {sentence}" for sentence in new.values()]
+
+    def _falling(self, logs: Mapping[str, float]) -> str | None:
+        if "logps/chosen_change" not in logs:
+            return None
+        self.changes.append(logs["logps/chosen_change"])
+        if len(self.changes) < 2 * self.window:
+            return None
+        values = list(self.changes)
+        before, now = (sum(part) / self.window for part in (values[: self.window], values[self.window :]))
+        if now >= self.falling or now >= before:
+            return None
+        return (
+            f"the log-probs of chosen responses fall: {now:+.3f} nats a token against the reference over the last "
+            f"{self.window} lines, {before:+.3f} before (threshold {self.falling:+.2f}); raise generation_weight or "
+            "beta, or lower learning_rate"
+        )
+
+    def _equal(self, logs: Mapping[str, float]) -> str | None:
+        if "rewards/std" not in logs or len(self.spreads) > self.window:
+            return None
+        self.spreads.append(logs["rewards/std"])
+        noise, largest = self.spreads[0], max(self.spreads[1:], default=0.0)
+        if len(self.spreads) <= self.window or largest > self.spread_factor * noise:
+            return None
+        return (
+            f"the rewards of all pairs are still equal after {self.window} lines (standard deviation at most "
+            f"{largest:.1e}, {noise:.1e} at the start), so nothing is learnt; check learning_rate and warm-up, what is "
+            "frozen, and that weights trained without DeepSpeed are not bfloat16, which loses small updates"
+        )
+
+    def _repetition(self, logs: Mapping[str, float]) -> str | None:
+        value = logs.get("eval_samples/repetition")
+        if value is None:
+            return None
+        if self.first_repetition is None:
+            self.first_repetition = value
+        if value < self.first_repetition + self.repetition_rise:
+            return None
+        return (
+            f"greedy answers repeat themselves: {value:.0%} of their 4-grams, {self.first_repetition:.0%} in the first "
+            "samples; read samples.jsonl, and lower learning_rate or raise generation_weight"
+        )
+
+
+def sequence_kl(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor) -> Tensor:
+    """Return an estimate of KL(reference || policy) in nats a token, one per response.
+
+    The estimator: k3 = exp(d) - 1 - d (Schulman 2020, "Approximating KL Divergence") with d the mean log-ratio a token,
+    (log policy - log reference) / length. It is never negative and 0 for equal models. Responses must be samples of the
+    reference for k3 to estimate this direction: true of pairs that were sampled from the start model, as MMPR's are for
+    their own models, and approximate for any other data. Averaging d over a response before the exponential makes it a
+    lower bound of the token-wise k3 (Jensen).
+
+    Args:
+        policy_logps: summed log-probs of responses. Shape: (P,)
+        reference_logps: Shape: (P,)
+        lengths: scored tokens. Shape: (P,)
+    """
+    mean_ratio = (policy_logps - reference_logps) / lengths
+    return torch.expm1(mean_ratio) - mean_ratio
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def greedy_answers(model: nn.Module, groups: Sequence[Group], max_new_tokens: int) -> list[list[int]]:
+    """Return greedy continuations of the groups' prompts, as token ids without the prompt.
+
+    Every rank must call this with the same groups where weights are sharded.
+
+    Args:
+        model: `InternVLChatModel`, or a PEFT model around it, in evaluation mode.
+        groups: encoded prompts.
+        max_new_tokens: where an answer is cut.
+    """
+    device = next(model.parameters()).device
+    answers = []
+    for group in groups:
+        prompt = torch.tensor([group.prompt_ids], device=device)
+        tiles = {} if group.tiles is None else {"pixel_values": group.tiles.to(device, model.dtype)}
+        ids = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            **tiles,
+        )
+        answers.append(ids[0, prompt.shape[1] :].tolist())
+    return answers
+
+
+def repetition(ids: Sequence[int], size: int = 4) -> float:
+    """Return the share of n-grams of tokens that occurred before in the same answer; 0 for short answers."""
+    grams = [tuple(ids[start : start + size]) for start in range(len(ids) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def send_samples(callbacks: Sequence[Any], samples: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Hand samples to the trackers among transformers' callbacks: text in TensorBoard, a table in wandb and trackio."""
+    columns = ("question", "answer", "chosen", "repetition")
+    rows = [[step, *(sample[column] for column in columns)] for sample in samples]
+    for callback in callbacks:
+        name = type(callback).__name__
+        if name == "TensorBoardCallback" and callback.tb_writer is not None:
+            text = "\n\n---\n\n".join(
+                f"**question** {sample['question']}\n\n**answer** {sample['answer']}\n\n**chosen** {sample['chosen']}"
+                for sample in samples
+            )
+            callback.tb_writer.add_text("eval/samples", text, step)
+        elif name == "WandbCallback" and getattr(callback, "_wandb", None) is not None:
+            table = callback._wandb.Table(columns=["step", *columns], data=rows)
+            callback._wandb.log({"eval/samples": table, "train/global_step": step})
+        elif name == "TrackioCallback" and callback._trackio.context_vars.current_run.get() is not None:
+            import pandas
+
+            table = callback._trackio.Table(dataframe=pandas.DataFrame(rows, columns=["step", *columns]))
+            callback._trackio.log({"eval/samples": table})
+
+
+# --- a step that is not finite ----------------------------------------------------------------------------------------
+
+
+def dump_step(path: Path, header: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], model: nn.Module) -> list[str]:
+    """Write what `internvl_mpo.replay` needs to repeat a step; return the weights that are not finite any more.
+
+    Args:
+        path: file to write.
+        header: settings of the run that the numbers depend on.
+        pairs: rows with their image root and reference log-probs.
+        model: the policy as it is now.
+    """
+    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    with atomic_writer(path) as out:
+        json.dump({**header, "weights_not_finite": broken, "pairs": list(pairs)}, out, indent=1, ensure_ascii=False)
+    return broken
+
+
+def expected_first_loss(args: Any, generation: float) -> tuple[float | None, str]:
+    """Return what the loss of the first step should be, where policy and reference are one model, and how it adds up.
+
+    Args:
+        args: `MPOArguments`.
+        generation: the generation term as it was logged; it depends on the start model alone.
+
+    Returns:
+        The loss, or None where a term has no fixed value (ORPO), and the sum in words.
+    """
+    log2, beta = math.log(2), args.beta
+    fixed = {
+        "dpo": (log2, "ln 2"),
+        "cdpo": (log2, "ln 2"),
+        "robust_dpo": (log2, "ln 2"),
+        "aot": (log2, "ln 2"),
+        "rso": (1.0, "1"),
+        "ipo": (1 / (2 * beta) ** 2, "1/(2 beta)^2"),
+        "sppo": (2 / (2 * beta) ** 2, "2/(2 beta)^2"),
+    }
+    total, words = 0.0, []
+    if args.preference in fixed:
+        value, spelled = fixed[args.preference]
+        total += args.preference_weight * value
+        words.append(f"{args.preference_weight:g} * {spelled}")
+    elif args.preference == "orpo":
+        return None, "the odds ratio of the start model has no fixed value"
+    if args.quality == "bco":
+        total += args.quality_weight * 2 * log2
+        words.append(f"{args.quality_weight:g} * 2 ln 2")
+    if args.generation != "none":
+        total += args.generation_weight * generation
+        words.append(f"{args.generation_weight:g} * NLL of the chosen responses ({generation:.4f})")
+    return total, " + ".join(words)

@@ -1,0 +1,341 @@
+"""What is logged, what is warned about, and how a step that is not finite is found again.
+
+pytest tests/test_monitor.py
+"""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_train_mpo import arguments, train, world  # noqa: F401 - `world` is a fixture
+from tiny import tiny_model, tiny_processor
+from torch.utils.flop_counter import FlopCounterMode
+
+from internvl_mpo import replay, throughput
+from internvl_mpo.errors import run_program
+from internvl_mpo.logps import attach_scoring, response_logps
+from internvl_mpo.monitor import Watch, expected_first_loss, repetition, sequence_kl
+from internvl_mpo.packing import Group, pack_groups
+from internvl_mpo.records import PreferencePair
+from internvl_mpo.throughput import FlopModel, device_peak, num_visible, peak_tflops
+from internvl_mpo.trainer import MPOTrainer
+
+
+def lines(folder: Path, name: str = "log.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+
+def feed(watch: Watch, name: str, values: list[float]) -> list[str]:
+    return [text for step, value in enumerate(values, start=1) for text in watch.look(step, {name: value})]
+
+
+def test_chosen_log_probs_that_fall_for_long_are_told_once():
+    falling = [-0.004 * step for step in range(60)]
+    (text,) = feed(Watch(window=10), "logps/chosen_change", falling)
+    assert "log-probs of chosen responses fall" in text
+    assert text.startswith("step 20: ")  # the first two windows are -0.018 and -0.058
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.004 * step for step in range(60)],  # rising
+        [-0.06 + 0.001 * step for step in range(60)],  # low, but coming back
+        [-0.0005 * step for step in range(60)],  # falling, but hardly
+        [-0.2, 0.1] * 5 + [-0.004 * step for step in range(9)],  # not for long yet
+    ],
+)
+def test_log_probs_that_rise_or_only_swing_are_not(values):
+    assert feed(Watch(window=10), "logps/chosen_change", values) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"),
+    [
+        ([0.0] * 30, True),  # learning rate 0 or everything frozen
+        ([1e-5] + [1.5e-5] * 30, True),  # rounding noise stays rounding noise
+        ([1e-5] * 8 + [1e-3] * 30, False),
+        ([0.02] + [0.03] * 5 + [0.2] * 30, False),  # bfloat16 noise, then learning
+        ([0.0] * 9, False),  # too early to tell
+    ],
+)
+def test_rewards_that_stay_equal_are_told(values, warned):
+    assert bool(feed(Watch(window=10), "rewards/std", values)) is warned
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"), [([0.1, 0.15, 0.31], True), ([0.1, 0.2, 0.25], False), ([0.9, 0.9, 0.9], False)]
+)
+def test_repetition_that_rises_is_told(values, warned):
+    assert bool(feed(Watch(), "eval_samples/repetition", values)) is warned
+
+
+def test_repetition_counts_fourgrams_that_were_there_before():
+    assert repetition([1, 2, 3, 4, 5, 6, 7]) == 0
+    assert repetition([7] * 10) == pytest.approx(6 / 7)
+    assert repetition([1, 2, 3]) == 0
+
+
+def test_a_run_that_learns_nothing_says_so(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(Watch.__init__, "__kwdefaults__", {**Watch.__init__.__kwdefaults__, "window": 3})
+    more = ("--max_steps", "5", "--save_strategy", "no")
+    assert train(world, tmp_path / "still", "--learning_rate", "0", *more) == 0
+    warnings = [row["warning"] for row in lines(tmp_path / "still") if "warning" in row]
+    assert len(warnings) == 1
+    assert "nothing is learnt" in warnings[0]
+    assert warnings[0] in "".join(capsys.readouterr())
+    assert train(world, tmp_path / "learning", *more) == 0
+    assert not [row for row in lines(tmp_path / "learning") if "warning" in row]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_kl_is_the_k3_estimator_of_the_mean_log_ratio():
+    policy, reference, lengths = torch.tensor([-12.0, -8.0]), torch.tensor([-10.0, -8.0]), torch.tensor([4, 3])
+    assert sequence_kl(policy, reference, lengths).tolist() == pytest.approx([math.exp(-0.5) - 1 + 0.5, 0.0])
+    assert (sequence_kl(torch.randn(99), torch.randn(99), torch.ones(99)) >= 0).all()
+
+
+@pytest.mark.parametrize("preference", ["dpo", "cdpo", "robust_dpo", "aot", "rso", "ipo", "sppo", "orpo", "none"])
+def test_the_first_loss_is_the_expected_one_for_every_variant(world, tmp_path, preference, capsys):  # noqa: F811
+    quality = "none" if preference in ("orpo", "none") else "bco"
+    more = ["--preference", preference, "--quality", quality, "--max_steps", "1", "--save_strategy", "no"]
+    assert train(world, tmp_path / "run", *more, "--label_smoothing", "0.1" if "d" in preference else "0") == 0
+    first = lines(tmp_path / "run")[0]
+    args = SimpleNamespace(
+        preference=preference, quality=quality, generation="sft", beta=0.1, preference_weight=0.8, quality_weight=0.2,
+        generation_weight=1.0,
+    )  # fmt: skip
+    expected, words = expected_first_loss(args, first["loss_generation"])
+    shown = "".join(capsys.readouterr())
+    if preference == "orpo":
+        assert expected is None
+        assert "no fixed value" in shown
+    else:
+        assert first["loss"] == pytest.approx(expected, rel=1e-3)
+        assert f"expected {expected:.4f} = {words}" in shown
+        assert "not the same model" not in shown
+
+
+def test_every_number_is_logged_and_means_what_it_says(world, tmp_path):  # noqa: F811
+    assert train(world, tmp_path / "run", "--peak_tflops", "0.001", "--save_strategy", "no") == 0
+    first, *_, last = (row for row in lines(tmp_path / "run") if "loss" in row)
+    names = (
+        "loss_preference loss_quality loss_generation reward_shift grad_norm learning_rate rewards/chosen "
+        "rewards/rejected rewards/margin rewards/accuracy rewards/std kl length/chosen length/rejected logps/chosen "
+        "logps/rejected pairs_per_second tokens_per_second model_tflops mfu memory/process_gib memory/device_peak_gib"
+    )
+    for name in names.split():
+        assert math.isfinite(last[name]), name
+    assert first["rewards/std"] < 1e-3 < last["rewards/std"]  # policy = reference, then not
+    assert first["kl"] < 1e-6 < last["kl"]
+    assert last["mfu"] == pytest.approx(last["model_tflops"] / 0.001)
+    assert 0.05 < last["memory/process_gib"] < 10
+    assert last["memory/device_peak_gib"] == 0  # a CPU
+    terms = 0.8 * last["loss_preference"] + 0.2 * last["loss_quality"] + last["loss_generation"]
+    assert last["loss"] == pytest.approx(terms, rel=1e-5)
+
+
+def test_no_mfu_where_the_peak_is_not_known():
+    assert device_peak(torch.device("cpu")) is None
+    assert device_peak(torch.device("cpu"), 2.0) == 2e12
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
+    assert peak_tflops("NVIDIA H100 PCIe") == 756
+    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312
+    assert peak_tflops("NVIDIA RTX A4000") is None  # not an A40
+    assert "mfu" not in throughput.speed(1, 1, 1, 1, None)
+
+
+@pytest.mark.parametrize("frozen", [(), ("vision_model",), ("vision_model", "mlp1"), ("language_model",)])
+def test_counted_flop_are_those_of_the_matrix_products(frozen):
+    model = attach_scoring(tiny_model("llama")).train()
+    for name in frozen:
+        getattr(model, name).requires_grad_(False)
+    groups = [
+        Group(
+            [5] * 9 + [model.config.image_token_id] * 2, [[6, 7, 8], [6, 9]], [(0, 1)], ["a"], torch.randn(2, 3, 28, 28)
+        ),
+        Group([5] * 20, [[6] * 8, [9] * 5, [10] * 6], [(0, 1), (0, 2)], ["b", "c"]),
+    ]
+    pack = pack_groups(groups)
+    with FlopCounterMode(display=False) as counter:
+        response_logps(model, pack).sum().backward()
+    matrices = counter.get_total_flops()  # attention runs in kernels that torch's table does not know
+    flops = FlopModel(model)
+    for name in ("vision", "language"):
+        part = getattr(flops, name)
+        setattr(flops, name, throughput._Part(part.num_weights, part.num_trained, 0))
+    # The head makes its logits twice, which the method does not need; torch counts no in-place product.
+    head = 2 * len(pack.target_ids_S) * flops.head.num_weights
+    expected = matrices - head + head * (flops.head.num_trained > 0)
+    assert flops.of(pack) == pytest.approx(expected, rel=0.01)
+
+
+def test_visible_pairs_are_counted_along_the_tree():
+    pack = pack_groups(
+        [
+            Group([1, 2, 3], [[4, 5, 6], [4, 7], [8]], [(0, 1), (0, 2)], ["a", "b"]),
+            Group([1], [[2], [3]], [(0, 1)], ["c"]),
+        ]
+    )
+    until = pack.layout.visible_until_T
+    place = torch.arange(len(until))
+    dense = (place[None] <= place[:, None]) & (place[:, None] < until[None])
+    assert num_visible(pack.layout) == int(dense.sum())
+
+
+# --- samples and trackers ---------------------------------------------------------------------------------------------
+
+
+def test_held_out_questions_are_answered_at_every_evaluation(world, tmp_path, monkeypatch):  # noqa: F811
+    output = tmp_path / "run"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    more = ("--held_out_share", "0.4", "--pairs_per_step", "2", "--eval_steps", "2", "--num_eval_samples", "2",
+            "--eval_sample_tokens", "5", "--report_to", "tensorboard", "--max_steps", "4")  # fmt: skip
+    assert train(world, output, *more) == 0
+    samples = lines(output, "samples.jsonl")
+    assert {sample["step"] for sample in samples} == {2, 4}
+    assert all(0 < sample["num_tokens"] <= 5 for sample in samples)
+    held_out = {sample["question"] for sample in samples}
+    pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    assert held_out < {pair["question"] for pair in pairs}
+    evaluations = [row for row in lines(output) if "eval_rewards/accuracy" in row]
+    assert [row["step"] for row in evaluations][:2] == [2, 4]
+    assert all("eval_samples/repetition" in row and "eval_nll" in row for row in evaluations)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events.Reload()
+    tracked = [event.value for event in events.Scalars("train/loss")]
+    assert tracked == pytest.approx([row["loss"] for row in lines(output) if "loss" in row], rel=1e-5)
+    assert len(events.Scalars("eval/rewards/accuracy")) >= 2
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("eval/samples/text_summary")]
+    assert samples[0]["question"] in texts[0]
+
+
+def test_trackio_gets_numbers_and_samples_without_a_network(world, tmp_path, monkeypatch):  # noqa: F811
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    from trackio import sqlite_storage, utils
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for module in (sqlite_storage, utils):
+        if hasattr(module, "TRACKIO_DIR"):
+            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    more = ("--held_out_share", "0.4", "--pairs_per_step", "2", "--num_eval_samples", "1", "--eval_sample_tokens", "3",
+            "--report_to", "trackio", "--max_steps", "2", "--project", "mpo-test", "--run_name", "r1")  # fmt: skip
+    assert train(world, tmp_path / "run", *more) == 0
+    logs = SQLiteStorage.get_logs("mpo-test", "r1")
+    losses = [row["train/loss"] for row in logs if "train/loss" in row]
+    assert losses == pytest.approx([row["loss"] for row in lines(tmp_path / "run") if "loss" in row])
+    assert any("eval/samples" in row for row in logs)
+
+
+# --- not finite -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+    plain = MPOTrainer.compute_loss
+
+    def poisoned(self, model, inputs, *more, **options):
+        loss = plain(self, model, inputs, *more, **options)
+        if self.state.global_step != 2:
+            return loss
+        weight = next(model.parameters())
+        return loss + ((weight - weight.detach()) ** 2).sum().sqrt()  # 0, with the gradient 0/0
+
+    monkeypatch.setattr(MPOTrainer, "compute_loss", poisoned)
+    output = tmp_path / "run"
+    assert train(world, output, "--save_steps", "1") == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the gradient is not finite at step 3" in message
+    dump = json.loads((output / "not_finite_step3_rank0.json").read_text())
+    assert len(dump["pairs"]) == 4
+    assert dump["weights_not_finite"] == []
+    assert [row["step"] for row in lines(output) if "loss" in row] == [1, 2]
+    saved = load_file(output / "checkpoint-2" / "model.safetensors")
+    assert all(bool(torch.isfinite(weight).all()) for weight in saved.values())
+
+    assert run_program(replay.main, ["--dump", str(output / "not_finite_step3_rank0.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "checkpoint-2" in shown
+    assert "all pairs are finite with these weights" in shown
+    assert all(pair["id"] in shown for pair in dump["pairs"])
+
+
+def test_a_replay_gives_the_losses_of_the_run_and_names_the_module(world, tmp_path, capsys):  # noqa: F811
+    output = tmp_path / "run"
+    assert train(world, output, "--learning_rate", "1e30", "--max_grad_norm", "0", "--save_strategy", "no") == 2
+    message = capsys.readouterr().err
+    path = next(output.glob("not_finite_*.json"))
+    assert f"--dump {path}" in message
+    dump = replay.read_dump(path)
+    model, processor = replay.load_policy(world / "start", dump["model"], torch.float32)
+    attach_scoring(model)
+    row = dump["pairs"][0]
+    found = replay.replay_pair(model, processor, dump, row)
+    assert found.is_finite
+    # with the start model's weights, the log-probs are those of the reference
+    assert [found.numbers["chosen logp"], found.numbers["rejected logp"]] == pytest.approx(row["reference_logps"])
+    assert found.numbers["grad norm"] > 0
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (world / "start").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    name = "language_model.model.layers.1.mlp.down_proj.weight"
+    weights[name] = weights[name] * torch.inf
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    assert run_program(replay.main, ["--dump", str(path), "--model", str(broken)]) == 1
+    shown = capsys.readouterr().out
+    assert "language_model.model.layers.1.mlp.down_proj" in shown
+    assert "pairs are not finite with these weights" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "no JSON object"), ("{}", "key 'beta' is missing"), (None, "cannot read")]
+)
+def test_something_else_than_a_dump_is_refused(tmp_path, capsys, text, words):
+    if text is not None:
+        (tmp_path / "dump.json").write_text(text)
+    assert run_program(replay.main, ["--dump", str(tmp_path / "dump.json")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_gradients_that_overflow_are_traced_to_their_module():
+    model, processor = tiny_model("llama"), tiny_processor()
+    attach_scoring(model)
+    pair = PreferencePair(question="a question", chosen="yes", rejected="no")
+    dump = {"beta": 0.1, "weights": (0.8, 0.2, 1.0), "reward_shift": 0.0, "preference": "dpo", "quality": "bco",
+            "generation": "sft", "label_smoothing": 0.0, "max_tiles": 2, "max_length": 500}  # fmt: skip
+    row = {**pair.to_json(), "image_root": ".", "max_tiles": None, "reference_logps": [-3.0, -3.0]}
+    assert replay.replay_pair(model, processor, dump, row).is_finite
+    layer = model.language_model.model.layers[0].mlp
+    layer.register_forward_hook(lambda module, inputs, output: Poison.apply(output))
+    found = replay.replay_pair(model, processor, dump, row)
+    assert found.first_output is None
+    assert found.first_gradient.startswith("language_model.model.layers.0.mlp")
+    assert not found.is_finite
+
+
+class Poison(torch.autograd.Function):
+    """The identity, with a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
