@@ -52,7 +52,9 @@ class EvaluateSettings:
 
     benchmarks: list[str] = setting(help="names, separated by commas: mini, m3cot, mathvista, ...")
     output: str = setting(help="folder of the run: answers, verdicts, scores, report")
-    model: str | None = setting(None, help="model folder or Hub id; name of the served model with --engine http")
+    model: str | None = setting(
+        None, help="folder or Hub id of any image-text model; name of the served model with --engine http"
+    )
     data: str | None = setting(
         None, help="local copy: a file or folder, or a folder with one entry per benchmark; without it, the Hub"
     )
@@ -219,13 +221,13 @@ def make_engine(settings: EvaluateSettings) -> Engine:
         return HttpEngine(settings.base_url, settings.model, concurrency=settings.batch_size, api_key=key)
     import torch
 
-    from internvl_mpo.engines.transformers_engine import TransformersEngine
+    from internvl_mpo.engines.loading import load_model_engine
 
     local_rank = os.environ.get("LOCAL_RANK")
     device = settings.device
     if device == "auto" and local_rank is not None and torch.cuda.is_available():
         device = f"cuda:{local_rank}"
-    return TransformersEngine(
+    return load_model_engine(
         settings.model,
         device=device,
         dtype=settings.dtype,

@@ -214,11 +214,12 @@ def _write_native(source: Path, raw: dict[str, Any], output: Path) -> None:
     native.save_pretrained(output)
     shapes = _shapes(language.model_type, language)
     _save(to_native(dict(_tensors(source)), shapes), output)
-    # The native processor has no `<image>`: its chat template writes the image token itself.
-    template = get_conversation(config.template).chat_template(config.system_message)
-    (output / "chat_template.jinja").write_text(template.replace('"<image>"', '"<IMG_CONTEXT>"'), encoding="utf-8")
     tokenizer = processor.tokenizer
     tokenizer.save_pretrained(output)
+    # The native processor has no `<image>`: its chat template writes the image token itself. It replaces the template
+    # that comes with the tokenizer.
+    template = get_conversation(config.template).chat_template(config.system_message)
+    (output / "chat_template.jinja").write_text(template.replace('"<image>"', '"<IMG_CONTEXT>"'), encoding="utf-8")
     settings = read_json(output / "tokenizer_config.json")
     settings["extra_special_tokens"] = {
         "start_image_token": "<img>",

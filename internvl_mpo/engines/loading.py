@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from internvl_mpo.engines import Engine, Sampling
 from internvl_mpo.errors import BadInputError
@@ -89,9 +89,7 @@ def load_local_engine(settings: EngineSettings) -> Engine:
             max_tiles=settings.max_tiles,
             trust_remote_code=settings.trust_remote_code,
         )
-    from internvl_mpo.engines.transformers_engine import TransformersEngine
-
-    return TransformersEngine(
+    return load_model_engine(
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
@@ -99,3 +97,25 @@ def load_local_engine(settings: EngineSettings) -> Engine:
         max_tiles=settings.max_tiles,
         trust_remote_code=settings.trust_remote_code,
     )
+
+
+def load_model_engine(model: str, **settings: Any) -> Engine:
+    """Build the engine in this process that fits a model: InternVL's own, or the one for every other family.
+
+    Args:
+        model: model folder or Hub id.
+        **settings: device, dtype, batch_size, max_tiles, trust_remote_code of `TransformersEngine` and `ChatEngine`.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        family = PretrainedConfig.get_config_dict(model)[0].get("model_type", "internvl_chat")
+    except (OSError, ValueError):
+        family = "internvl_chat"  # whose engine says what is missing
+    if family == "internvl_chat":
+        from internvl_mpo.engines.transformers_engine import TransformersEngine
+
+        return TransformersEngine(model, **settings)
+    from internvl_mpo.engines.chat_engine import ChatEngine
+
+    return ChatEngine(model, **settings)

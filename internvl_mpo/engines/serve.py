@@ -271,9 +271,9 @@ def main(argv: list[str]) -> int:
     """Serve until interrupted."""
     settings = parse_settings(Settings, argv, program="-m internvl_mpo.engines.serve", about=__doc__)
     print(show_settings(settings, "Serving"))
-    from internvl_mpo.engines.transformers_engine import TransformersEngine
+    from internvl_mpo.engines.loading import load_model_engine
 
-    engine = TransformersEngine(
+    engine = load_model_engine(
         settings.model,
         device=settings.device,
         dtype=settings.dtype,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from internvl_mpo.engines import Reply, Request, Sampling
 from internvl_mpo.errors import BadInputError
@@ -64,13 +64,8 @@ class TransformersEngine:
     ):
         self.model_id = str(model_path)
         self.batch_size = batch_size
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        if dtype == "auto":
-            wanted: Any = "auto" if self.device.type == "cuda" else torch.float32
-        else:
-            wanted = getattr(torch, dtype, None)
-            if not isinstance(wanted, torch.dtype):
-                raise BadInputError(f"dtype is '{dtype}'; give auto, float32, bfloat16 or float16")
+        self.device = torch_device(device)
+        wanted = torch_dtype(dtype, self.device)
         try:
             if trust_remote_code:
                 self.processor = AutoProcessor.from_pretrained(self.model_id, trust_remote_code=True)
@@ -176,7 +171,7 @@ class TransformersEngine:
         text = self.render(request.question, len(request.images), request.prefix)
         if text.count("<image>") != len(request.images) or any(token in text for token in _IMAGE_TOKENS):
             raise ValueError(f"{text.count('<image>')} <image> placeholders for {len(request.images)} pictures")
-        return [_load(image) for image in request.images]
+        return [load_picture(image) for image in request.images]
 
     @torch.inference_mode()
     def _run(self, rows: list[Request], pictures: dict[Prompt, list[Image.Image]]) -> list[Reply]:
@@ -247,14 +242,7 @@ class TransformersEngine:
         tokens = [token for token in output if token >= 0]
         stopped = bool(tokens) and tokens[-1] in self.stop_ids
         words = tokens[:-1] if stopped else tokens
-        if request.prefix:
-            # Tokenizers of the SentencePiece family drop the space before the first decoded word; decoding the last
-            # tokens of the prefix with it keeps the join as the model wrote it.
-            tail = prompt_ids[-8:].tolist()
-            before, both = self.tokenizer.decode(tail), self.tokenizer.decode(tail + words)
-            text = both[len(before) :] if both.startswith(before) else self.tokenizer.decode(words)
-        else:
-            text = self.tokenizer.decode(words).strip()
+        text = decode_reply(self.tokenizer, prompt_ids.tolist(), words, request.prefix)
         return Reply(id=request.id, text=text, finish_reason="stop" if stopped else "length", num_tokens=len(tokens))
 
     def _stop_ids(self, vocab: dict[str, int]) -> torch.Tensor:
@@ -321,6 +309,38 @@ def draw_tokens(logits_RV: torch.Tensor, sampling: Sampling, uniform_R: torch.Te
     return ids.gather(-1, index).squeeze(-1)
 
 
+def torch_device(name: str) -> torch.device:
+    """Return a device; "auto" is CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """Return a dtype; "auto" is what the config says on CUDA and float32 elsewhere.
+
+    Raises:
+        BadInputError: torch has no dtype of that name.
+    """
+    if name == "auto":
+        return "auto" if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise BadInputError(f"dtype is '{name}'; give auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def decode_reply(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], words: list[int], prefix: str, **settings: Any
+) -> str:
+    """Return a reply's text: stripped, or after a prefix with the space at the join as the model wrote it."""
+    if not prefix:
+        return tokenizer.decode(words, **settings).strip()
+    # Tokenizers of the SentencePiece family drop the space before the first decoded word; decoding the last tokens of
+    # the prefix with it keeps the join.
+    tail = prompt_ids[-8:]
+    before, both = tokenizer.decode(tail, **settings), tokenizer.decode(tail + words, **settings)
+    return both[len(before) :] if both.startswith(before) else tokenizer.decode(words, **settings)
+
+
 def load_processor(model_path: str) -> InternVLChatProcessor:
     """Return the processor of a model; official folders have none, theirs is made from config.json."""
     try:
@@ -360,7 +380,8 @@ def _size(path: str | Path) -> tuple[int, int]:
         return opened.size
 
 
-def _load(image: Any) -> Image.Image:
+def load_picture(image: Any) -> Image.Image:
+    """Return an RGB picture from a path, a file object or a PIL image."""
     if isinstance(image, Image.Image):
         return to_rgb(image)
     with Image.open(image) as opened:
