@@ -10,19 +10,20 @@ that was killed goes on with the same command. Every field of transformers' Trai
 options below.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mmpr import PairRow, Resample, iter_pairs, mixture_table, repeats
-from internvl_mpo.records import RowError, atomic_writer
+from internvl_mpo.records import RowError, atomic_writer, content_id
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
     from internvl_mpo.trainer import MPOTrainer
 
 PROGRAM = "train_mpo.py"
+# Settings that decide what a step computes: a run cannot go on exactly with another value.
+EXACT = (
+    *("pairs_per_step", "pairs_per_group", "seed", "data_seed", "beta", "preference", "quality", "generation"),
+    *("preference_weight", "quality_weight", "generation_weight", "label_smoothing", "reward_shift"),
+    *("reward_shift_momentum", "reference", "reference_sync_steps", "reference_mixup_alpha", "lora_rank", "lora_alpha"),
+    *("lora_dropout", "lora_on", "freeze_vision", "freeze_projector", "freeze_language", "freeze_language_layers"),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -46,9 +54,12 @@ def main(argv: list[str]) -> int:
     settings, rows, counts, sizes = plan(settings, rows, sizes)
 
     model = load_policy(settings)
-    reference = reference_logps(settings, model, processor, rows + held_out, sizes + held_out_sizes)
-    model = add_lora(settings, model)
-    trainer = build_trainer(settings, model, processor, rows, counts, sizes, held_out, held_out_sizes, reference)
+    identity = identify(settings, model, processor)
+    reference = reference_logps(settings, identity, model, processor, rows + held_out, sizes + held_out_sizes)
+    model = choose_weights(settings, model)
+    trainer = build_trainer(
+        settings, identity, model, processor, rows, counts, sizes, held_out, held_out_sizes, reference
+    )
     train(settings, trainer)
     save(settings, trainer, processor)
     return 0
@@ -61,6 +72,8 @@ def read_settings(argv: list[str]) -> Any:
     """Return the checked settings; without arguments, or with --help, only the usage is printed."""
     if argv and not {"-h", "--help"} & set(argv):
         _check_paths_cheaply(argv)
+    from internvl_mpo.distributed import take_local_rank
+    from internvl_mpo.policy import Part
     from internvl_mpo.trainer import MPOArguments  # imports transformers, some seconds
 
     @dataclass(kw_only=True)
@@ -81,11 +94,22 @@ def read_settings(argv: list[str]) -> Any:
         preflight_cache: str | None = setting(None, help="folder of what the check found; none = beside output_dir")
         verify_images: Literal["header", "full"] = setting("header", help="full decodes every image before training")
         on_bad_row: Literal["stop", "skip"] = setting("stop", help="what to do when rows are unusable: stop or skip")
-        resume: Literal["auto", "never"] = setting("auto", help="go on from the last whole checkpoint: auto or never")
+        resume: str = setting("auto", help="go on from: auto (the last whole checkpoint), never, a checkpoint folder")
         dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", help="type of the weights")
-        lora_rank: int = setting(0, help="rank of LoRA adapters on the language model; 0 trains all weights")
+        reference: Literal["cache", "adapter_off"] = setting(
+            "cache", help="reference log-probs: cache (computed once), or adapter_off (each step, LoRA only)"
+        )
+        lora_rank: int = setting(0, help="rank of LoRA adapters; 0 trains the weights themselves")
         lora_alpha: int | None = setting(None, help="scale of LoRA; none = twice the rank")
+        lora_dropout: float = setting(0.0, help="dropout of LoRA; above 0 policy and reference differ from the start")
+        lora_on: Part = setting("language", help="which tower gets LoRA: language vision both")
+        load_in_4bit: bool = setting(False, help="QLoRA: language model in 4 bits (bitsandbytes); needs lora_rank")
+        save_adapter: bool = setting(False, help="also write the adapters alone, to adapter/ in output_dir")
+        save_merged: bool = setting(True, help="write the whole model, adapters merged; false needs save_adapter")
         freeze_vision: bool = setting(False, help="do not train the vision tower")
+        freeze_projector: bool = setting(False, help="do not train the projector")
+        freeze_language: bool = setting(False, help="do not train the language model")
+        freeze_language_layers: int = setting(0, help="do not train embeddings and so many first language layers")
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -93,16 +117,48 @@ def read_settings(argv: list[str]) -> Any:
                 raise BadInputError(f"preflight_workers is {self.preflight_workers}, expected 0 or more, or none")
             if not 0 <= self.held_out_share < 1:
                 raise BadInputError(f"held_out_share is {self.held_out_share}, expected 0 or more and below 1")
+            check_lora_settings(self)
 
-    return parse_settings(TrainSettings, argv, program=PROGRAM, about=__doc__)
+    return parse_settings(TrainSettings, take_local_rank(argv), program=PROGRAM, about=__doc__)
+
+
+def check_lora_settings(settings: Any) -> None:
+    """Refuse combinations that cannot work.
+
+    Raises:
+        BadInputError: naming the setting to change.
+    """
+    if settings.lora_rank < 0 or not 0 <= settings.lora_dropout < 1 or settings.freeze_language_layers < 0:
+        raise BadInputError("lora_rank and freeze_language_layers must be 0 or more, lora_dropout from 0 to below 1")
+    if not settings.lora_rank:
+        for name in ("load_in_4bit", "save_adapter"):
+            if getattr(settings, name):
+                raise BadInputError(f"{name} needs adapters; set lora_rank above 0")
+        if settings.reference == "adapter_off":
+            raise BadInputError("reference adapter_off needs adapters; set lora_rank above 0, or use reference cache")
+        if not settings.save_merged:
+            raise BadInputError("save_merged is false and there are no adapters, so nothing would be saved")
+    elif not settings.save_merged and not settings.save_adapter:
+        raise BadInputError("save_merged and save_adapter are both false, so nothing would be saved")
+    if settings.reference == "adapter_off" and settings.reference_sync_steps:
+        raise BadInputError("reference adapter_off is the start model and cannot move; use reference cache")
+    from internvl_mpo.distributed import zero_stage
+
+    if zero_stage(settings) == 3 and (settings.load_in_4bit or settings.reference_sync_steps):
+        name = "load_in_4bit" if settings.load_in_4bit else "reference_sync_steps"
+        raise BadInputError(f"{name} does not work with ZeRO-3, which cuts every weight in pieces; use ZeRO-2 or 1")
 
 
 def _check_paths_cheaply(argv: list[str]) -> None:
-    """Refuse a config file that is not there before transformers is imported."""
+    """Refuse a config or DeepSpeed file that is not there before transformers is imported."""
     for position, word in enumerate(argv):
         path = word.partition("=")[2] or (argv[position + 1] if position + 1 < len(argv) else "")
         if word.split("=")[0] == "--config" and not Path(path).is_file():
             raise BadInputError(f"config file '{path}' does not exist")
+        if word.split("=")[0] == "--deepspeed" and not path.lstrip().startswith("{") and not Path(path).is_file():
+            raise BadInputError(
+                f"DeepSpeed file '{path}' does not exist; configs/deepspeed/ holds zero1, zero2, zero3 and offload"
+            )
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -292,21 +348,32 @@ def load_processor(settings: Any) -> Any:
 
 
 def load_policy(settings: Any) -> Any:
-    """Return the start model.
+    """Return the start model, cut in pieces already where ZeRO-3 trains it.
 
     Raises:
         BadInputError: its weights cannot be loaded.
     """
-    import torch
-    from transformers import AutoModel
+    from internvl_mpo.distributed import start_ranks
+    from internvl_mpo.policy import load_model
 
+    start_ranks(settings)
     try:
-        model = AutoModel.from_pretrained(settings.model, trust_remote_code=True, dtype=getattr(torch, settings.dtype))
+        return load_model(settings.model, weights_dtype(settings), in_4bit=settings.load_in_4bit)
     except (OSError, ValueError) as error:
+        if isinstance(error, BadInputError):
+            raise
         raise _cannot_load(settings.model, error) from error
-    if settings.freeze_vision:
-        model.vision_model.requires_grad_(False)
-    return model
+
+
+def weights_dtype(settings: Any) -> Any:
+    """Return the type the weights compute in: DeepSpeed casts them, and keeps a float32 master copy of its share."""
+    import torch
+
+    from internvl_mpo.distributed import zero_stage
+
+    in_engine = zero_stage(settings) is not None
+    name = "bfloat16" if in_engine and settings.bf16 else "float16" if in_engine and settings.fp16 else settings.dtype
+    return getattr(torch, name)
 
 
 def _cannot_load(source: str, error: Exception) -> BadInputError:
@@ -316,93 +383,89 @@ def _cannot_load(source: str, error: Exception) -> BadInputError:
     return BadInputError(f"cannot load the start model '{source}': {reason}")
 
 
-def add_lora(settings: Any, model: Any) -> Any:
-    """Wrap the language model with LoRA adapters if a rank is given."""
-    if not settings.lora_rank:
-        return model
-    from peft import LoraConfig, get_peft_model
+def choose_weights(settings: Any, model: Any) -> Any:
+    """Freeze parts or add adapters, and print what is trained."""
+    from transformers import set_seed
 
-    from modeling_internvl_mpo.configuration_internvl_mpo import LORA_TARGETS
+    from internvl_mpo.distributed import zero_stage
+    from internvl_mpo.policy import add_adapters, freeze, trainable_table
 
-    kind = model.config.llm_config.model_type
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
-        target_modules=rf".*language_model.*\.({'|'.join(LORA_TARGETS[kind])})",
-        task_type="CAUSAL_LM",
+    freeze(
+        model,
+        vision=settings.freeze_vision,
+        projector=settings.freeze_projector,
+        language=settings.freeze_language,
+        num_language_layers=settings.freeze_language_layers,
     )
-    model = get_peft_model(model, config)
+    if settings.lora_rank:
+        set_seed(settings.seed)  # adapters start from random numbers
+        model = add_adapters(
+            model,
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+            dropout=settings.lora_dropout,
+            on=settings.lora_on,
+            base=settings.model,
+        )
+    table = trainable_table(model)
     if settings.process_index == 0:
-        trained, everything = model.get_nb_trainable_parameters()
-        print(f"LoRA of rank {settings.lora_rank}: {trained:,} of {everything:,} weights are trained")
+        print(table)
+        if settings.dtype != "float32" and not settings.lora_rank and zero_stage(settings) is None:
+            print(
+                f"note: {settings.dtype} weights are trained without a float32 copy, so small updates are rounded "
+                "away; use DeepSpeed with bf16, or dtype float32 with bf16"
+            )
     return model
+
+
+def identify(settings: Any, model: Any, processor: Any) -> dict[str, Any]:
+    """Return what reference log-probs depend on besides the pairs."""
+    from internvl_mpo.distributed import agree, zero_stage
+    from internvl_mpo.reference_cache import model_digest
+
+    source, dtype = settings.model, weights_dtype(settings)
+    in_engine = zero_stage(settings) is not None
+    digest = None
+    if settings.process_index == 0:  # every byte of the weights is read, once
+        digest = model_digest(source) if Path(source).is_dir() else f"{source}@{model.config._commit_hash}"
+    return {
+        "start model": agree(digest, settings),
+        "chat template": content_id(processor.chat_template),
+        "max_tiles": settings.max_tiles,
+        "max_length": settings.max_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "autocast": None if in_engine else "bfloat16" if settings.bf16 else "float16" if settings.fp16 else None,
+        "load_in_4bit": settings.load_in_4bit,
+    }
 
 
 # --- reference log-probs ----------------------------------------------------------------------------------------------
 
 
 def reference_logps(
-    settings: Any, model: Any, processor: Any, rows: Sequence[PairRow], sizes: Sequence["PairSize"]
-) -> "ReferenceCache":
-    """Return the log-probs of the start model, computing those that no earlier run left on disk.
+    settings: Any, identity: dict, model: Any, processor: Any, rows: Sequence[PairRow], sizes: Sequence["PairSize"]
+) -> "ReferenceCache | None":
+    """Return the log-probs of the start model, computing those that no earlier run left on disk; None for adapter_off.
 
     Every rank computes a share and writes its own shards; a killed run goes on where it stopped.
     """
+    if settings.reference == "adapter_off":
+        return None
     import torch
-    from tqdm import tqdm
 
-    from internvl_mpo.logps import attach_scoring, pair_logps
-    from internvl_mpo.packing import fill_packs, group_tokens, pack_groups
-    from internvl_mpo.reference_cache import ReferenceCache, model_digest, pair_digest
-    from internvl_mpo.steps import cut_group
-    from internvl_mpo.trainer import GroupDataset
+    from internvl_mpo.reference_cache import ReferenceCache, pair_digest
+    from internvl_mpo.reference_pass import fill_cache
 
-    source = settings.model
     cache = ReferenceCache(
         settings.reference_cache or Path(settings.output_dir) / "reference",
-        {
-            "model": model_digest(source) if Path(source).is_dir() else f"{source}@{model.config._commit_hash}",
-            "template": processor.chat_template,
-            "max_tiles": settings.max_tiles,
-            "max_length": settings.max_length,
-            "dtype": settings.dtype,
-            "autocast": "bfloat16" if settings.bf16 else "float16" if settings.fp16 else None,
-        },
+        identity,
         {row.pair.id: pair_digest(row.pair, row.max_tiles) for row in rows},
     )
-    attach_scoring(model)
     missing = set(cache.missing())
     if settings.world_size > 1:  # nobody writes before all have read, so that all agree on what is missing
         torch.distributed.barrier()
-    if not missing:
-        return cache
-
-    groups: dict[Any, list[int]] = {}
-    for index, row in enumerate(rows):
-        if row.pair.id in missing:
-            missing.discard(row.pair.id)  # a pair that appears twice is computed once
-            groups.setdefault(row.key, []).append(index)
-    # All pairs of a question share its prompt here, as far as the budget goes; the result does not depend on it.
-    budget = max(settings.max_tokens_per_pack, max(size.num_tokens for size in sizes))
-    members = [part for group in groups.values() for part in cut_group(tuple(group), sizes, budget)]
-    tokens = [group_tokens([sizes[index] for index in part]) for part in members]
-    packs = fill_packs(tokens, budget)[settings.process_index :: settings.world_size]
-    data = GroupDataset(rows, processor, max_tiles=settings.max_tiles, max_length=settings.max_length)
-    device = settings.device
-    model.to(device).eval()
-    precision = torch.bfloat16 if settings.bf16 else torch.float16
-    bar = tqdm(total=sum(len(members[g]) for pack in packs for g in pack), desc="reference log-probs", unit="pair",
-               disable=settings.process_index != 0)  # fmt: skip
-    with cache, bar, torch.inference_mode(), torch.autocast(
-        device.type, precision, enabled=settings.bf16 or settings.fp16
-    ):  # fmt: skip
-        for numbers in packs:
-            pack = pack_groups([data[members[number]] for number in numbers]).to(device)
-            cache.add(pack.pair_ids, *pair_logps(model, pack))
-            bar.update(pack.num_pairs)
-    if settings.world_size > 1:
-        torch.distributed.barrier()
-        cache.refresh()
+    if missing:
+        fill_cache(cache, missing, model, processor, rows, sizes, settings)
     return cache
 
 
@@ -411,6 +474,7 @@ def reference_logps(
 
 def build_trainer(
     settings: Any,
+    identity: dict,
     model: Any,
     processor: Any,
     rows: list[PairRow],
@@ -418,14 +482,15 @@ def build_trainer(
     sizes: list["PairSize"],
     held_out: list[PairRow],
     held_out_sizes: list["PairSize"],
-    reference: "ReferenceCache",
+    reference: "ReferenceCache | None",
 ) -> "MPOTrainer":
     """Return the trainer; this is the first thing that touches the run folder."""
+    from internvl_mpo.reference_cache import pair_digest
     from internvl_mpo.trainer import ConsoleCallback, MPOTrainer
 
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(row.pair.id.encode())
+    data = hashlib.sha256()
+    for row, count in zip(rows, counts, strict=True):
+        data.update(f"{row.pair.id} {pair_digest(row.pair, row.max_tiles)} {count}\n".encode())
     return MPOTrainer(
         model,
         settings,
@@ -436,7 +501,7 @@ def build_trainer(
         reference=reference,
         held_out=held_out,
         held_out_sizes=held_out_sizes,
-        fingerprint={"data": digest.hexdigest()[:16], "reference": reference.name},
+        fingerprint={"data": data.hexdigest()[:16], **identity, **{name: getattr(settings, name) for name in EXACT}},
         callbacks=[ConsoleCallback(settings.output_dir)],
     )
 
@@ -445,16 +510,18 @@ def train(settings: Any, trainer: "MPOTrainer") -> None:
     """Train to the end, from the last whole checkpoint if there is one."""
     import torch
 
-    from internvl_mpo.trainer import last_checkpoint, remove_half_written
+    from internvl_mpo.checkpoint import find_checkpoint, remove_half_written
 
-    write_settings(settings, Path(settings.output_dir) / "settings.yaml")
-    checkpoint = last_checkpoint(settings.output_dir) if settings.resume == "auto" else None
-    if settings.process_index == 0:
-        for name in remove_half_written(settings.output_dir):
-            print(f"{name} is half-written and was removed")
+    checkpoint = find_checkpoint(settings.resume, settings.output_dir)
     if checkpoint is not None:
         trainer.check_resumable(checkpoint)
-        if settings.process_index == 0:
+    if settings.world_size > 1:
+        torch.distributed.barrier()  # all ranks have looked before anything is removed
+    if settings.process_index == 0:
+        write_settings(settings, Path(settings.output_dir) / "settings.yaml")
+        for name in remove_half_written(settings.output_dir):
+            print(f"{name} is half-written and was removed")
+        if checkpoint is not None:
             print(f"going on from {checkpoint}")
     if settings.device.type == "cpu":
         # several threads add gradients of one token in any order otherwise, and no two runs are equal to the last bit
@@ -466,22 +533,39 @@ def train(settings: Any, trainer: "MPOTrainer") -> None:
 
 
 def save(settings: Any, trainer: "MPOTrainer", processor: Any) -> None:
-    """Write the model folder under a temporary name and rename it, so that it is there whole or not at all."""
+    """Write the folders under a temporary name and rename them, so that each is there whole or not at all."""
+    from internvl_mpo.policy import check_saved_weights, plain_base, whole_weights, write_adapter
     from internvl_mpo.publish import write_model_folder
 
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if settings.lora_rank:
-        model = model.merge_and_unload()
-    if settings.process_index != 0:
-        return
-    target = Path(settings.model_dir or Path(settings.output_dir) / "model")
+    is_main = settings.process_index == 0
+    if settings.save_adapter:
+        with whole_folder(Path(settings.output_dir) / "adapter", is_main) as folder:
+            write_adapter(model, processor, folder, keep=is_main)
+            if is_main:
+                check_saved_weights(folder, {})
+                write_settings(settings, folder / "training_settings.yaml")
+    if settings.save_merged:
+        weights = whole_weights(model, keep=is_main)
+        with whole_folder(Path(settings.model_dir or Path(settings.output_dir) / "model"), is_main) as folder:
+            if is_main:
+                write_model_folder(plain_base(model), processor, folder, weights=weights)
+                check_saved_weights(folder, weights)
+                write_settings(settings, folder / "training_settings.yaml")
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, is_main: bool) -> Iterator[Path]:
+    """Give a temporary folder that takes the place of `target` when the block succeeds; only rank 0 touches disk."""
     temporary = target.with_name(f".{target.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    write_model_folder(model, processor, temporary)
-    write_settings(settings, temporary / "training_settings.yaml")
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    print(f"the trained model is in {target}")
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    yield temporary
+    if is_main:
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        print(f"the trained {target.name} is in {target}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ whole or passed over, and numbers a user needs.
 import functools
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
+from internvl_mpo import checkpoint
+from internvl_mpo.distributed import engine_name, offload_optimizer
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.live_reference import AdapterOff, MovingReference
 from internvl_mpo.logps import attach_scoring, response_logps
 from internvl_mpo.mmpr import PairRow
 from internvl_mpo.monitor import (
@@ -35,15 +36,13 @@ from internvl_mpo.monitor import (
     send_samples,
     sequence_kl,
 )
-from internvl_mpo.objective import Generation, Preference, Quality, RewardShift, ShiftMode, mpo_loss
+from internvl_mpo.objective import Generation, Preference, Quality, RewardShift, ShiftMode, mpo_loss, needs_reference
 from internvl_mpo.packing import Group, Pack, PairSize, fill_packs, pack_groups
 from internvl_mpo.records import atomic_writer
 from internvl_mpo.reference_cache import ReferenceCache
 from internvl_mpo.settings import setting
 from internvl_mpo.steps import Rows, StepSampler
 from internvl_mpo.throughput import FlopModel, device_peak, memory_in_use, speed
-
-CHECKPOINT_STATE = "mpo_state.json"  # written last: a checkpoint without it is half-written
 
 
 @dataclass(kw_only=True)
@@ -73,6 +72,10 @@ class MPOArguments(TrainingArguments):
     peak_tflops: float | None = setting(None, help="bfloat16 peak of a device for MFU; none = as known for its name")
     num_eval_samples: int = setting(4, help="held-out questions answered greedily at each evaluation")
     eval_sample_tokens: int = setting(256, help="where such an answer is cut")
+    reference_sync_steps: int = setting(
+        0, help="move the reference towards the policy every so many steps (TR-DPO); 0 = it stays the start model"
+    )
+    reference_mixup_alpha: float = setting(0.6, help="share of the policy when the reference moves; 1 = copy it")
     max_length: int = setting(6144, help="longest prompt plus response in tokens")
     max_tiles: int = setting(12, help="tiles per image, thumbnail not counted")
 
@@ -110,6 +113,16 @@ class MPOArguments(TrainingArguments):
             )
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"  # whoever says how often wants it
+        if self.reference_sync_steps < 0 or not 0 < self.reference_mixup_alpha <= 1:
+            raise BadInputError(
+                f"reference_sync_steps is {self.reference_sync_steps} and reference_mixup_alpha "
+                f"{self.reference_mixup_alpha}, expected 0 or more, and above 0 up to 1"
+            )
+        if self.reference_sync_steps and not needs_reference(self.preference, self.quality):
+            raise BadInputError(
+                f"reference_sync_steps moves a reference that preference '{self.preference}' with quality "
+                f"'{self.quality}' does not use; leave it out"
+            )
         self.remove_unused_columns = False  # packs are not columns
         self.logging_nan_inf_filter = False  # a non-finite loss stops the run instead of being averaged away
         self.per_device_train_batch_size = 1  # a batch is a pack
@@ -153,18 +166,17 @@ class Micro:
 
     Attributes:
         pack: tokens, tiles and pairs.
-        reference_chosen_logps: Shape: (P,)
-        reference_rejected_logps: Shape: (P,)
+        reference_logps: those of the chosen and of the rejected responses; None if they are computed live.
+            Shape: 2 x (P,)
     """
 
     pack: Pack
-    reference_chosen_logps: Tensor
-    reference_rejected_logps: Tensor
+    reference_logps: tuple[Tensor, Tensor] | None
 
     def to(self, device: torch.device | str) -> "Micro":
         """Return the same on another device."""
-        tensors = (self.reference_chosen_logps, self.reference_rejected_logps)
-        return Micro(self.pack.to(device), *(tensor.to(device) for tensor in tensors))
+        logps = self.reference_logps and tuple(tensor.to(device) for tensor in self.reference_logps)
+        return Micro(self.pack.to(device), logps)
 
 
 class StepLoader(DataLoader):
@@ -190,7 +202,7 @@ class MPOTrainer(Trainer):
         rows: Sequence[PairRow],
         counts: Sequence[int],
         sizes: Sequence[PairSize],
-        reference: ReferenceCache,
+        reference: ReferenceCache | None,
         held_out: Sequence[PairRow] = (),
         held_out_sizes: Sequence[PairSize] = (),
         fingerprint: Mapping[str, str] | None = None,
@@ -205,7 +217,7 @@ class MPOTrainer(Trainer):
             rows: training pairs.
             counts: how often each of them is seen in an epoch, see `mmpr.repeats`.
             sizes: tokens of each pair.
-            reference: log-probs of the start model for every pair.
+            reference: log-probs of the start model for every pair; None computes them with the adapters switched off.
             held_out: pairs for `evaluate`.
             held_out_sizes: tokens of each of them.
             fingerprint: what the run depends on (data, start model, ...), compared when a checkpoint is resumed.
@@ -216,6 +228,12 @@ class MPOTrainer(Trainer):
         self.reference = reference
         self.fingerprint = dict(fingerprint or {})
         attach_scoring(model)
+        self.live: AdapterOff | MovingReference | None = None
+        if reference is None:
+            self.live = AdapterOff(model)
+        elif args.reference_sync_steps:
+            self.live = MovingReference(model, args.reference_mixup_alpha)
+            callbacks = [*callbacks, MoveReference(self.live)]
         self.shift = RewardShift(args.reward_shift, args.reward_shift_momentum)
         self.step_rewards: list[Tensor] = []
         self.step_packs: list[tuple[list[str], Tensor, Tensor]] = []  # ids and reference log-probs, for a dump
@@ -229,6 +247,7 @@ class MPOTrainer(Trainer):
             processing_class=processor,
             data_collator=self._collate,
             callbacks=list(callbacks),
+            optimizer_cls_and_kwargs=offload_optimizer(args),
         )
         if held_out:
             self.add_callback(EvaluateAtTheEnd())
@@ -242,7 +261,14 @@ class MPOTrainer(Trainer):
 
     def _collate(self, groups: Sequence[Group]) -> Micro:
         pack = pack_groups(groups)
-        return Micro(pack, *self.reference.lookup(pack.pair_ids))
+        return Micro(pack, self.reference and self.reference.lookup(pack.pair_ids))
+
+    def _reference_logps(self, micro: Micro) -> tuple[Tensor, Tensor]:
+        """Reference log-probs of the chosen and of the rejected response of each pair. Shape: 2 x (P,)"""
+        if self.live is None or not self.live.is_live:
+            return micro.reference_logps
+        logps_R = self.live.logps(micro.pack)
+        return logps_R[micro.pack.chosen_index_P], logps_R[micro.pack.rejected_index_P]
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -309,16 +335,17 @@ class MPOTrainer(Trainer):
     ) -> Any:
         """Return the part that one pack has in the loss of the step, times the number of ranks (which average)."""
         pack = inputs.pack
+        reference_chosen, reference_rejected = self._reference_logps(inputs)
         logps_R = response_logps(model, pack)
         policy_chosen, policy_rejected = logps_R[pack.chosen_index_P], logps_R[pack.rejected_index_P]
         if self.shift.mode == "inclusive":
-            ratios = (policy_chosen - inputs.reference_chosen_logps, policy_rejected - inputs.reference_rejected_logps)
+            ratios = (policy_chosen - reference_chosen, policy_rejected - reference_rejected)
             self.shift.update(self.args.beta * torch.cat(ratios).detach())
         out = mpo_loss(
             policy_chosen,
             policy_rejected,
-            inputs.reference_chosen_logps,
-            inputs.reference_rejected_logps,
+            reference_chosen,
+            reference_rejected,
             pack.chosen_lengths_P,
             beta=self.args.beta,
             weights=self.args.weights,
@@ -476,12 +503,13 @@ class MPOTrainer(Trainer):
                 number = turn * ranks + rank
                 micro = self._collate([self.eval_dataset[(row,)] for row in plan[min(number, len(plan) - 1)]])
                 micro = micro.to(self.args.device)
+                reference_chosen, reference_rejected = self._reference_logps(micro)
                 logps_R = response_logps(model, micro.pack)
                 if number >= len(plan):
                     continue
                 chosen, rejected = logps_R[micro.pack.chosen_index_P], logps_R[micro.pack.rejected_index_P]
-                chosen_rewards = self.args.beta * (chosen - micro.reference_chosen_logps)
-                rejected_rewards = self.args.beta * (rejected - micro.reference_rejected_logps)
+                chosen_rewards = self.args.beta * (chosen - reference_chosen)
+                rejected_rewards = self.args.beta * (rejected - reference_rejected)
                 values = {
                     f"{metric_key_prefix}_rewards/accuracy": (chosen_rewards > rejected_rewards).double(),
                     f"{metric_key_prefix}_rewards/margin": chosen_rewards - rejected_rewards,
@@ -545,25 +573,33 @@ class MPOTrainer(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
-        """Save; the marker comes last, and older checkpoints go only after it."""
+        """Save; the mark of a whole checkpoint comes last, and older checkpoints go only after it."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoint.make_way(folder)
+        self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        if isinstance(self.live, MovingReference) and self.args.should_save:
+            self.live.save(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            state = {
-                "global_step": self.state.global_step,
-                "reward_shift": self.shift.state_dict(),
-                "fingerprint": self.fingerprint,
-                "pairs_per_step": self.args.pairs_per_step,
-            }
-            with atomic_writer(folder / CHECKPOINT_STATE) as out:
-                json.dump(state, out, indent=2)
-            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, use_mtime=True)
+            checkpoint.write_state(folder, self._checkpoint_state())
+            checkpoint.rotate(self.args.output_dir, limit)
         self.accelerator.wait_for_everyone()
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        return {
+            "global_step": self.state.global_step,
+            "reward_shift": self.shift.state_dict(),
+            "fingerprint": self.fingerprint,
+            "engine": engine_name(self.args),
+            "num_ranks": self.args.world_size,
+            "steps_per_epoch": self.step_sampler().num_steps,
+        }
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Save weights, config and processor; the settings are in settings.yaml, not in a pickle."""
@@ -574,29 +610,35 @@ class MPOTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         """Load them and what this file adds to a checkpoint."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
+        super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if checkpoint_folder is None:
             return
-        state = read_checkpoint_state(checkpoint)
-        self.shift.load_state_dict(state["reward_shift"])
+        self.shift.load_state_dict(checkpoint.read_state(checkpoint_folder)["reward_shift"])
+        if isinstance(self.live, MovingReference):
+            self.live.load(checkpoint_folder)
 
-    def check_resumable(self, checkpoint: str | Path) -> None:
-        """Refuse a checkpoint that belongs to another run.
+    def check_resumable(self, folder: str | Path) -> None:
+        """Refuse a checkpoint that belongs to another run; see `checkpoint.check_resumable`."""
+        checkpoint.check_resumable(folder, self._checkpoint_state())
 
-        Raises:
-            BadInputError: naming what differs.
-        """
-        state = read_checkpoint_state(checkpoint)
-        saved = {**state["fingerprint"], "pairs_per_step": state["pairs_per_step"]}
-        current = {**self.fingerprint, "pairs_per_step": self.args.pairs_per_step}
-        for name, value in current.items():
-            if saved.get(name) != value:
-                raise BadInputError(
-                    f"{checkpoint} was made with another {name} ({saved.get(name)}, now {value}); "
-                    "restore it, or start anew with another output_dir"
-                )
+
+class MoveReference(TrainerCallback):
+    """Moves the reference of TR-DPO every `reference_sync_steps`, before a checkpoint of the same step is written."""
+
+    def __init__(self, reference: MovingReference):
+        """Keep the reference."""
+        self.reference = reference
+
+    def on_train_begin(self, args: MPOArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the first copy; weights are where they are trained by now."""
+        self.reference.start()
+
+    def on_step_end(self, args: MPOArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move if it is time."""
+        if state.global_step % args.reference_sync_steps == 0:
+            self.reference.move()
 
 
 class MeanMeter:
@@ -625,36 +667,6 @@ class MeanMeter:
         *totals, num_pairs, num_tokens, flop = sums
         means = {name: total / num_pairs for name, total in zip(self.totals, totals, strict=True)}
         return {**means, "num_pairs": num_pairs, "num_tokens": num_tokens, "flop": flop}
-
-
-def read_checkpoint_state(checkpoint: str | Path) -> dict[str, Any]:
-    """Return what `MPOTrainer` wrote into a checkpoint.
-
-    Raises:
-        BadInputError: the folder is not a whole checkpoint.
-    """
-    path = Path(checkpoint) / CHECKPOINT_STATE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"{checkpoint} is not a whole checkpoint: {path.name} is missing or damaged") from error
-
-
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None; half-written ones are passed over."""
-    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
-    for folder in sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True):
-        if (folder / CHECKPOINT_STATE).is_file():
-            return folder
-    return None
-
-
-def remove_half_written(output_dir: str | Path) -> list[str]:
-    """Delete checkpoints that a killed run left unfinished and return their names."""
-    halves = [f for f in Path(output_dir).glob("checkpoint-*") if f.is_dir() and not (f / CHECKPOINT_STATE).is_file()]
-    for folder in halves:
-        shutil.rmtree(folder)
-    return sorted(folder.name for folder in halves)
 
 
 class EvaluateAtTheEnd(TrainerCallback):

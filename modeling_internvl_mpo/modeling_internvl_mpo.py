@@ -229,7 +229,9 @@ class InternVLChatModel(PreTrainedModel, GenerationMixin):
             )
         if visual_features is not None:
             return embeds.masked_scatter(is_image.unsqueeze(-1), visual_features.to(embeds.device, embeds.dtype))
-        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+        is_shared = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+        # ZeRO-3 gathers weights at each use, in evaluation too. (Naming a weight, as in mlp1[1].weight, is a use.)
+        if is_shared or any(hasattr(parameter, "ds_id") for parameter in self.mlp1.parameters()):
             # Every rank must run the tower, and before the language model: ZeRO-2 and 3 pair up collectives by order.
             side = self.config.force_image_size
             blank = torch.zeros(1, 3, side, side, dtype=embeds.dtype, device=embeds.device)

@@ -1,6 +1,7 @@
 """Model folders: official weights get this project's code, a fast tokenizer, a processor and a chat template."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ AUTO_MAP = {
 }
 
 
-def write_model_folder(model: Any, processor: Any, output_dir: str | Path, *, max_shard_size: int = 5 * 10**9) -> Path:
+def write_model_folder(
+    model: Any,
+    processor: Any,
+    output_dir: str | Path,
+    *,
+    weights: Mapping[str, Any] | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> Path:
     """Save a model so that the folder works by itself with `trust_remote_code=True`.
 
     Writes safetensors weights under the official keys, config.json with its `auto_map`, the flat code files,
@@ -31,6 +39,7 @@ def write_model_folder(model: Any, processor: Any, output_dir: str | Path, *, ma
         model: an `InternVLChatModel`; adapters must have been merged.
         processor: its `InternVLChatProcessor`.
         output_dir: made if absent.
+        weights: tensors to save instead of the model's own, under its keys.
         max_shard_size: of a file of weights, in bytes.
 
     Returns:
@@ -39,7 +48,7 @@ def write_model_folder(model: Any, processor: Any, output_dir: str | Path, *, ma
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     model.config.image_token_id = processor.image_token_id
-    model.save_pretrained(output_dir, max_shard_size=max_shard_size)
+    model.save_pretrained(output_dir, state_dict=weights, max_shard_size=max_shard_size)
     write_companions(output_dir, processor, model.generation_config)
     return output_dir
 

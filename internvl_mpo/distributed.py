@@ -1,0 +1,115 @@
+"""DeepSpeed beside transformers' Trainer: the few things that must happen earlier or otherwise than it does them.
+
+The Trainer builds the training engine. Here: ranks that are known before the weights are read, an engine for the
+reference pass when ZeRO-3 has partitioned the weights, and the CPU optimizer that goes with offload.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.policy import is_partitioned
+
+
+def take_local_rank(argv: Sequence[str]) -> list[str]:
+    """Return the arguments without `--local_rank=N`, which the `deepspeed` launcher adds; N goes to LOCAL_RANK."""
+    rest = []
+    words = iter(argv)
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key in ("--local_rank", "--local-rank"):
+            os.environ.setdefault("LOCAL_RANK", value if equals else next(words, "0"))
+        else:
+            rest.append(word)
+    return rest
+
+
+def zero_stage(args: Any) -> int | None:
+    """Return the ZeRO stage of TrainingArguments, from `deepspeed` or from `accelerate launch`; None without it."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return None if plugin is None else int(plugin.hf_ds_config.config.get("zero_optimization", {}).get("stage", 0))
+
+
+def engine_name(args: Any) -> str:
+    """Return what trains: "ZeRO-2", or "no DeepSpeed"."""
+    stage = zero_stage(args)
+    return "no DeepSpeed" if stage is None else f"ZeRO-{stage}"
+
+
+def offloads_optimizer(args: Any) -> bool:
+    """Say whether the optimizer runs on the CPU while the model does not have to."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return plugin is not None and plugin.hf_ds_config.is_offload()
+
+
+def start_ranks(args: Any) -> None:
+    """Join the process group of DeepSpeed before the weights are read.
+
+    `zero.Init` of ZeRO-3 asks for the world size while the model is being built; it takes 1 where nobody has joined.
+    """
+    if zero_stage(args) is None:
+        return
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise BadInputError("setting 'deepspeed' needs DeepSpeed; pip install deepspeed, or leave it out") from error
+
+    # DeepSpeed calls collectives by names that torch renames, once a call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    if args.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed.init_distributed(dist_backend="gloo" if args.device.type == "cpu" else None)
+
+
+def offload_optimizer(args: Any) -> tuple[type, dict[str, Any]] | None:
+    """Return the optimizer class and arguments for CPU offload, for `optimizer_cls_and_kwargs` of the Trainer.
+
+    The Trainer builds it, so that weight decay spares norms and biases as it does without DeepSpeed. Compiled on first
+    use: a C++ compiler and ninja must be there.
+    """
+    if not offloads_optimizer(args):
+        return None
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam, {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "adamw_mode": True,
+    }
+
+
+@contextlib.contextmanager
+def inference_engine(model: nn.Module, args: Any) -> Iterator[nn.Module]:
+    """Give a model that can be called before training: itself, or an engine without optimizer under ZeRO-3."""
+    if not is_partitioned(model):
+        yield model
+        return
+    import copy
+
+    import deepspeed
+
+    config = copy.deepcopy(args.deepspeed_plugin.hf_ds_config)
+    config.trainer_config_finalize(args, model, 1)
+    for key in ("optimizer", "scheduler"):
+        config.del_config_sub_tree(key)
+    engine, *_ = deepspeed.initialize(model=model, config=config.config)
+    try:
+        yield engine
+    finally:
+        engine.destroy()  # takes its hooks off the modules; the training engine brings its own
+
+
+def agree(value: Any, args: Any) -> Any:
+    """Return rank 0's value on all ranks; JSON-able values of this run only."""
+    if args.world_size == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,293 @@
+"""The start model as a policy: loaded, frozen in parts, with adapters, and given back as plain weights.
+
+    model = load_model("OpenGVLab/InternVL2-8B", torch.bfloat16)
+    freeze(model, vision=True)
+    model = add_adapters(model, rank=16, on="language", base="OpenGVLab/InternVL2-8B")
+    print(trainable_table(model))
+    ...                                     # training, under DDP or DeepSpeed as well
+    weights = whole_weights(model)          # merged and gathered, on the CPU of rank 0
+
+A parameter that ZeRO-3 has partitioned is empty between uses; `num_elements` and `gathered` see through that.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from internvl_mpo.errors import BadInputError
+
+_LEFT_ALONE = "the folder was not put in its place, and the last checkpoint is untouched"
+
+Part = Literal["language", "vision", "both"]
+
+# What the parts of an InternVL chat model are called in its parameter names.
+PARTS = {"vision tower": "vision_model.", "projector": "mlp1.", "language model": "language_model."}
+# Linear layers of InternViT that adapters go to.
+VISION_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def load_model(source: str, dtype: torch.dtype, *, in_4bit: bool = False) -> nn.Module:
+    """Return the model of a folder or Hub id.
+
+    Args:
+        source: folder or Hub id.
+        dtype: type of the weights.
+        in_4bit: quantise the linear layers of the language model to NF4 (bitsandbytes); vision tower, projector,
+            embeddings and output head stay as they are.
+
+    Raises:
+        BadInputError: bitsandbytes is not installed.
+        OSError: from transformers, if there is no such model.
+        ValueError: from transformers, if the model does not fit its configuration.
+    """
+    from transformers import AutoModel
+
+    options: dict[str, Any] = {"dtype": dtype}
+    if in_4bit:
+        try:
+            import bitsandbytes  # noqa: F401 - transformers would name the package less clearly
+        except ImportError as error:
+            raise BadInputError("load_in_4bit needs bitsandbytes; pip install bitsandbytes, or leave it out") from error
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["vision_model", "mlp1", "language_model.output", "lm_head"],
+        )
+    return AutoModel.from_pretrained(source, trust_remote_code=True, **options)
+
+
+def freeze(
+    model: nn.Module,
+    *,
+    vision: bool = False,
+    projector: bool = False,
+    language: bool = False,
+    num_language_layers: int = 0,
+) -> None:
+    """Switch gradients of whole parts off.
+
+    Args:
+        model: an `InternVLChatModel`.
+        vision: freeze the vision tower.
+        projector: freeze the projector.
+        language: freeze the language model, embeddings and head included.
+        num_language_layers: freeze the embeddings and this many first layers of the language model.
+
+    Raises:
+        BadInputError: more layers are asked for than there are.
+    """
+    if vision:
+        model.vision_model.requires_grad_(False)
+    if projector:
+        model.mlp1.requires_grad_(False)
+    if language:
+        model.language_model.requires_grad_(False)
+    if num_language_layers:
+        layers = model.language_model.model.layers
+        if num_language_layers > len(layers):
+            raise BadInputError(
+                f"freeze_language_layers is {num_language_layers}, but the language model has {len(layers)} layers"
+            )
+        model.get_input_embeddings().requires_grad_(False)
+        for layer in layers[:num_language_layers]:
+            layer.requires_grad_(False)
+
+
+def add_adapters(
+    model: nn.Module, *, rank: int, alpha: int | None = None, dropout: float = 0.0, on: Part = "language", base: str
+) -> nn.Module:
+    """Return the model with LoRA adapters (peft); nothing else is trained any more.
+
+    Args:
+        model: an `InternVLChatModel`.
+        rank: of the adapters.
+        alpha: scale; None means twice the rank.
+        dropout: of the adapters' input; not 0 makes policy and reference differ from the first step on.
+        on: which tower gets them.
+        base: what adapter_config.json names as the base model, as the user wrote it.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from modeling_internvl_mpo.configuration_internvl_mpo import LORA_TARGETS
+
+    towers = {
+        "language_model": LORA_TARGETS[model.config.llm_config.model_type] if on != "vision" else (),
+        "vision_model": VISION_TARGETS if on != "language" else (),
+    }
+    layers = [rf".*{tower}\..*\.{re.escape(name)}" for tower, names in towers.items() for name in names]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha or 2 * rank,
+        lora_dropout=dropout,
+        target_modules="|".join(layers),
+        task_type="CAUSAL_LM",
+    )
+    # DeepSpeed ZeRO-3 wants one type of weights; elsewhere adapters of a bfloat16 model are kept in float32.
+    model = get_peft_model(model, config, autocast_adapter_dtype=not is_partitioned(model))
+    for adapter in model.peft_config.values():  # peft would write the absolute path the weights came from
+        adapter.base_model_name_or_path = base
+    return model
+
+
+def trainable_table(model: nn.Module) -> str:
+    """Return a printable table of all and of the trained weights of each part.
+
+    Raises:
+        BadInputError: nothing is left to train.
+    """
+    rows = []
+    for part, prefix in [*PARTS.items(), ("all", "")]:
+        parameters = [p for name, p in model.named_parameters() if prefix in name]
+        everything = sum(map(num_elements, parameters))
+        trained = sum(num_elements(p) for p in parameters if p.requires_grad)
+        rows.append((part, everything, trained, 100 * trained / max(everything, 1)))
+    if not rows[-1][2]:
+        raise BadInputError("every part of the model is frozen; leave out one of the freeze_ settings")
+    lines = [f"{'part':<14}  {'weights':>15}  {'trained':>15}  {'share':>8}"]
+    lines += [f"{part:<14}  {all_:>15,}  {trained:>15,}  {share:>7.2f}%" for part, all_, trained, share in rows]
+    return "\n".join(lines)
+
+
+# --- weights that may be partitioned ----------------------------------------------------------------------------------
+
+
+def num_elements(parameter: Tensor) -> int:
+    """Return the number of weights, also where ZeRO-3 holds them elsewhere or 4 bits share a byte."""
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Say whether ZeRO-3 has partitioned the weights."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Make partitioned parameters whole inside the block; a collective under ZeRO-3, nothing elsewhere."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def write_adapter(model: nn.Module, processor: Any, folder: str | Path, *, keep: bool = True) -> None:
+    """Write the adapters of a PEFT policy alone: adapter_model.safetensors, adapter_config.json, processor files.
+
+    Args:
+        model: PEFT model, not wrapped; all ranks must call this under ZeRO-3.
+        processor: its processor.
+        folder: made if absent.
+        keep: whether this rank writes.
+    """
+    with gathered(p for name, p in model.named_parameters() if ".lora_" in name):
+        if not keep:
+            return
+        model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@torch.no_grad()
+def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Return the weights under the keys of the start model, adapters merged, 4-bit layers made wide again.
+
+    What was trained is what is returned: a 4-bit layer gives its dequantised weight plus the adapter. Under ZeRO-3 one
+    layer at a time is gathered, so all ranks must call this and no rank ever holds more than a layer beyond its share,
+    except the one that keeps the result. Weights that are whole already are returned without a copy.
+
+    Args:
+        model: a policy, with or without adapters, not wrapped.
+        keep: whether this rank wants the result; others get an empty dict.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    weights: dict[str, Tensor] = {}
+    for name, parameter in base.named_parameters():  # a tied weight comes once
+        owner_name, _, leaf = name.rpartition(".")
+        if ".lora_" in name:
+            continue
+        layer_name, is_wrapped, _ = owner_name.rpartition(".base_layer")
+        layer = base.get_submodule(layer_name if is_wrapped else owner_name)
+        with gathered(layer.parameters() if is_wrapped else [parameter]):
+            if not keep:
+                continue
+            value = _dequantised(parameter)
+            if is_wrapped and leaf == "weight":
+                delta = sum(layer.get_delta_weight(adapter).to(value.device) for adapter in layer.active_adapters)
+                value = (value.float() + delta.float()).to(value.dtype)
+            partitioned = hasattr(parameter, "ds_id")
+            if partitioned and parameter.shape != parameter.ds_shape:
+                raise RuntimeError(f"ZeRO-3 did not gather {name}: {tuple(parameter.shape)}, not {parameter.ds_shape}")
+            key = f"{layer_name}.{leaf}" if is_wrapped else name
+            weights[key] = value.detach().cpu().clone() if partitioned else value.detach().cpu()
+    if keep:
+        saved = base.state_dict(keep_vars=True)
+        weights |= {name: saved[name].detach().cpu() for name, _ in base.named_buffers() if name in saved}
+    return weights
+
+
+def plain_base(model: nn.Module) -> nn.Module:
+    """Return the model inside a PEFT model, or the model itself, without its note that it was loaded in 4 bits."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base, "hf_quantizer", None) is not None:
+        base.hf_quantizer = None
+        base.is_quantized = base.is_loaded_in_4bit = False
+        del base.config.quantization_config
+    return base
+
+
+def _dequantised(parameter: Tensor) -> Tensor:
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, state)
+
+
+def check_saved_weights(folder: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights on disk that nobody could use: absent, of another shape, NaN, infinity, or a matrix of zeros.
+
+    Training programs have been known to write such folders without a word, above all under ZeRO-3.
+
+    Args:
+        folder: what was written.
+        weights: what should be in it.
+
+    Raises:
+        BadInputError: naming the file and the tensor.
+    """
+    from safetensors import safe_open
+
+    missing = set(weights)
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is not a mapping
+                tensor = file.get_tensor(name)
+                fault = None
+                if not tensor.numel() or (name in weights and tensor.shape != weights[name].shape):
+                    fault = f"has shape {tuple(tensor.shape)}"
+                elif not torch.isfinite(tensor).all():
+                    fault = "is not finite"
+                elif tensor.ndim > 1 and not tensor.any():
+                    fault = "is all zero"
+                if fault:
+                    raise BadInputError(f"{path}: {name} {fault}; {_LEFT_ALONE}")
+                missing.discard(name)
+    if missing:
+        raise BadInputError(
+            f"{folder} was written without {min(missing)}, {len(missing)} tensors in all; {_LEFT_ALONE}"
+        )
