@@ -1,7 +1,8 @@
 """DeepSpeed beside transformers' Trainer: the few things that must happen earlier or otherwise than it does them.
 
-The Trainer builds the training engine. Here: ranks that are known before the weights are read, an engine for the
-reference pass when ZeRO-3 has partitioned the weights, and the CPU optimizer that goes with offload.
+The Trainer builds the training engine and accelerate its optimizer: torch's AdamW, or DeepSpeed's for the CPU where
+the optimizer is offloaded. Here: ranks that are known before the weights are read, and an engine for the reference pass
+when ZeRO-3 has partitioned the weights.
 """
 
 import contextlib
@@ -42,12 +43,6 @@ def engine_name(args: Any) -> str:
     return "no DeepSpeed" if stage is None else f"ZeRO-{stage}"
 
 
-def offloads_optimizer(args: Any) -> bool:
-    """Say whether the optimizer runs on the CPU while the model does not have to."""
-    plugin = getattr(args, "deepspeed_plugin", None)
-    return plugin is not None and plugin.hf_ds_config.is_offload()
-
-
 def start_ranks(args: Any) -> None:
     """Join the process group of DeepSpeed before the weights are read.
 
@@ -65,24 +60,6 @@ def start_ranks(args: Any) -> None:
     if args.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed.init_distributed(dist_backend="gloo" if args.device.type == "cpu" else None)
-
-
-def offload_optimizer(args: Any) -> tuple[type, dict[str, Any]] | None:
-    """Return the optimizer class and arguments for CPU offload, for `optimizer_cls_and_kwargs` of the Trainer.
-
-    The Trainer builds it, so that weight decay spares norms and biases as it does without DeepSpeed. Compiled on first
-    use: a C++ compiler and ninja must be there.
-    """
-    if not offloads_optimizer(args):
-        return None
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    return DeepSpeedCPUAdam, {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "adamw_mode": True,
-    }
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from internvl_mpo import checkpoint
-from internvl_mpo.distributed import engine_name, offload_optimizer
+from internvl_mpo.distributed import engine_name
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.live_reference import AdapterOff, MovingReference
@@ -247,7 +247,6 @@ class MPOTrainer(Trainer):
             processing_class=processor,
             data_collator=self._collate,
             callbacks=list(callbacks),
-            optimizer_cls_and_kwargs=offload_optimizer(args),
         )
         if held_out:
             self.add_callback(EvaluateAtTheEnd())
