@@ -104,7 +104,7 @@ class FlopModel:
         self.head = _part(head, 0)
         patch = base.vision_model.embeddings.patch_embedding  # patches do not overlap: a linear layer on pixels
         size = patch.in_channels * patch.out_channels * patch.kernel_size[0] * patch.kernel_size[1]
-        self.pixels = _Part(size, size * patch.weight.requires_grad, 0)
+        self.pixels = _Part(size, size * _weight_is_trained(patch), 0)
         self.patches = (base.config.force_image_size // vision.patch_size) ** 2
         self.image_tokens = base.config.num_image_token
         trained = lambda module: any(p.requires_grad for p in module.parameters())  # noqa: E731 - used twice below
@@ -140,8 +140,12 @@ def _part(module: nn.Module, attention_width: int) -> _Part:
     for layer in module.modules():
         if isinstance(layer, nn.Linear):  # sizes by name: ZeRO-3 and 4 bits change the shape of the weight
             count += layer.in_features * layer.out_features
-            trained += layer.in_features * layer.out_features * layer.weight.requires_grad
+            trained += layer.in_features * layer.out_features * _weight_is_trained(layer)
     return _Part(count, trained, attention_width)
+
+
+def _weight_is_trained(layer: nn.Module) -> bool:
+    return next(layer.parameters(recurse=False)).requires_grad  # naming layer.weight would make ZeRO-3 gather it
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:

@@ -357,7 +357,7 @@ class MPOTrainer(Trainer):
             num_pairs=num_items_in_batch[0],
             num_chosen_tokens=num_items_in_batch[1],
         )
-        self.step_packs.append((pack.pair_ids, inputs.reference_chosen_logps, inputs.reference_rejected_logps))
+        self.step_packs.append((pack.pair_ids, reference_chosen, reference_rejected))
         if not torch.isfinite(out.loss):
             raise self._not_finite("loss", pack.pair_ids)
         self.step_rewards += [out.chosen_rewards, out.rejected_rewards]
@@ -373,10 +373,10 @@ class MPOTrainer(Trainer):
                 "rewards/accuracy": (out.chosen_rewards > out.rejected_rewards).double(),
                 "logps/chosen": policy_chosen,
                 "logps/rejected": policy_rejected,
-                "logps/chosen_change": (policy_chosen - inputs.reference_chosen_logps) / pack.chosen_lengths_P,
+                "logps/chosen_change": (policy_chosen - reference_chosen) / pack.chosen_lengths_P,
                 "kl": (
-                    sequence_kl(policy_chosen, inputs.reference_chosen_logps, pack.chosen_lengths_P)
-                    + sequence_kl(policy_rejected, inputs.reference_rejected_logps, pack.rejected_lengths_P)
+                    sequence_kl(policy_chosen, reference_chosen, pack.chosen_lengths_P)
+                    + sequence_kl(policy_rejected, reference_rejected, pack.rejected_lengths_P)
                 ).detach()
                 / 2,
                 "rewards/square": (out.chosen_rewards**2 + out.rejected_rewards**2) / 2,
@@ -504,8 +504,7 @@ class MPOTrainer(Trainer):
                 micro = micro.to(self.args.device)
                 reference_chosen, reference_rejected = self._reference_logps(micro)
                 logps_R = response_logps(model, micro.pack)
-                if number >= len(plan):
-                    continue
+                num_pairs = micro.pack.num_pairs if number < len(plan) else 0  # a pack that only fills the round
                 chosen, rejected = logps_R[micro.pack.chosen_index_P], logps_R[micro.pack.rejected_index_P]
                 chosen_rewards = self.args.beta * (chosen - reference_chosen)
                 rejected_rewards = self.args.beta * (rejected - reference_rejected)
@@ -514,7 +513,7 @@ class MPOTrainer(Trainer):
                     f"{metric_key_prefix}_rewards/margin": chosen_rewards - rejected_rewards,
                     f"{metric_key_prefix}_nll": -chosen / micro.pack.chosen_lengths_P,
                 }
-                meter.add(micro.pack.num_pairs, values)
+                meter.add(num_pairs, {name: value[:num_pairs] for name, value in values.items()})
         metrics = meter.reduce(self.accelerator)
         metrics[f"{metric_key_prefix}_num_pairs"] = metrics.pop("num_pairs")
         for name in ("num_tokens", "flop"):
