@@ -8,8 +8,9 @@ other calls stay as they are, and so do parameter names, `save_pretrained` and `
 the outermost module, backward runs through the wrapper's hooks. Because the head is a module that owns its weight and
 computes log-probs in its own `forward`, ZeRO-3 gathers the weight for it.
 
-The head runs on the positions that predict a scored token only, a chunk at a time, and again in the backward pass:
-logits exist for one chunk and are never kept. Letters as in `packing.py`, and V for the vocabulary, D for the width.
+The head runs on the positions that predict a scored token only, a part of the vocabulary at a time, and again in the
+backward pass: logits exist for one part and are never kept. The last layer leaves out what is not read. Letters as in
+`packing.py`, and V for the vocabulary, D for the width.
 """
 
 import functools
@@ -20,18 +21,24 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from internvl_mpo.last_layer import trim_last_layer
 from internvl_mpo.packed_attention import use_packed_attention
 from internvl_mpo.packing import Group, Pack
 
-CHUNK_SIZE = 512
+# Bytes of logits that exist at a time. A CPU is as fast with little (measured from 1 to 16 MiB); a GPU wants large
+# products: 192 MiB are 6,000 words for 8,000 scored tokens.
+CPU_TILE_BYTES = 2**20
+TILE_BYTES = 192 * 2**20
+MIN_CHUNK = 1024  # words; products narrower than that are slow
 
 
-def attach_scoring(model: nn.Module, *, attention: str = "auto") -> nn.Module:
+def attach_scoring(model: nn.Module, *, attention: str = "auto", trim: bool = True) -> nn.Module:
     """Teach a model to answer `model(pack=pack)` with log-probs; see the top of this file.
 
     Args:
         model: an InternVL chat model or a causal language model of transformers, or one with a LoRA adapter of peft.
         attention: back end for packs, see `use_packed_attention`.
+        trim: leave out of the last layer what no scored token needs, see `last_layer.py`; the result is the same.
 
     Returns:
         The same model.
@@ -49,11 +56,14 @@ def attach_scoring(model: nn.Module, *, attention: str = "auto") -> nn.Module:
     if type(head) is not nn.Linear:
         raise ValueError(f"the output head is a {type(head).__name__}; scoring needs a plain nn.Linear")
     base.set_output_embeddings(ScoringHead(head))
+    if trim:
+        decoder = base.get_decoder()
+        trim_last_layer(getattr(decoder, "model", decoder))
     plain_forward = base.forward
 
     @functools.wraps(plain_forward)
     def forward(
-        *args: Any, pack: Pack | None = None, chunk_size: int = CHUNK_SIZE, temperature: float = 1.0, **kwargs: Any
+        *args: Any, pack: Pack | None = None, chunk_size: int | None = None, temperature: float = 1.0, **kwargs: Any
     ) -> Any:
         if pack is None:
             return plain_forward(*args, **kwargs)
@@ -63,13 +73,13 @@ def attach_scoring(model: nn.Module, *, attention: str = "auto") -> nn.Module:
     return model
 
 
-def response_logps(model: nn.Module, pack: Pack, *, chunk_size: int = CHUNK_SIZE, temperature: float = 1.0) -> Tensor:
+def response_logps(model: nn.Module, pack: Pack, *, chunk_size: int | None = None, temperature: float = 1.0) -> Tensor:
     """Return the summed log-prob of each response of a pack, differentiable. Shape: (R,)
 
     Args:
         model: a model that went through `attach_scoring`, wrapped or not.
         pack: on the model's device.
-        chunk_size: scored positions for which logits exist at a time.
+        chunk_size: words of the vocabulary for which logits exist at a time; None chooses.
         temperature: divides the logits.
 
     Returns:
@@ -90,7 +100,7 @@ def pair_logps(model: nn.Module, pack: Pack, **options: Any) -> tuple[Tensor, Te
     return logps_R[pack.chosen_index_P], logps_R[pack.rejected_index_P]
 
 
-def _score(model: nn.Module, pack: Pack, chunk_size: int, temperature: float) -> Tensor:
+def _score(model: nn.Module, pack: Pack, chunk_size: int | None, temperature: float) -> Tensor:
     hidden_TD = _trunk(model, pack)
     head = model.get_output_embeddings()
     logps_S = head(hidden_TD[pack.predict_index_S], pack.target_ids_S, chunk_size=chunk_size, temperature=temperature)
@@ -128,14 +138,14 @@ class ScoringHead(nn.Linear):
         self.train(head.training)
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, *, chunk_size: int = CHUNK_SIZE, temperature: float = 1.0
+        self, hidden: Tensor, targets: Tensor | None = None, *, chunk_size: int | None = None, temperature: float = 1.0
     ) -> Tensor:
         """Return logits, or log-probs of `targets` if they are given.
 
         Args:
             hidden: Shape: (..., D), with targets (S, D)
             targets: token ids. Shape: (S,)
-            chunk_size: rows for which logits exist at a time.
+            chunk_size: words for which logits exist at a time; None chooses.
             temperature: divides the logits.
 
         Returns:
@@ -143,6 +153,9 @@ class ScoringHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
+        if chunk_size is None:
+            tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else TILE_BYTES
+            chunk_size = max(MIN_CHUNK, tile_bytes // (4 * len(hidden)))
         # Autocast does not reach the backward pass of an autograd function, so its casts are made here.
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
@@ -152,10 +165,11 @@ class ScoringHead(nn.Linear):
 
 
 class _TargetLogps(torch.autograd.Function):
-    """log softmax(hidden weight^T + bias)[target], with one chunk of logits alive at a time.
+    """log softmax(hidden weight^T + bias)[target], with the logits of one part of the vocabulary alive at a time.
 
     Kept for the backward pass: the inputs and one logsumexp a row. With p the probabilities and g the incoming
-    gradient, the gradient of a row's logits is g (onehot(target) - p); the logits are computed again to get p.
+    gradient, the gradient of a row's logits is g (onehot(target) - p); the logits are computed again to get p. Parts of
+    the vocabulary rather than of the rows, so that the gradient of the weight, the largest tensor, is written once.
     """
 
     @staticmethod
@@ -168,44 +182,82 @@ class _TargetLogps(torch.autograd.Function):
         chunk_size: int,
         temperature: float,
     ) -> Tensor:
-        logps, logsumexps = [], []
-        for hidden, targets in zip(hidden_SD.split(chunk_size), targets_S.split(chunk_size), strict=True):
-            logits = _logits(hidden, weight_VD, bias_V, temperature)
-            logsumexps.append(logits.logsumexp(dim=1))
-            logps.append(logits.gather(1, targets[:, None])[:, 0] - logsumexps[-1])
-        ctx.save_for_backward(hidden_SD, weight_VD, bias_V, targets_S, torch.cat(logsumexps))
+        tiles = _Tiles(hidden_SD, weight_VD, bias_V, targets_S, chunk_size, temperature)
+        largest_S = torch.full_like(targets_S, -torch.inf, dtype=tiles.dtype)
+        total_S, score_S = torch.zeros_like(largest_S), torch.zeros_like(largest_S)
+        for words in tiles.words:
+            logits = tiles.logits(words)
+            index_S, inside_S = tiles.targets(words)
+            score_S = torch.where(inside_S, logits.gather(1, index_S[:, None])[:, 0], score_S)
+            before_S, largest_S = largest_S, torch.maximum(largest_S, logits.amax(dim=1))
+            total_S = total_S * (before_S - largest_S).exp_() + logits.sub_(largest_S[:, None]).exp_().sum(dim=1)
+        logsumexp_S = largest_S + total_S.log_()
+        ctx.save_for_backward(hidden_SD, weight_VD, bias_V, targets_S, logsumexp_S)
         ctx.chunk_size, ctx.temperature = chunk_size, temperature
-        return torch.cat(logps)
+        return score_S - logsumexp_S
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_S: Tensor) -> tuple[Tensor | None, ...]:
         hidden_SD, weight_VD, bias_V, targets_S, logsumexp_S = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden_SD) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
-        for start in range(0, len(hidden_SD), ctx.chunk_size):
-            rows = slice(start, start + ctx.chunk_size)
-            hidden = hidden_SD[rows]
-            logits = _logits(hidden, weight_VD, bias_V, ctx.temperature)
-            grad_logits = logits.sub_(logsumexp_S[rows, None]).exp_().mul_(-grad_S[rows, None])
-            grad_logits.scatter_add_(1, targets_S[rows, None], grad_S[rows, None])
-            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
+        tiles = _Tiles(hidden_SD, weight_VD, bias_V, targets_S, ctx.chunk_size, ctx.temperature)
+        grad_hidden = torch.zeros_like(hidden_SD, dtype=tiles.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.empty_like(bias_V) if ctx.needs_input_grad[2] else None
+        for words in tiles.words:
+            grad_logits = tiles.logits(words).sub_(logsumexp_S[:, None]).exp_().mul_(-grad_S[:, None])
+            index_S, inside_S = tiles.targets(words)
+            grad_logits.scatter_add_(1, index_S[:, None], torch.where(inside_S, grad_S, 0)[:, None])
+            grad_logits = grad_logits.div_(ctx.temperature).to(hidden_SD.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight_VD, out=grad_hidden[rows])
+                grad_hidden += grad_logits @ weight_VD[words]
             if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, hidden)
+                torch.mm(grad_logits.T, hidden_SD, out=grad_weight[words])
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
+                grad_bias[words] = grad_logits.sum(0)
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden_SD.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """Logits of a chunk in at least float32, so that sums over a large vocabulary stay exact."""
-    logits = nn.functional.linear(hidden, weight, bias)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return logits if temperature == 1 else logits.div_(temperature)
+class _Tiles:
+    """The logits of all rows, a part of the vocabulary at a time, each written over the one before."""
+
+    def __init__(
+        self,
+        hidden_SD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_S: Tensor,
+        chunk_size: int,
+        temperature: float,
+    ):
+        self.hidden_SD, self.weight_VD, self.bias_V, self.targets_S = hidden_SD, weight_VD, bias_V, targets_S
+        self.temperature = temperature
+        # at least float32, so that sums over a large vocabulary stay exact
+        self.dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
+        num_words = len(weight_VD)
+        self.words = [slice(start, min(start + chunk_size, num_words)) for start in range(0, num_words, chunk_size)]
+        # one piece of memory for all, since an allocator may keep what is freed
+        self.memory = hidden_SD.new_empty(len(hidden_SD) * min(chunk_size, num_words), dtype=self.dtype)
+
+    def logits(self, words: slice) -> Tensor:
+        """Return the logits of some words. Shape: (S, words)"""
+        shape = len(self.hidden_SD), words.stop - words.start
+        logits = self.memory[: shape[0] * shape[1]].view(shape)
+        if self.hidden_SD.dtype == self.dtype:
+            torch.mm(self.hidden_SD, self.weight_VD[words].T, out=logits)
+        else:
+            logits.copy_(self.hidden_SD @ self.weight_VD[words].T)
+        if self.bias_V is not None:
+            logits += self.bias_V[words]
+        return logits if self.temperature == 1 else logits.div_(self.temperature)
+
+    def targets(self, words: slice) -> tuple[Tensor, Tensor]:
+        """Return where each row's target lies among the words, and whether it is one of them. Shape: 2 x (S,)"""
+        index_S = self.targets_S - words.start
+        last = words.stop - words.start - 1
+        return index_S.clamp(0, last), (index_S >= 0) & (index_S <= last)
 
 
 def twin_logps(model: nn.Module, groups: Sequence[Group], *, temperature: float = 1.0) -> Tensor:

@@ -12,6 +12,7 @@ Two back ends compute the same thing:
 Letters: T tokens of a pack, B segments in one call, Q and K query and key tokens of a call, H heads, N key-value heads.
 """
 
+import bisect
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,9 @@ def use_packed_attention(model: PreTrainedModel, backend: str = "auto") -> None:
     getattr(model, "language_model", model).set_attn_implementation(f"packed_{backend}")
 
 
-def segment_attention(layout: Layout, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def segment_attention(
+    layout: Layout, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, scored_only: bool = False
+) -> Tensor:
     """Attend along the tree of a pack with SDPA.
 
     Args:
@@ -57,13 +60,15 @@ def segment_attention(layout: Layout, query: Tensor, key: Tensor, value: Tensor,
         key: Shape: (1, N, T, head_dim)
         value: Shape: (1, N, T, head_dim)
         scaling: factor on the scores; None means head_dim ** -0.5.
+        scored_only: leave tokens that predict no scored token at 0; enough for the last layer.
 
     Returns:
         Shape: (1, T, H, head_dim)
     """
-    if "segments" not in layout.plan:
-        layout.plan["segments"] = _plan(layout)
-    plan = layout.plan["segments"]
+    name = ("segments", scored_only)
+    if name not in layout.plan:
+        layout.plan[name] = _plan(layout, scored_only)
+    plan = layout.plan[name]
     query_rows = _rows(query)[plan.query_index].split(plan.query_sizes)
     key_rows = _rows(key)[plan.key_index].split(plan.key_sizes)
     value_rows = _rows(value)[plan.key_index].split(plan.key_sizes)
@@ -79,6 +84,8 @@ def segment_attention(layout: Layout, query: Tensor, key: Tensor, value: Tensor,
             enable_gqa=key.shape[1] != query.shape[1],
         )
         outputs.append(out_BHQD.transpose(1, 2).flatten(0, 1))
+    if scored_only:
+        outputs.append(outputs[0].new_zeros(1, *outputs[0].shape[1:]))
     return torch.cat(outputs)[plan.output_index][None]
 
 
@@ -102,35 +109,36 @@ class _Plan:
     output_index: Tensor
 
 
-def _plan(layout: Layout) -> _Plan:
-    segments, device = layout.segments, layout.visible_until_T.device
-    prompts = [index for index, segment in enumerate(segments) if segment.parent < 0]
-    branches = [index for index, segment in enumerate(segments) if segment.parent >= 0]
-    paths = _paths(segments)
+def _plan(layout: Layout, scored_only: bool) -> _Plan:
+    device = layout.visible_until_T.device
+    queries, paths = _queries(layout, scored_only), _paths(layout.segments)
+    asking = [index for index, query in enumerate(queries) if query]
+    whole = [index for index in asking if len(queries[index]) == len(paths[index])]  # a prompt, all of it
+    others = [index for index in asking if len(queries[index]) != len(paths[index])]
     calls, query_index, query_sizes, key_index, key_sizes = [], [], [], [], []
-    output_index = torch.empty(len(layout.visible_until_T), dtype=torch.long)
+    output_index = torch.full((len(layout.visible_until_T),), -1)  # -1: the row of zeros behind all others
     num_rows = 0
-    for batch in _batches(segments, paths, prompts) + _batches(segments, paths, branches):
-        longest_query = max(segments[index].stop - segments[index].start for index in batch)
-        longest_key = max(len(paths[index]) for index in batch)
-        # Padding repeats the last token, which keeps every row of the mask non-empty.
-        query_BQ = torch.tensor([_pad(range(*segments[index][:2]), longest_query) for index in batch])
-        key_BK = torch.tensor([_pad(paths[index], longest_key) for index in batch])
-        mask = None
-        if segments[batch[0]].parent >= 0:
-            lengths_B = torch.tensor([len(paths[index]) for index in batch])
-            real_BK = torch.arange(longest_key) < lengths_B[:, None]
-            mask = ((key_BK[:, None] <= query_BQ[:, :, None]) & real_BK[:, None])[:, None].to(device)
-        for row, index in enumerate(batch):
-            start, stop = segments[index][:2]
-            first = num_rows + row * longest_query
-            output_index[start:stop] = torch.arange(first, first + stop - start)
-        calls.append(_Call(len(batch), mask))
-        query_index.append(query_BQ.flatten())
-        key_index.append(key_BK.flatten())
-        query_sizes.append(query_BQ.numel())
-        key_sizes.append(key_BK.numel())
-        num_rows += query_BQ.numel()
+    for members, causal in ((whole, True), (others, False)):
+        for batch in _batches(queries, paths, members):
+            longest_query = max(len(queries[index]) for index in batch)
+            longest_key = max(len(paths[index]) for index in batch)
+            # Padding repeats the last token, which keeps every row of the mask non-empty.
+            query_BQ = torch.tensor([_pad(queries[index], longest_query) for index in batch])
+            key_BK = torch.tensor([_pad(paths[index], longest_key) for index in batch])
+            mask = None
+            if not causal:
+                lengths_B = torch.tensor([len(paths[index]) for index in batch])
+                real_BK = torch.arange(longest_key) < lengths_B[:, None]
+                mask = ((key_BK[:, None] <= query_BQ[:, :, None]) & real_BK[:, None])[:, None].to(device)
+            for row, index in enumerate(batch):
+                first = num_rows + row * longest_query
+                output_index[list(queries[index])] = torch.arange(first, first + len(queries[index]))
+            calls.append(_Call(len(batch), mask))
+            query_index.append(query_BQ.flatten())
+            key_index.append(key_BK.flatten())
+            query_sizes.append(query_BQ.numel())
+            key_sizes.append(key_BK.numel())
+            num_rows += query_BQ.numel()
     return _Plan(
         calls,
         torch.cat(query_index).to(device),
@@ -139,6 +147,18 @@ def _plan(layout: Layout) -> _Plan:
         key_sizes,
         output_index.to(device),
     )
+
+
+def _queries(layout: Layout, scored_only: bool) -> list[range]:
+    """Tokens of each segment that ask; none at all is possible."""
+    if not scored_only:
+        return [range(segment.start, segment.stop) for segment in layout.segments]
+    scored = layout.scored_index_U.tolist()
+    queries = []
+    for start, stop, _ in layout.segments:
+        count = bisect.bisect_left(scored, stop) - bisect.bisect_left(scored, start)
+        queries.append(range(stop - count, stop))
+    return queries
 
 
 def _paths(segments: list[Segment]) -> list[list[int]]:
@@ -150,24 +170,24 @@ def _paths(segments: list[Segment]) -> list[list[int]]:
     return paths
 
 
-def _batches(segments: list[Segment], paths: list[list[int]], members: list[int]) -> list[list[int]]:
+def _batches(queries: list[range], paths: list[list[int]], members: list[int]) -> list[list[int]]:
     """Put segments of like size into one call wherever padding costs less than one more call."""
 
     def sizes(index: int) -> tuple[int, int]:
-        return segments[index].stop - segments[index].start, len(paths[index])
+        return len(queries[index]), len(paths[index])
 
     batches: list[list[int]] = []
     cells, widest = 0, (0, 0)  # of the open batch
     for index in sorted(members, key=sizes, reverse=True):
-        queries, keys = sizes(index)
-        wider = (max(widest[0], queries), max(widest[1], keys))
+        size = sizes(index)
+        wider = (max(widest[0], size[0]), max(widest[1], size[1]))
         merged = (len(batches[-1]) + 1) * wider[0] * wider[1] if batches else 0
-        if batches and merged <= cells + queries * keys + CALL_COST:
+        if batches and merged <= cells + size[0] * size[1] + CALL_COST:
             batches[-1].append(index)
             cells, widest = merged, wider
         else:
             batches.append([index])
-            cells, widest = queries * keys, (queries, keys)
+            cells, widest = size[0] * size[1], size
     return batches
 
 
@@ -212,6 +232,7 @@ def _packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     pack_layout: Layout | None = None,
+    scored_only: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if pack_layout is None:
@@ -222,7 +243,7 @@ def _packed_attention(
         raise ValueError("attention dropout must be 0 where log-probs are compared; set attention_dropout to 0")
     if backend == "flex" or (backend == "auto" and query.is_cuda):
         return flex_attention(pack_layout, module, query, key, value, scaling), None
-    return segment_attention(pack_layout, query, key, value, scaling), None
+    return segment_attention(pack_layout, query, key, value, scaling, scored_only=scored_only), None
 
 
 _BACKENDS = {

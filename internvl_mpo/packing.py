@@ -20,7 +20,7 @@ Letters: T tokens of a pack, S scored tokens (each stem once), E (response, scor
 
 import bisect
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -73,11 +73,14 @@ class Layout:
     Attributes:
         segments: parents come before their branches; together they cover the pack in order.
         visible_until_T: index after the last token that may see this one. Shape: (T,)
+        scored_index_U: tokens that predict a scored one, ascending: all that is read of the last layer. In each segment
+            they are its last tokens. Shape: (U,)
         plan: place where an attention implementation keeps what it derived from the segments.
     """
 
     segments: list[Segment]
     visible_until_T: Tensor
+    scored_index_U: Tensor
     plan: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def dense_mask(self) -> Tensor:
@@ -85,6 +88,10 @@ class Layout:
         index_T = torch.arange(len(self.visible_until_T), device=self.visible_until_T.device)
         earlier_TT = index_T[None, :] <= index_T[:, None]
         return earlier_TT & (index_T[:, None] < self.visible_until_T[None, :])
+
+    def move(self, function: Callable[[Tensor], Tensor]) -> "Layout":
+        """Return the layout with `function` applied to its tensors; plans, which hold tensors too, are left behind."""
+        return Layout(self.segments, function(self.visible_until_T), function(self.scored_index_U))
 
 
 @dataclass(frozen=True)
@@ -150,14 +157,13 @@ class Pack:
         def move(value: Any) -> Any:
             return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
 
-        layout = Layout(self.layout.segments, move(self.layout.visible_until_T))
-        return replace(self, **{name: move(value) for name, value in vars(self).items()} | {"layout": layout})
+        moved = {name: move(value) for name, value in vars(self).items()}
+        return replace(self, **moved | {"layout": self.layout.move(move)})
 
     def pin_memory(self) -> "Pack":
         """Return the pack in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
         pinned = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        layout = Layout(self.layout.segments, self.layout.visible_until_T.pin_memory())
-        return replace(self, **pinned, layout=layout)
+        return replace(self, **pinned, layout=self.layout.move(Tensor.pin_memory))
 
 
 def pack_groups(groups: Sequence[Group]) -> Pack:
@@ -177,7 +183,7 @@ def pack_groups(groups: Sequence[Group]) -> Pack:
         input_ids=torch.tensor([row.input_ids]),
         position_ids=torch.tensor([row.positions]),
         pixel_values=torch.cat(tiles) if tiles else None,
-        layout=Layout(row.segments, torch.tensor(row.visible_until)),
+        layout=Layout(row.segments, torch.tensor(row.visible_until), torch.tensor(sorted({*row.predict_index}))),
         predict_index_S=torch.tensor(row.predict_index),
         target_ids_S=torch.tensor(row.target_ids),
         entry_scored_E=torch.tensor(row.entry_scored),

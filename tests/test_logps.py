@@ -93,6 +93,26 @@ def test_gradients_equal_the_twin_in_float64_with_tied_weights_and_temperature()
     assert (packed - plain).norm() / plain.norm() < 1e-6  # RMSNorm computes in float32
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_trimming_the_last_layer_changes_nothing_but_the_work(backbone):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    results, flop = [], []
+    for trim in (True, False):
+        model = attach_scoring(tiny_model(backbone), trim=trim).double().train()
+        pack = pack_groups([*mixed_groups(model), Group([5] * 60, [[2], [3, 4]], [(0, 1)], ["long"])])
+        with FlopCounterMode(display=False) as counter:
+            logps_R = response_logps(model, pack)
+        results.append((logps_R, gradient(model, logps_R)))
+        flop.append(counter.get_total_flops())
+        prompt = torch.tensor([[1, 2, 3, 4]])  # a pass without a pack after one with a pack sees all tokens
+        assert torch.equal(model(input_ids=prompt).logits, tiny_model(backbone).double()(input_ids=prompt).logits)
+    (trimmed, trimmed_grad), (whole, whole_grad) = results
+    assert (trimmed - whole).abs().max() < 1e-12
+    assert (trimmed_grad - whole_grad).norm() / whole_grad.norm() < 1e-6  # transformers' RMSNorm computes in float32
+    assert flop[0] < 0.9 * flop[1]
+
+
 def test_gradient_checkpointing_changes_nothing(model):
     groups = mixed_groups(model)
     pack = pack_groups(groups)
@@ -132,30 +152,37 @@ def test_order_of_groups_does_not_matter(model):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that an operation returned, by rows x columns of the last axis."""
+    """Remembers the number of elements of the largest tensor that any operation returned, forward or backward."""
 
-    def __init__(self, num_columns: int):
-        super().__init__()
-        self.num_columns, self.rows = num_columns, 0
+    num_elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[-1] == self.num_columns:
-                self.rows = max(self.rows, leaf.numel() // self.num_columns)
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.num_elements = max([self.num_elements, *sizes])
         return out
 
 
 def test_no_tensor_of_tokens_times_vocabulary_is_ever_alive():
     model = scoring_model().train()
-    num_words = model.config.llm_config.vocab_size
-    pack = pack_groups([Group([1] * 40, [[2] * 100, [3] * 90], [(0, 1)], ["a"])])
-    with LargestTensor(num_words) as seen:
-        gradient(model, response_logps(model, pack, chunk_size=40))
-    assert seen.rows == 40
-    with LargestTensor(num_words) as seen:
-        twin_logps(model, [Group([1] * 40, [[2] * 100, [3] * 90], [(0, 1)], ["a"])])
-    assert seen.rows >= 2 * 100  # the watcher does see logits where there are some
+    groups = [Group([1] * 40, [[2] * 100, [3] * 90], [(0, 1)], ["a"])]
+    num_words, num_scored = model.config.llm_config.vocab_size, 190
+    with LargestTensor() as seen:
+        gradient(model, response_logps(model, pack_groups(groups), chunk_size=64))
+    largest_other = sum(p.numel() for p in model.parameters() if p.grad is not None)  # the test's own flat gradient
+    assert seen.num_elements == largest_other < num_scored * num_words
+    with LargestTensor() as seen:
+        twin_logps(model, groups)
+    assert seen.num_elements >= num_scored * num_words  # the watcher does see logits where there are some
+
+
+@pytest.mark.parametrize(("num_rows", "rows_times_words"), [(120, 2**20 // 4), (8000, 8000 * 1024)])
+def test_the_head_chooses_how_many_words_fit(num_rows, rows_times_words):
+    head = ScoringHead(torch.nn.Linear(2, 10_000, bias=False))
+    hidden = torch.zeros(num_rows, 2, requires_grad=True)
+    with LargestTensor() as seen:
+        head(hidden, torch.zeros(num_rows, dtype=torch.long)).sum().backward()
+    assert 0.8 * rows_times_words < seen.num_elements <= rows_times_words
 
 
 @pytest.mark.parametrize("bias", [False, True])
