@@ -309,6 +309,28 @@ def test_a_second_question_waits_for_the_first(service):
         service.begin("page", conversation, "And now?", [], Controls("plain"))
 
 
+def test_clear_ends_the_answer_and_nothing_of_it_comes_back(service):
+    service.backend.pause = 0.01
+    conversation = Conversation()
+    service.begin("page", conversation, "count", [], Controls("plain"))
+    stream = service.answer("page", conversation)
+    next(stream)
+    empty = service.clear("page", blind=False)
+    assert list(stream) == [], "no more of the old conversation is shown"
+    assert service.backend.activity.as_dict()["running"] == 0
+    service.begin("page", empty, "What is it?", [], Controls("plain"))
+    list(service.answer("page", empty))
+    assert len(empty.turns) == 1
+
+
+def test_an_answer_that_nobody_waits_for_is_not_written(service):
+    conversation = Conversation()
+    service.begin("page", conversation, "What is it?", [], Controls("plain"))
+    list(service.answer("page", conversation))
+    assert list(service.answer("page", conversation)) == []
+    assert service.backend.activity.started == 1
+
+
 def test_retry_asks_again_with_the_next_seed_where_tokens_are_drawn(service):
     conversation = Conversation()
     service.begin("page", conversation, "What is it?", [], Controls("plain", 0.7, seed=3))
@@ -464,8 +486,9 @@ def test_closing_the_stream_stops_the_real_engine(model_folder):
 
 def test_a_model_that_is_nowhere_is_an_error_on_the_page_not_a_crash(tmp_path):
     backend = LocalModels(str(tmp_path / "nothing"), str(tmp_path / "nothing"))
-    conversation = Conversation([Turn("What is it?", Controls("plain"))])
-    list(Service(backend, LIMITS, tmp_path).answer("page", conversation))
+    service, conversation = Service(backend, LIMITS, tmp_path), Conversation()
+    service.begin("page", conversation, "What is it?", [], Controls("plain"))
+    list(service.answer("page", conversation))
     assert "cannot load a model" in conversation.turns[0].answers["base"].error
 
 

@@ -4,11 +4,10 @@ The only file of the demo that imports Gradio. What a button does is in `service
 what is shown is made in `show` from a `Conversation`, so every way to the same state looks the same.
 """
 
-import contextlib
 import functools
 import html
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +40,21 @@ PRIVACY = (
     "stores the conversation. Nothing else is kept."
 )
 PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
-AT_ONCE = {**PRIVATE, "queue": False}
+AT_ONCE = {**PRIVATE, "concurrency_limit": None}  # toasts travel through the queue; these never wait in it
+
+
+def toasted(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a handler's `BadInputError` become a toast that leaves everything on the page as it is."""
+
+    @functools.wraps(handler)
+    def handle(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return handler(*args, **kwargs)
+        except BadInputError as error:
+            gr.Warning(html.escape(str(error), quote=False), title="Please check")
+            return gr.skip()
+
+    return handle
 
 
 class Page:
@@ -172,25 +185,17 @@ class Page:
         gr.HTML(f"<p class='muted'>{PRIVACY}</p>", elem_id="privacy")
 
         controls = [style, temperature, length, tiles, seed]
-        view = [*panes, *heads, *speeds, agreement, *buttons.values(), stop, retry]
-
-        def tidy() -> list[Any]:
-            return [show.status_html(""), gr.Textbox(visible=False)]
-
+        view = [*panes, *heads, *speeds, agreement, *buttons.values(), stop, retry, voted, link]
         for event in (
             box.submit(self._begin, [box, conversation, *controls, blind], [box, *view], **AT_ONCE),
             retry.click(self._retry, [conversation, *controls], [seed, *view], **AT_ONCE),
         ):
-            event.success(tidy, None, [voted, link], **AT_ONCE).success(
-                self._answer, conversation, view, **PRIVATE, **self._in_line
-            )
+            event.then(self._answer, conversation, view, **PRIVATE, **self._in_line)
         stop.click(self._stop, None, None, **AT_ONCE)
-        clear.click(self._clear, blind, [conversation, box, *view], **AT_ONCE).then(
-            tidy, None, [voted, link], **AT_ONCE
-        )
+        clear.click(self._clear, blind, [conversation, box, *view], **AT_ONCE)
         share.click(self._share, conversation, link, **AT_ONCE)
         for verdict, button in buttons.items():
-            button.click(functools.partial(self._vote, verdict), conversation, [voted, *view], **AT_ONCE)
+            button.click(functools.partial(self._vote, verdict), conversation, view, **AT_ONCE)
         for changed in (box.change, tiles.release):
             changed(self._preview, [box, tiles, drawn], [cut, drawn], trigger_mode="always_last", **AT_ONCE)
         photo.change(self._add_photo, [photo, box], [box, photo], **AT_ONCE)
@@ -216,10 +221,10 @@ class Page:
             speed = gr.HTML(show.speed_html(None), elem_id=f"speed-{letter}")
         return head, pane, speed
 
-    def _view(self, conversation: Conversation, running: bool = False, voted: bool = False) -> list[Any]:
+    def _view(self, conversation: Conversation, running: bool = False, said: str = "") -> list[Any]:
         """Values of every output that shows the conversation, in the order of `view` above."""
         turn = conversation.turns[-1] if conversation.turns else None
-        can_vote = bool(turn and turn.is_finished and not running and not voted)
+        can_vote = bool(turn and turn.is_finished and not running and not said)
         can_vote = can_vote and all(answer.text for answer in turn.answers.values())
         return [
             *(show.chat_messages(conversation, side) for side in conversation.order),
@@ -229,11 +234,14 @@ class Page:
             *(gr.Button(interactive=can_vote) for _ in VOTE_LABELS),
             gr.Button(interactive=running),
             gr.Button(interactive=bool(turn) and not running),
+            show.status_html(said),
+            gr.Textbox(visible=False),
         ]
 
     def _models(self) -> dict[str, str]:
         return {side: name.model for side, name in self.backend.names().items()}
 
+    @toasted
     def _begin(
         self,
         message: Any,
@@ -247,12 +255,12 @@ class Page:
         request: gr.Request,
     ) -> list[Any]:
         message = message or EMPTY
-        with toasts():
-            controls = self.service.controls(style, temperature, length, tiles, seed)
-            asked = message["text"], message["files"]
-            self.service.begin(request.session_hash, conversation, *asked, controls, blind)
+        controls = self.service.controls(style, temperature, length, tiles, seed)
+        asked = message["text"], message["files"]
+        self.service.begin(request.session_hash, conversation, *asked, controls, blind)
         return [EMPTY, *self._view(conversation, running=True)]
 
+    @toasted
     def _retry(
         self,
         conversation: Conversation,
@@ -263,16 +271,17 @@ class Page:
         seed: float | None,
         request: gr.Request,
     ) -> list[Any]:
-        with toasts():
-            controls = self.service.controls(style, temperature, length, tiles, seed)
-            used = self.service.retry(request.session_hash, conversation, controls)
+        controls = self.service.controls(style, temperature, length, tiles, seed)
+        used = self.service.retry(request.session_hash, conversation, controls)
         return [used.seed, *self._view(conversation, running=True)]
 
-    def _answer(self, conversation: Conversation, request: gr.Request) -> Iterator[list[Any]]:
+    def _answer(self, conversation: Conversation, request: gr.Request) -> Iterator[Any]:
+        turn = conversation.turns[-1] if conversation.turns else None
         for _ in self.service.answer(request.session_hash, conversation):
-            yield self._view(conversation, running=not conversation.turns[-1].is_finished)
-        for error in dict.fromkeys(a.error for a in conversation.turns[-1].answers.values() if a.error):
-            gr.Warning(html.escape(error), title="No complete answer")
+            yield self._view(conversation, running=not turn.is_finished)
+        if turn is not None and turn in conversation.turns:
+            for error in dict.fromkeys(answer.error for answer in turn.answers.values() if answer.error):
+                gr.Warning(html.escape(error), title="No complete answer")
 
     def _stop(self, request: gr.Request) -> None:
         self.service.stop(request.session_hash)
@@ -284,15 +293,15 @@ class Page:
     def _leave(self, request: gr.Request) -> None:
         self.service.leave(request.session_hash)
 
+    @toasted
     def _vote(self, verdict: str, conversation: Conversation) -> list[Any]:
-        with toasts():
-            said = self.votes.cast(conversation, verdict, self.backend.names())
+        said = self.votes.cast(conversation, verdict, self.backend.names())
         conversation.revealed = True
-        return [show.status_html(said), *self._view(conversation, voted=True)]
+        return self._view(conversation, said=said)
 
+    @toasted
     def _share(self, conversation: Conversation, request: gr.Request) -> Any:
-        with toasts():
-            name = self.shelf.store(conversation)
+        name = self.shelf.store(conversation)
         root = str(request.request.url).partition("/gradio_api")[0]
         kept = f"Stored on this server for {self.settings.shared_days:g} days; whoever has the link can read it."
         return gr.Textbox(value=f"{root}/?c={name}", visible=True, info=kept)
@@ -352,12 +361,14 @@ class Page:
             {"base": {"text", "final_answer", "num_tokens", "tokens_per_s", "first_token_s", "finish_reason", "model"},
             "mpo": the same, "agreement": "same", "different" or "unknown"}; partial ones while the answers grow.
         """
-        with toasts():
+        try:
             if not isinstance(question, str) or not isinstance(images or [], list):
                 raise BadInputError("question must be text and images a list")
             limit = max_tiles or self.settings.max_tiles or self.backend.cutter().max_tiles
             controls = self.service.controls(style, temperature, max_new_tokens, limit, seed)
             yield from self.service.compare(question, images or [], controls)
+        except BadInputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
     # --- the second tab -----------------------------------------------------------------------------------------------
 
@@ -398,17 +409,17 @@ class Page:
         for move, step in ((number.submit, 0), (before.click, -1), (after.click, 1)):
             move(functools.partial(self._bench_show, step=step), chosen, shown, **AT_ONCE)
 
+    @toasted
     def _bench_tasks(self, first: str, second: str) -> Any:
-        with toasts():
-            names = browser.tasks(self.runs[first], self.runs[second])
+        names = browser.tasks(self.runs[first], self.runs[second])
         preferred = next((name for name in names if name.endswith("/cot")), names[0] if names else None)
         return gr.Dropdown(choices=names, value=preferred)
 
+    @toasted
     def _bench_show(
         self, first: str, second: str, task: str | None, which: str, number: float | None, step: int = 0
     ) -> list[Any]:
-        with toasts():
-            selection = browser.select(self.runs[first], self.runs[second], task or "", which)
+        selection = browser.select(self.runs[first], self.runs[second], task or "", which)
         count = len(selection.entries)
         if not count:
             return [1, f"<p class='muted'>None of {selection.total} questions.</p>", *[""] * (1 + 2 * len(SIDES))]
@@ -421,15 +432,6 @@ class Page:
             *(browser.verdict_html(entry, side, name) for side, name in enumerate((first, second))),
             *(safe_markdown(row["answer"] or "no answer") for row in entry.rows),
         ]
-
-
-@contextlib.contextmanager
-def toasts() -> Iterator[None]:
-    """Show what a visitor can put right as a toast; a program gets the sentence as its error."""
-    try:
-        yield
-    except BadInputError as error:
-        raise gr.Error(html.escape(str(error), quote=False), title="Please check", print_exception=False) from error
 
 
 def launch(page: Page) -> tuple[gr.Blocks, str]:

@@ -77,7 +77,7 @@ def read_picture(content: bytes, name: str, limits: Limits) -> Picture:
     except BadInputError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInputError(f"{name} is not a picture that can be read; PNG, JPEG, WebP, GIF and BMP are") from error
+        raise BadInputError(f"{name} is no picture that can be read; PNG, JPEG, WebP, GIF and BMP are") from error
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return Picture(buffer.getvalue(), *image.size)

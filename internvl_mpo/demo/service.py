@@ -32,18 +32,31 @@ from internvl_mpo.demo.pictures import (
 )
 from internvl_mpo.errors import BadInputError
 
+STOP_SECONDS = 5.0  # a token takes less on any machine one would show this on
+
 
 @dataclass
 class Session:
-    """One open page."""
+    """One open page.
+
+    Attributes:
+        stop: ends the answers of the last question.
+        asked: whether a question waits for its answer to begin.
+        idle: set unless answers are being written.
+        conversation: what the page shows.
+    """
 
     stop: threading.Event = field(default_factory=threading.Event)
-    is_running: bool = False
+    asked: bool = False
+    idle: threading.Event = field(default_factory=threading.Event)
     conversation: Conversation | None = None
+
+    def __post_init__(self) -> None:
+        self.idle.set()
 
     def start(self, conversation: Conversation) -> None:
         """A question has been asked; its answer is on the way."""
-        self.stop, self.is_running, self.conversation = threading.Event(), True, conversation
+        self.stop, self.asked, self.conversation = threading.Event(), True, conversation
 
 
 class Service:
@@ -129,13 +142,22 @@ class Service:
         return controls
 
     def answer(self, page: str, conversation: Conversation) -> Iterator[None]:
-        """Write the answers to the last question into the conversation; yields whenever there is more to show."""
+        """Write the answers to the last question into the conversation; yields whenever there is more to show.
+
+        Does nothing where no question waits (it was refused, or the page was cleared since).
+        """
         session = self._session(page)
+        if not session.asked:
+            return
+        session.asked = False
+        session.idle.clear()
         try:
-            if conversation.turns and not conversation.turns[-1].is_finished:
-                yield from self._answer(conversation, session.stop)
+            for _ in self._answer(conversation, session.stop):
+                if session.conversation is not conversation:
+                    return
+                yield
         finally:
-            session.is_running = False
+            session.idle.set()
 
     def stop(self, page: str) -> None:
         """End the answers of a page, whether they are being written or wait in the queue."""
@@ -145,7 +167,7 @@ class Service:
         """End the answers of a page and return an empty conversation."""
         session = self._session(page)
         session.stop.set()
-        session.conversation = Conversation()
+        session.asked, session.conversation = False, Conversation()
         session.conversation.restart(blind)
         return session.conversation
 
@@ -154,8 +176,9 @@ class Service:
         session = self._sessions.pop(page, None)
         if session is not None:
             session.stop.set()
-            if session.conversation is not None and not session.is_running:
-                session.conversation.turns.clear()
+            session.asked, forgotten, session.conversation = False, session.conversation, None
+            if forgotten is not None and session.idle.wait(STOP_SECONDS):
+                forgotten.turns.clear()
 
     def compare(self, question: str, images: Sequence[Any], controls: Controls) -> Iterator[dict[str, Any]]:
         """Yield the growing result of one question without a page; the last one is whole.
@@ -192,8 +215,11 @@ class Service:
         return self._sessions.setdefault(page, Session())
 
     def _idle(self, page: str) -> Session:
+        """The session of a page that may ask; one that has just been stopped gets the moment it needs."""
         session = self._session(page)
-        if session.is_running:
+        if session.stop.is_set():
+            session.idle.wait(STOP_SECONDS)
+        if session.asked or not session.idle.is_set():
             raise BadInputError("The last question is still being answered; wait for it or press Stop.")
         return session
 
