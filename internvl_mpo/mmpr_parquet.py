@@ -199,11 +199,11 @@ def is_parquet(data: str | Path) -> bool:
 
 
 def open_dataset(data: str | Path, *, streaming: bool = False) -> Any:
-    """Return the rows as a `datasets` data set of the split `train`, pictures left as files.
+    """Return the split `train` as a `datasets` data set; pictures are left as files.
 
     Args:
         data: folder, `.parquet` file, or `hub:OWNER/NAME[@REVISION][:CONFIG]`.
-        streaming: read as it goes instead of preparing a memory-mapped copy.
+        streaming: give rows as they are read, as dicts, instead of Arrow tables from a memory-mapped copy.
 
     Raises:
         BadInputError: nothing there, or it has other columns.
@@ -229,7 +229,7 @@ def open_dataset(data: str | Path, *, streaming: bool = False) -> Any:
         raise BadInputError(
             f"{data} has no column '{missing[0]}', so it was not made by convert_mmpr.py; convert the raw release first"
         )
-    return found.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    return found.decode(False) if streaming else found.with_format("arrow")
 
 
 class EmbeddedPictures:
@@ -259,9 +259,9 @@ class EmbeddedPictures:
         Raises:
             RowError: the row has no such picture.
         """
-        for picture in self.table[self.index]["images"]:
-            if picture["path"] == name and picture["bytes"]:
-                return picture["bytes"]
+        for picture in self.table[self.index]["images"][0]:
+            if picture["path"].as_py() == name and picture["bytes"].is_valid:
+                return picture["bytes"].as_py()
         raise RowError(f"image '{name}' is not among those of row {self.index} of {self.folder}")
 
 
@@ -275,8 +275,7 @@ def iter_rows(data: str | Path) -> Iterator[PairRow | RowError]:
     texts = table.remove_columns(["images", "prompt"])
     index = 0
     for batch in texts.iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            columns = dict(zip(batch, values, strict=True))
+        for columns in batch.to_pylist():
             where = f"{data}, row {index}"
             try:
                 pair = to_pair(columns)
