@@ -10,8 +10,8 @@
     pairs = builder.as_dataset(split="train")
 
 Columns are those of the Parquet form (`internvl_mpo/mmpr_parquet.py`). Every subset of meta.json is a shard, so that a
-stream can be shuffled, split over workers and resumed. To publish, use convert_mmpr.py: `datasets` runs no code from the
-Hub any more, a data set there is Parquet.
+stream can be shuffled, split over workers and resumed. To publish, use convert_mmpr.py: `datasets` runs no code from
+the Hub any more, a data set there is Parquet.
 """
 
 import hashlib
