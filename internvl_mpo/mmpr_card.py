@@ -263,18 +263,10 @@ def draw_pictures(statistics: Statistics, folder: Path) -> list[tuple[str, str]]
     axis.spines[["top", "right"]].set_visible(False)
     save(figure, "sources.png", "Pairs by source and rule")
 
-    for kind, histograms in (("words", _by_side(statistics.lengths)), ("tokens", _by_side(statistics.tokens))):
+    for kind, histograms in (("words", statistics.lengths), ("tokens", statistics.tokens)):
         if histograms:
-            figure, axis = plt.subplots(figsize=(8, 3.6))
-            for side in SIDES:
-                _steps(axis, histograms[side], label=side, color=COLOURS[side])
-            axis.set_xscale("log")
-            axis.set_xlabel(f"{kind} per text")
-            axis.set_ylabel("texts")
-            axis.set_title(f"Length of questions and responses in {kind}")
-            axis.legend(frameon=False)
-            axis.spines[["top", "right"]].set_visible(False)
-            save(figure, f"{kind}.png", f"Length in {kind}")
+            draw_lengths(histograms, kind, folder / f"{kind}.png")
+            drawn.append((f"{kind}.png", f"Length in {kind}"))
 
     if statistics.image_sides:
         figure, axis = plt.subplots(figsize=(5.4, 4.6))
@@ -288,6 +280,33 @@ def draw_pictures(statistics: Statistics, folder: Path) -> list[tuple[str, str]]
         axis.set_title(f"Sizes of {sum(numbers):,} pictures")
         save(figure, "image_sizes.png", "Sizes of the pictures")
     return drawn
+
+
+def draw_lengths(histograms: Mapping[tuple, Mapping[int, int]], kind: str, file: Any) -> None:
+    """Draw the lengths of questions and both responses.
+
+    Args:
+        histograms: of `Statistics`; the last part of a key is the side.
+        kind: "words" or "tokens".
+        file: path or binary file of a PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    sides = _by_side(histograms)
+    for side in SIDES:
+        _steps(axis, sides[side], label=side, color=COLOURS[side])
+    axis.set_xscale("log")
+    axis.set_xlabel(f"{kind} per text")
+    axis.set_ylabel("texts")
+    axis.set_title(f"Length of questions and responses in {kind}")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110, format="png", metadata={"Software": None})
+    plt.close(figure)
 
 
 def _steps(axis: Any, histogram: Mapping[int, int], **style: Any) -> None:

@@ -238,7 +238,7 @@ def index_part(task: tuple[int, int, int | None], options: Options) -> Index:
     """Read the lines that begin in a range of bytes of a subset's annotation file."""
     number, start, stop = task
     subset = _subsets(options)[number]
-    begin = _line_start(subset.annotation, start)
+    begin = line_start(subset.annotation, start)
     part = Index(begin, begin, array("Q"), array("Q"), array("I"), {}, array("Q"))
     keys: dict[str, int] = {}
     for offset, length, line in read_lines(subset.annotation, begin, stop):
@@ -264,7 +264,7 @@ def index_part(task: tuple[int, int, int | None], options: Options) -> Index:
     return part
 
 
-def _line_start(text: Path | Member, position: int) -> int:
+def line_start(text: Path | Member, position: int) -> int:
     """The begin of the first line at or after a byte."""
     if position == 0 or isinstance(text, Member):
         return position

@@ -1,0 +1,272 @@
+"""Every fault put into a release is found, named with file and line, and nothing else is."""
+
+import io
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from internvl_mpo.contamination import build_index, signature
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.mini_mmpr import MMPRSettings, make_release
+from internvl_mpo.mmpr_check import KINDS, check, similarity_hash
+from internvl_mpo.mmpr_convert import Options, convert
+
+ROOT = Path(__file__).resolve().parents[1]
+SUMS = "CLEVR_math_digits_pairs_vqa_correctness_rules"
+OTHER = (
+    "It seems that there are a few signs on white paper but nobody could say what they were meant to mean at all today"
+)
+LONG = "The first digit is seven and the second digit is two so I multiply them and get fourteen which I check again "
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    make_release(MMPRSettings(output=str(tmp_path / "raw"), release="folders", num_pictures=5))
+    return tmp_path / "raw"
+
+
+def edit(raw: Path, subset: str, change) -> Path:
+    """Change the rows of a subset in place; `length` in meta.json follows."""
+    path = raw / "annotations" / f"{subset}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = change(rows) or rows
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    meta = json.loads((raw / "meta.json").read_text())
+    meta[subset]["length"] = len(rows)
+    (raw / "meta.json").write_text(json.dumps(meta))
+    return path
+
+
+def found(data: Path, **options) -> dict[str, list[str]]:
+    """Kind -> places, from the rejects file."""
+    out = io.StringIO()
+    report = check(str(data), rejects=out, **options)
+    places: dict[str, list[str]] = {}
+    for line in out.getvalue().splitlines():
+        row = json.loads(line)
+        assert row["severity"] == KINDS[row["kind"]][0]
+        assert row["reason"]
+        places.setdefault(row["kind"], []).append(row["row"])
+    assert Counter({kind: len(rows) for kind, rows in places.items()}) == _by_kind(report)
+    return places
+
+
+def _by_kind(report) -> Counter:
+    counts: Counter = Counter()
+    for (kind, _), number in report.kinds.items():
+        counts[kind] += number
+    return counts
+
+
+def test_a_clean_release_has_no_findings_in_any_form(raw, tmp_path):
+    assert found(raw) == {}
+    make_release(MMPRSettings(output=str(tmp_path / "zipped"), num_pictures=5))
+    assert found(tmp_path / "zipped", workers=2) == {}
+    convert(Options(str(raw)), tmp_path / "parquet")
+    assert found(tmp_path / "parquet") == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("unusable row", lambda rows: rows[3].update(rejected=rows[3]["chosen"])),
+        ("unusable row", lambda rows: rows[3].pop("question")),
+        ("picture", lambda rows: rows[3].update(image="nowhere.png")),
+        ("picture", lambda rows: rows[3].update(image="../../../etc/passwd")),
+        ("same row", lambda rows: rows[3].update(rows[1])),
+        ("same id", lambda rows: (rows[0].update(id="x"), rows[3].update(id="x"))),
+        ("near equal", lambda rows: rows[3].update(chosen="Final answer: 12", rejected="final   answer 12.")),
+        ("repeats itself", lambda rows: rows[3].update(chosen="I look at the picture. " * 30)),
+        ("language", lambda rows: rows[3].update(chosen="图片里有两个数字,它们的和是十二。")),
+        (
+            "near copy",
+            lambda rows: [rows[n].update(rows[2], chosen=f"{LONG} {n}", rejected=OTHER) for n in (2, 3)],
+        ),
+    ],
+)
+def test_a_fault_of_a_row_is_found_at_its_line_raw_and_in_parquet(raw, tmp_path, kind, change):
+    def in_place(rows):
+        change(rows)
+
+    path = edit(raw, SUMS, in_place)
+    assert found(raw) == {kind: [f"{path}:4"]}
+    if KINDS[kind][0] == "warning":  # rows with errors are not converted
+        convert(Options(str(raw)), tmp_path / "parquet")
+        assert found(tmp_path / "parquet") == {
+            kind: [f"{tmp_path}/parquet/data/CLEVR_math_digits/train-00000-of-00001.parquet:row 3"]
+        }
+
+
+def test_a_cut_line_a_cut_picture_and_a_short_file_are_found(raw):
+    path = edit(raw, SUMS, lambda rows: None)
+    content = path.read_text()
+    path.write_text(content[: content.rindex("question")])
+    picture = raw / "images" / "RLAIF-V" / "00002.png"
+    picture.write_bytes(picture.read_bytes()[:-60])
+    meta = json.loads((raw / "meta.json").read_text())
+    meta["RLAIF-V"]["length"] = 6
+    (raw / "meta.json").write_text(json.dumps(meta))
+    rlaif = raw / "annotations" / "RLAIF-V.jsonl"
+    assert found(raw) == {
+        "unusable row": [f"{path}:15"],
+        "picture": [f"{rlaif}:3"],
+        "count": [str(rlaif)],
+    }
+    assert "picture" not in found(raw, decode=False)
+
+
+def test_a_changed_and_a_missing_shard_are_found(raw, tmp_path):
+    convert(Options(str(raw)), tmp_path / "parquet")
+    first, second = sorted((tmp_path / "parquet/data").glob("*/*.parquet"))[:2]
+    content = bytearray(first.read_bytes())
+    content[40] ^= 1
+    first.write_bytes(content)
+    second.unlink()
+    assert set(found(tmp_path / "parquet")["file"]) == {str(first), str(second)}
+    first.write_bytes(content[: len(content) // 2])
+    assert set(found(tmp_path / "parquet")["file"]) == {str(first), str(second)}
+
+
+def test_a_part_that_is_cut_off_is_an_error(tmp_path):
+    make_release(MMPRSettings(output=str(tmp_path / "raw"), num_pictures=20))
+    part = tmp_path / "raw" / "images.zip_ac"
+    part.write_bytes(part.read_bytes()[:100])
+    places = found(tmp_path / "raw")
+    assert len(places["file"]) == 1
+    assert places["picture"]
+
+
+def test_lines_keep_their_numbers_when_a_file_is_cut_into_parts(raw, monkeypatch):
+    from internvl_mpo import mmpr_check
+
+    monkeypatch.setattr(mmpr_check, "INDEX_BYTES", 700)  # two to three rows
+    path = edit(raw, SUMS, lambda rows: rows[11].update(rejected=rows[11]["chosen"]))
+    edit(raw, SUMS, lambda rows: rows[13].update(rows[2]))
+    assert found(raw) == {"unusable row": [f"{path}:12"], "same row": [f"{path}:14"]}
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+def scene(seed: int, size: tuple[int, int] = (320, 240)) -> Image.Image:
+    """A picture of its own for every seed."""
+    import random
+
+    rng = random.Random(seed)
+    image = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(12):
+        x, y = rng.randrange(size[0]), rng.randrange(size[1])
+        draw.ellipse(
+            (x, y, x + rng.randrange(20, 120), y + rng.randrange(20, 120)),
+            fill=tuple(rng.randrange(256) for _ in range(3)),
+        )
+    return image
+
+
+@pytest.fixture
+def mathvision(tmp_path) -> Path:
+    folder = tmp_path / "mathvision"
+    (folder / "images").mkdir(parents=True)
+    questions = (
+        "How many red circles are drawn to the left of the tallest blue tower?",
+        "What is the perimeter of the polygon that encloses all seven marked points?",
+        "Which of the four nets folds into the cube that is shown beside them?",
+    )
+    rows = []
+    for number, question in enumerate(questions):
+        scene(number).save(folder / "images" / f"{number}.jpg", quality=90)
+        rows.append(
+            {
+                "id": str(number),
+                "question": question,
+                "options": [],
+                "image": f"images/{number}.jpg",
+                "answer": "3",
+                "solution": None,
+                "level": 1,
+                "subject": "counting",
+            }
+        )
+    (folder / "testmini.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_benchmark_picture_and_question_in_training_data_are_found(raw, mathvision):
+    index = build_index({"mathvision": str(mathvision)})
+    assert found(raw, index=index) == {}
+    folder = raw / "images" / "CLEVR_digits"
+    for number in (0, 1):  # the benchmark's pictures, smaller and saved again
+        scene(number).resize((200, 150)).save(folder / f"copy{number}.jpg", quality=50)
+    scene(99).save(folder / "other.jpg")
+
+    def contaminate(rows):
+        rows[0].update(image="copy0.jpg", question="<image>\nhow many red circles are drawn to the left of the tower?")
+        rows[1].update(image="copy1.jpg")
+        rows[2].update(image="other.jpg", question="<image>\nWhich of the four nets folds into the cube, do you think?")
+
+    path = edit(raw, SUMS, contaminate)
+    assert found(raw, index=index) == {
+        "in a benchmark": [f"{path}:1"],
+        "benchmark picture": [f"{path}:2"],
+        "benchmark question": [f"{path}:3"],
+    }
+    report = check(str(raw), index=index)
+    assert {kind: len(examples) for kind, examples in report.matched.items()} == {
+        "both": 1,
+        "picture": 2,
+        "question": 2,
+    }
+    assert [(index.examples[example][1], where) for example, where, _ in report.shown] == [
+        ("0", f"{path}:1"),
+        ("1", f"{path}:2"),
+    ]
+
+
+def test_an_empty_page_looks_like_no_other():
+    assert signature(Image.new("RGB", (300, 200), "white")) is None
+    assert signature(scene(1)) is not None
+
+
+def test_similar_texts_have_near_hashes_and_short_ones_none():
+    one, other = similarity_hash(LONG * 3, LONG * 2), similarity_hash(LONG * 3 + "and again", LONG * 2)
+    far = similarity_hash(
+        "We need to see that the car is parked behind a tree near the house. " * 3, "Nothing of it. " * 9
+    )
+    assert (one ^ other).bit_count() <= 8
+    assert (one ^ far).bit_count() > 16
+    assert similarity_hash("Final answer: 3", "Final answer: 4") == 0
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_program_prints_a_table_writes_a_report_and_fails_on_errors_only(raw, mathvision, tmp_path):
+    program = [sys.executable, str(ROOT / "dataset_scripts/check_mmpr.py"), str(raw), "--output", str(tmp_path / "out")]
+    program += ["--benchmarks", f"mathvision={mathvision}"]
+    edit(raw, SUMS, lambda rows: rows[3].update(chosen="I look at the picture. " * 30))
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0 errors, 1 warnings" in done.stdout
+    path = edit(raw, SUMS, lambda rows: rows[5].update(image="nowhere<b>.png"))
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{path}:6: image 'nowhere<b>.png' is not in" in done.stdout
+    assert "mathvision: of 3 questions 0 found" in done.stdout
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1 errors, 1 warnings" in page
+    assert "nowhere&lt;b&gt;.png" in page and "<b>.png" not in page
+    assert "http" not in page.replace("http-equiv", "")  # self-contained
+    assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 2
+    assert subprocess.run([*program[:2], str(tmp_path / "nothing")], capture_output=True).returncode == 2
+
+
+def test_a_benchmark_that_is_not_there_is_refused():
+    with pytest.raises(BadInputError, match="unknown benchmark 'popes'"):
+        build_index({"popes": "x"})
