@@ -15,6 +15,7 @@ import os
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -196,7 +197,6 @@ def follow(
             if all(pane.finish_reason for pane in panes):
                 break
             yield tuple(pane.answer() for pane in panes)
-            time.sleep(FRAME_SECONDS / 2)
         completed = True
     finally:
         stop.set()
@@ -206,6 +206,37 @@ def follow(
     for pane in panes:
         pane.finish("error", "the model gave no answer")
     yield tuple(pane.answer() for pane in panes)
+
+
+class Turns:
+    """Lets threads compute one step each in turn.
+
+    Two models that step at once on one device finish no sooner, and Python's lock makes them wait for each other at
+    every layer; in turn, the second pane costs what its model costs.
+    """
+
+    def __init__(self, num_threads: int):
+        self._line = deque(range(num_threads))
+        self._moved = threading.Condition()
+
+    def wait(self, me: int) -> None:
+        """Return when it is this thread's turn."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._line[0] == me)
+
+    def step_done(self, me: int) -> None:
+        """Let the others take a step each, and return when it is this thread's turn again."""
+        with self._moved:
+            if len(self._line) > 1:
+                self._line.rotate(-1)
+                self._moved.notify_all()
+                self._moved.wait_for(lambda: self._line[0] == me)
+
+    def leave(self, me: int) -> None:
+        """Take this thread out of the line."""
+        with self._moved:
+            self._line.remove(me)
+            self._moved.notify_all()
 
 
 class Lazy(Generic[T]):
@@ -256,11 +287,13 @@ class LocalModels:
         if self._adapter:
             from internvl_mpo.demo.generation import BASE
 
-            work = [_job(models[0], panes, [question.chats[side] for side in SIDES], question, stop, [BASE, "default"])]
+            chats = [question.chats[side] for side in SIDES]
+            work = [_job(models[0], panes, chats, question, stop, adapters=[BASE, "default"])]
         else:
+            turns = Turns(len(SIDES))
             work = [
-                _job(model, [pane], [question.chats[side]], question, stop)
-                for side, model, pane in zip(SIDES, models, panes, strict=True)
+                _job(models[me], [panes[me]], [question.chats[side]], question, stop, turns, me)
+                for me, side in enumerate(SIDES)
             ]
         yield from follow(panes, work, stop, changed, self.activity)
 
@@ -297,9 +330,11 @@ def _job(
     chats: list[list[Message]],
     question: Question,
     stop: threading.Event,
+    turns: Turns | None = None,
+    me: int = 0,
     adapters: list[str] | None = None,
 ) -> Callable[[], None]:
-    """One call of a model that fills a pane per row."""
+    """One call of a model that fills a pane per row, step by step in turn with the other model's."""
 
     def put(tokens: list[int]) -> None:
         for pane, token in zip(panes, tokens, strict=True):
@@ -308,17 +343,25 @@ def _job(
             pane.add(token)
             if model.has_ended(token):
                 pane.finish("stop")
+        if turns:
+            turns.step_done(me)
 
     def work() -> None:
-        model.generate(
-            chats,
-            sampling=question.sampling,
-            seed=question.seed,
-            max_tiles=question.max_tiles,
-            adapters=adapters,
-            put=put,
-            stop=stop,
-        )
+        try:
+            if turns:
+                turns.wait(me)
+            model.generate(
+                chats,
+                sampling=question.sampling,
+                seed=question.seed,
+                max_tiles=question.max_tiles,
+                adapters=adapters,
+                put=put,
+                stop=stop,
+            )
+        finally:
+            if turns:
+                turns.leave(me)
         for pane in panes:
             pane.finish("stopped" if stop.is_set() else "length")
 

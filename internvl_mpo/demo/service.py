@@ -234,9 +234,12 @@ class Service:
         )
         stream = self.backend.stream(question)
         try:
+            shown = None
             while not stop.is_set() and (pair := next(stream, None)) is not None:
                 turn.answers = dict(zip(SIDES, pair, strict=True))
-                if not stop.is_set():
+                new = [(answer.num_tokens, answer.finish_reason) for answer in pair]
+                if new != shown and not stop.is_set():
+                    shown = new
                     yield
         except BadInputError as error:  # a model that cannot be loaded
             turn.answers = {side: Answer(finish_reason="error", error=str(error)) for side in SIDES}
