@@ -216,6 +216,10 @@ def check_pairs(
     clashes = same_id_twice(everything)
     for index, reason in clashes.items():
         results[index] = RowError(reason, everything[index].where)
+    for index, size in enumerate(results):
+        if not isinstance(size, RowError) and size.num_tokens > settings.max_tokens_per_pack:
+            limit = f"more than max_tokens_per_pack {settings.max_tokens_per_pack}"
+            results[index] = RowError(f"the pair has {size.num_tokens} tokens, {limit}", everything[index].where)
 
     bad = [result for result in results if isinstance(result, RowError)]
     good = [(row, size) for row, size in zip(everything, results, strict=True) if not isinstance(size, RowError)]
@@ -269,7 +273,7 @@ def plan(
         Settings, the rows that are seen at all, how often each is seen in an epoch, and their sizes.
 
     Raises:
-        BadInputError: one pair alone is over the budget, or there are fewer pairs than one step needs.
+        BadInputError: there are fewer pairs than one step needs, or ranks cannot share a step within the budget.
     """
     counts = repeats(rows, settings.seed, settings.resample)
     total = sum(counts)
@@ -280,12 +284,6 @@ def plan(
     if total < settings.pairs_per_step:
         raise BadInputError(
             f"one epoch has {total} pairs, fewer than the {settings.pairs_per_step} of one step; lower pairs_per_step"
-        )
-    longest = max(range(len(rows)), key=lambda index: sizes[index].num_tokens)
-    if sizes[longest].num_tokens > settings.max_tokens_per_pack:
-        raise BadInputError(
-            f"pair {rows[longest].pair.id} ({rows[longest].where}) has {sizes[longest].num_tokens} tokens, more than "
-            f"max_tokens_per_pack {settings.max_tokens_per_pack}; raise it, or lower max_tiles or max_length"
         )
     from internvl_mpo.steps import StepSampler, fit_to_budget
 

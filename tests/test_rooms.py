@@ -31,9 +31,12 @@ ROOMS = {
     "internvl_mpo/objective.py": {"torch"},
     "internvl_mpo/packing.py": {"torch"},
     "internvl_mpo/steps.py": {METHOD + "packing"},
-    "internvl_mpo/packed_attention.py": {"torch", "transformers", METHOD + "packing"},
+    "internvl_mpo/packed_attention.py": {"torch", "transformers", "flash_attn", METHOD + "packing"},
     "internvl_mpo/last_layer.py": {"torch"},
     "internvl_mpo/logps.py": {"torch", METHOD + "last_layer", METHOD + "packing", METHOD + "packed_attention"},
+    "internvl_mpo/speed.py": {
+        *("torch", "liger_kernel", METHOD + "errors", METHOD + "logps", METHOD + "packed_attention"),
+    },
     "internvl_mpo/encoding.py": {"torch", "PIL", METHOD + "packing", METHOD + "records"},
     "internvl_mpo/monitor.py": {"torch", "pandas", METHOD + "packing", METHOD + "records"},
     "internvl_mpo/throughput.py": {"torch", "psutil", METHOD + "packing"},
