@@ -56,7 +56,7 @@ from datasets import load_dataset
 pairs = load_dataset("$OWNER/MMPR-mini", split="train")
 first = next(iter(load_dataset("$OWNER/MMPR-mini", split="train", streaming=True)))
 assert first["id"] == pairs[0]["id"]
-print(len(pairs), "pairs; the first:", first["question"], "|", first["chosen"][0]["content"][0]["text"])
+print(len(pairs), "pairs; the first:", first["question"], "|", first["chosen"][0]["content"])
 CODE
 
 # --- start model ------------------------------------------------------------------------------------------------------
