@@ -419,13 +419,14 @@ def choose_weights(settings: Any, model: Any) -> Any:
 def identify(settings: Any, model: Any, processor: Any) -> dict[str, Any]:
     """Return what reference log-probs depend on besides the pairs."""
     from internvl_mpo.distributed import agree, zero_stage
+    from internvl_mpo.engines.transformers_engine import model_revision
     from internvl_mpo.reference_cache import model_digest
 
     source, dtype = settings.model, weights_dtype(settings)
     in_engine = zero_stage(settings) is not None
     digest = None
     if settings.process_index == 0:  # every byte of the weights is read, once
-        digest = model_digest(source) if Path(source).is_dir() else f"{source}@{model.config._commit_hash}"
+        digest = model_digest(source) if Path(source).is_dir() else f"{source}@{model_revision(source)}"
     return {
         "start model": agree(digest, settings),
         "chat template": content_id(processor.chat_template),
