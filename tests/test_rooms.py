@@ -46,7 +46,7 @@ ROOMS = {
     },
     "internvl_mpo/reference_cache.py": {"torch", "pyarrow", METHOD + "errors", METHOD + "records"},
     "internvl_mpo/publish/hub.py": {"huggingface_hub", METHOD + "errors", METHOD + "publish.faults"},
-    "internvl_mpo/publish/faults.py": {"httpx2"},
+    "internvl_mpo/publish/faults.py": set(),
     "internvl_mpo/publish/clean_load.py": {"torch", "transformers", "safetensors", "peft"},
     "internvl_mpo/publish/clean_rows.py": {"datasets"},
 }
