@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
     processor = load_processor(settings)
     rows, sizes, held_out, held_out_sizes = check_pairs(settings, processor, rows, held_out, rejects)
     settings, rows, counts, sizes = plan(settings, rows, sizes)
+    if is_main:
+        show_memory(settings, sizes)
 
     model = load_policy(settings)
     identity = identify(settings, model, processor)
@@ -216,10 +218,6 @@ def check_pairs(
     clashes = same_id_twice(everything)
     for index, reason in clashes.items():
         results[index] = RowError(reason, everything[index].where)
-    for index, size in enumerate(results):
-        if not isinstance(size, RowError) and size.num_tokens > settings.max_tokens_per_pack:
-            limit = f"more than max_tokens_per_pack {settings.max_tokens_per_pack}"
-            results[index] = RowError(f"the pair has {size.num_tokens} tokens, {limit}", everything[index].where)
 
     bad = [result for result in results if isinstance(result, RowError)]
     good = [(row, size) for row, size in zip(everything, results, strict=True) if not isinstance(size, RowError)]
@@ -273,7 +271,7 @@ def plan(
         Settings, the rows that are seen at all, how often each is seen in an epoch, and their sizes.
 
     Raises:
-        BadInputError: there are fewer pairs than one step needs, or ranks cannot share a step within the budget.
+        BadInputError: one pair alone is over the budget, or there are fewer pairs than one step needs.
     """
     counts = repeats(rows, settings.seed, settings.resample)
     total = sum(counts)
@@ -284,6 +282,12 @@ def plan(
     if total < settings.pairs_per_step:
         raise BadInputError(
             f"one epoch has {total} pairs, fewer than the {settings.pairs_per_step} of one step; lower pairs_per_step"
+        )
+    longest = max(range(len(rows)), key=lambda index: sizes[index].num_tokens)
+    if sizes[longest].num_tokens > settings.max_tokens_per_pack:
+        raise BadInputError(
+            f"pair {rows[longest].pair.id} ({rows[longest].where}) has {sizes[longest].num_tokens} tokens, more than "
+            f"max_tokens_per_pack {settings.max_tokens_per_pack}; raise it, or lower max_tiles or max_length"
         )
     from internvl_mpo.steps import StepSampler, fit_to_budget
 
@@ -311,6 +315,40 @@ def plan(
             f"in {ranks} x {accumulation} packs of at most {settings.max_tokens_per_pack} tokens"
         )
     return replace(settings, gradient_accumulation_steps=accumulation), rows, counts, sizes
+
+
+def show_memory(settings: Any, sizes: list["PairSize"]) -> None:
+    """Print what a device is expected to need, and what to change where that is more than it has."""
+    from transformers import AutoConfig
+
+    from internvl_mpo.memory_estimate import Setup, advise, device_bytes, estimate_memory, setup_of_run, show_estimate
+
+    run = {**vars(settings), "optim": str(getattr(settings.optim, "value", settings.optim))}
+    plugin = settings.deepspeed_plugin
+    run["deepspeed"] = plugin and plugin.hf_ds_config.config
+    longest = max(size.num_tokens for size in sizes)
+    tokens = min(settings.max_tokens_per_pack, settings.pairs_per_step * longest)
+    densest = max(size.num_tiles / size.num_tokens for size in sizes)  # a pack of the pairs with most pictures
+    setup = Setup(
+        **{
+            **setup_of_run(run),
+            "num_gpus": settings.world_size,
+            "max_tokens_per_pack": tokens,
+            "num_tiles": int(densest * tokens),
+            "attention": "fused" if settings.device.type == "cuda" else "segments",
+        }
+    )
+    try:
+        config = AutoConfig.from_pretrained(settings.model, trust_remote_code=True)
+        print(show_estimate(estimate_memory(config, setup), setup, device_bytes()), flush=True)
+        advice = device_bytes() and advise(config, setup, device_bytes(), longest_pair=longest)
+    except BadInputError:
+        raise
+    except Exception as error:  # torch's fake tensors are young: a run must not depend on them
+        print(f"no memory estimate: {' '.join(str(error).split())}")
+        return
+    if advice:
+        print(f"warning, {advice}", flush=True)
 
 
 # --- policy -----------------------------------------------------------------------------------------------------------
@@ -419,14 +457,13 @@ def choose_weights(settings: Any, model: Any) -> Any:
 def identify(settings: Any, model: Any, processor: Any) -> dict[str, Any]:
     """Return what reference log-probs depend on besides the pairs."""
     from internvl_mpo.distributed import agree, zero_stage
-    from internvl_mpo.engines.transformers_engine import model_revision
     from internvl_mpo.reference_cache import model_digest
 
     source, dtype = settings.model, weights_dtype(settings)
     in_engine = zero_stage(settings) is not None
     digest = None
     if settings.process_index == 0:  # every byte of the weights is read, once
-        digest = model_digest(source) if Path(source).is_dir() else f"{source}@{model_revision(source)}"
+        digest = model_digest(source) if Path(source).is_dir() else f"{source}@{model.config._commit_hash}"
     return {
         "start model": agree(digest, settings),
         "chat template": content_id(processor.chat_template),

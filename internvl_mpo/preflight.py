@@ -297,7 +297,8 @@ def show_lengths(report: dict[str, Any], width: int = 40) -> str:
     step, counts = report["histogram"]["bin_width"], report["histogram"]["counts"]
     digits = len(f"{step * len(counts):,}")
     lines = ["tokens of a pair (prompt and both responses)"]
-    for number, count in enumerate(counts):
+    first = next(number for number, count in enumerate(counts) if count)
+    for number, count in list(enumerate(counts))[first:]:
         bar = "#" * math.ceil(width * count / max(counts))
         lines.append(f"  {number * step:>{digits},} - {(number + 1) * step - 1:>{digits},}  {bar:<{width}}  {count:,}")
     lines.append(f"  {'':<8} {'mean':>9} {'median':>9} {'90 %':>9} {'99 %':>9} {'largest':>9}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from internvl_mpo.checkpoint import whole_checkpoints
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.logps import attach_scoring, pair_logps
@@ -180,8 +181,7 @@ def load_policy(source: str | Path, base: str, dtype: torch.dtype) -> tuple[nn.M
 
 def weights_to_use(dump: Mapping[str, Any]) -> str:
     """Return the newest checkpoint of the run that holds weights in a file of their own, else the start model."""
-    folders = [f for f in Path(dump["output_dir"]).glob("checkpoint-*") if (f / "mpo_state.json").is_file()]
-    for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
+    for folder in reversed(whole_checkpoints(dump["output_dir"])):
         if any(folder.glob("*model*.safetensors")):
             return str(folder)
     return dump["model"]

@@ -5,20 +5,24 @@ Counted is what the method needs, in floating-point operations (a multiply-add i
 - a linear layer: 2 per weight and token forward, 2 for the gradient of its input, 2 for that of its weight if trained
 - attention: 4 per head dimension and visible (query, key) pair forward, twice that backward; a prompt that several
   responses share is seen by all of them and run once
+- the last layer at tokens that predict a scored one, keys and values apart
 - the head at scored tokens only; the vision tower per tile, backward only if something in it is trained
 
 Not counted: activations computed again by checkpointing or by the chunked head, norms, softmax, the optimizer. So MFU
 says how well the device is used for the task, and recomputation lowers it.
 """
 
+import bisect
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from internvl_mpo.last_layer import TOKENWISE
 from internvl_mpo.packing import Layout, Pack
 
 # Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets; the first that a device's name holds.
@@ -97,8 +101,14 @@ class FlopModel:
         head_width = getattr(language, "head_dim", None) or language.hidden_size // language.num_attention_heads
         self.vision = _part(base.vision_model, vision.hidden_size * vision.num_hidden_layers)
         self.projector = _part(base.mlp1, 0)
-        self.language = _part(
-            base.language_model.model, language.num_attention_heads * head_width * language.num_hidden_layers
+        # Of the last layer, most runs for tokens that predict a scored one only, see `last_layer`.
+        decoder, width = base.language_model.model, language.num_attention_heads * head_width
+        self.scored = _part(decoder.layers[-1], width, only=TOKENWISE)
+        everywhere = _part(decoder, width * (language.num_hidden_layers - 1))
+        self.language = _Part(
+            everywhere.num_weights - self.scored.num_weights,
+            everywhere.num_trained - self.scored.num_trained,
+            everywhere.attention_width,
         )
         head = base.get_output_embeddings()
         self.head = _part(head, 0)
@@ -120,24 +130,34 @@ class FlopModel:
             + self.vision.flop(tower_tokens, tower_tokens * (self.patches + 1), input_gradient=self.vision_trained)
             + self.projector.flop(num_tiles * self.image_tokens, 0, input_gradient=self.vision_trained)
             + self.language.flop(pack.num_tokens, num_visible(pack.layout), input_gradient=self.before_head_trained)
+            + self.scored.flop(
+                len(pack.layout.scored_index_U),
+                num_visible(pack.layout, scored_only=True),
+                input_gradient=self.before_head_trained,
+            )
             + self.head.flop(len(pack.target_ids_S), 0, input_gradient=self.before_head_trained)
         )
 
 
-def num_visible(layout: Layout) -> int:
-    """Return how many (query, key) pairs of a pack attend to each other."""
+def num_visible(layout: Layout, *, scored_only: bool = False) -> int:
+    """Return how many (query, key) pairs of a pack attend to each other; `scored_only` is for the last layer."""
+    scored = layout.scored_index_U.tolist()
     total, path = 0, []  # tokens on the path to the end of each segment
     for segment in layout.segments:
-        length = segment.stop - segment.start
         before = path[segment.parent] if segment.parent >= 0 else 0
-        path.append(before + length)
-        total += length * before + length * (length + 1) // 2
+        path.append(before + segment.stop - segment.start)
+        asking = segment.stop - segment.start  # the last tokens of a segment predict
+        if scored_only:
+            asking = bisect.bisect_left(scored, segment.stop) - bisect.bisect_left(scored, segment.start)
+        total += asking * path[-1] - asking * (asking - 1) // 2
     return total
 
 
-def _part(module: nn.Module, attention_width: int) -> _Part:
+def _part(module: nn.Module, attention_width: int, *, only: Sequence[str] = ()) -> _Part:
+    """Count the linear layers in a module, or in its parts of the names in `only`."""
+    roots = [part for name, part in module.named_modules() if not only or name.rpartition(".")[2] in only]
     count = trained = 0
-    for layer in module.modules():
+    for layer in {layer: None for root in roots for layer in root.modules()}:
         if isinstance(layer, nn.Linear):  # sizes by name: ZeRO-3 and 4 bits change the shape of the weight
             count += layer.in_features * layer.out_features
             trained += layer.in_features * layer.out_features * _weight_is_trained(layer)

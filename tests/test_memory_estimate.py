@@ -1,0 +1,194 @@
+"""The memory estimate against the same pass with real numbers, and against what the process really takes.
+
+pytest tests/test_memory_estimate.py
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import tiny_config, tiny_model
+
+from internvl_mpo import memory_estimate as module
+from internvl_mpo.errors import run_program
+from internvl_mpo.memory_estimate import SHAPES, Setup, advise, estimate_memory, read_shape, setup_of_run
+from internvl_mpo.policy import add_adapters
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {
+    "dtype": "float32",
+    "attention": "segments",
+    "max_tokens_per_pack": 1000,
+    "gradient_checkpointing": False,
+    "num_tiles": 3,
+}
+WIDE = {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256}
+
+
+@pytest.mark.parametrize("backbone", ["internlm2", "llama", "phi3", "qwen2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fake_tensors_take_what_real_ones_take(backbone, checkpointing):
+    config = tiny_config(backbone, llm_config=WIDE)
+    setup = Setup(**{**SMALL, "gradient_checkpointing": checkpointing})
+    expected = estimate_memory(config, setup)
+    model = tiny_model(backbone, llm_config=WIDE)
+    module.attach_scoring(model, attention="segments")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert sum(p.numel() for p in model.parameters()) == expected.num_weights == expected.num_trained
+    real = module._peak_of_a_pass(model.train(), module._pack(config, setup), setup)
+    assert real == pytest.approx(expected.activations, rel=0.05)
+
+
+@pytest.mark.slow
+def test_checkpointing_adapters_and_frozen_parts_take_less():
+    config = tiny_config("llama", llm_config={**WIDE, "num_hidden_layers": 8})
+    plain = estimate_memory(config, Setup(**SMALL))
+    assert (
+        estimate_memory(config, Setup(**{**SMALL, "gradient_checkpointing": True})).activations < plain.activations / 2
+    )
+    frozen = estimate_memory(config, Setup(**SMALL, freeze_language_layers=8))
+    assert frozen.num_trained < plain.num_trained / 2
+    assert frozen.gradients == 4 * frozen.num_trained
+    adapters = estimate_memory(config, Setup(**SMALL, lora_rank=2))
+    wrapped = add_adapters(tiny_model("llama", llm_config={**WIDE, "num_hidden_layers": 8}), rank=2, base="none")
+    assert adapters.num_trained == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert adapters.optimizer == 8 * adapters.num_trained
+
+
+@pytest.mark.parametrize(
+    ("setup", "weights", "gradients", "optimizer"),
+    [
+        # bytes a weight: bfloat16 is 2, Adam under DeepSpeed 12 (float32 copy and two states)
+        (Setup(), 2, 2, 4),
+        (Setup(dtype="float32"), 4, 4, 8),
+        (Setup(num_gpus=8), 2, 4, 4),
+        (Setup(num_gpus=8, zero=1), 2, 2, 12 / 8),
+        (Setup(num_gpus=8, zero=2), 2, 2 / 8, 12 / 8),
+        (Setup(num_gpus=8, zero=3), 2 / 8, 2 / 8, 12 / 8),
+        (Setup(num_gpus=8, zero=3, offload_optimizer=True, offload_weights=True), 0, 2 / 8, 0),
+        (Setup(optim="paged_adamw_8bit"), 2, 2, 2),
+        (Setup(optim="sgd"), 2, 2, 0),
+        (Setup(reference_sync_steps=4), 4, 2, 4),
+    ],
+)
+def test_every_stage_holds_its_share(setup, weights, gradients, optimizer, monkeypatch):
+    monkeypatch.setattr(module, "BUCKET", 0)
+    monkeypatch.setattr(module, "LIVE_WEIGHTS", 0)
+    config = tiny_config("qwen2")
+    found = estimate_memory(config, replace(setup, max_tokens_per_pack=200, num_tiles=1))
+    count = found.num_weights
+    # ZeRO-3 also holds the largest tensor whole
+    gathered = 2 * max(p.numel() for p in tiny_model("qwen2").parameters()) if setup.zero == 3 else 0
+    assert found.weights == pytest.approx(weights * count + gathered)
+    assert found.gradients == pytest.approx(gradients * count)
+    assert found.optimizer == pytest.approx(optimizer * count)
+    if setup.offload_optimizer:
+        assert found.host == pytest.approx((2 + 12 + 4) / 8 * count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False])
+def test_the_process_takes_what_was_expected(checkpointing):
+    """Real training steps in a process of their own; the memory of the idle process is taken off."""
+    code = """
+import resource, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch
+from tiny import tiny_config
+from internvl_mpo import memory_estimate as module
+from modeling_internvl_mpo import InternVLChatModel
+shape = dict(hidden_size=512, num_hidden_layers=4, intermediate_size=1536, vocab_size=8000)
+setup = module.Setup(dtype="float32", attention="segments", max_tokens_per_pack=3000, num_tiles=20)
+setup = module.replace(setup, gradient_checkpointing={checkpointing})
+warm = torch.nn.Linear(64, 64); warm(torch.ones(2, 64)).sum().backward(); torch.optim.AdamW(warm.parameters()).step()
+config = tiny_config("internlm2", llm_config=shape)
+if sys.argv[1] == "estimate":
+    print(module.estimate_memory(config, setup).total - module.RESERVE["segments"])
+    sys.exit()
+idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model = InternVLChatModel(config).train()
+module.attach_scoring(model, attention="segments")
+if {checkpointing}:
+    model.gradient_checkpointing_enable({{"use_reentrant": False}})
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+for step in range(1):
+    module._peak_of_a_pass(model, module._pack(config, setup), setup)
+    optimizer.step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - idle)
+""".format(tests=str(ROOT / "tests"), root=str(ROOT), checkpointing=checkpointing)
+
+    def run(what: str) -> float:
+        result = subprocess.run([sys.executable, "-c", code, what], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return float(result.stdout.split()[-1])
+
+    expected, found = run("estimate"), run("measure")
+    print(f"expected {expected / 2**20:.0f} MiB, found {found / 2**20:.0f} MiB")
+    assert 0.8 * found < expected < 1.25 * found
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_every_official_size_is_known_by_size_and_by_name(size):
+    assert read_shape(size).to_dict() == read_shape(f"OpenGVLab/InternVL2-{size.upper()}").to_dict()
+    assert read_shape(size).num_image_token == 256
+    with torch.device("meta"):
+        count = sum(p.numel() for p in module.InternVLChatModel(read_shape(size)).parameters())
+    published = {"1b": 0.94, "2b": 2.21, "4b": 4.15, "8b": 8.08, "26b": 25.5, "40b": 40.1, "76b": 76.3}
+    assert count / 1e9 == pytest.approx(published[size], rel=0.005)
+
+
+def test_a_run_file_is_understood(tmp_path):
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    run = {"bf16": True, "dtype": "bfloat16", "deepspeed": str(tmp_path / "zero.json")}
+    setup = Setup(**setup_of_run(run))
+    assert (setup.zero, setup.offload_optimizer, setup.offload_weights, setup.dtype) == (3, True, True, "bfloat16")
+    assert not setup.gradient_checkpointing  # the default of TrainingArguments
+    assert Setup(**setup_of_run({"bf16": True})).autocast == "bfloat16"
+
+
+def test_the_advice_is_tried_before_it_is_given():
+    config = tiny_config("llama", llm_config=dict(WIDE, num_hidden_layers=8))
+    setup = Setup(**{**SMALL, "num_gpus": 8})
+    needed = estimate_memory(config, setup).total
+    assert advise(config, setup, int(needed) + 1) is None
+    sentence = advise(config, setup, int(needed) - 1, longest_pair=1000)
+    assert "gradient_checkpointing true it would need" in sentence
+    assert "zero" not in sentence
+    assert "take a smaller model" in advise(config, setup, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--zero", "1"], "give --model"),
+        (["--model", "9b"], "none of the sizes 1b, 2b"),
+        (["--model", "1b", "--zero", "4"], "zero 4"),
+        (["--model", "1b", "--max_tokens_per_pack", "many"], "expected a whole number"),
+        (["--model", "{other}"], "is not a configuration of InternVL"),
+    ],
+)
+def test_bad_questions_get_one_sentence(arguments, words, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    arguments = [word.replace("{other}", str(tmp_path)) for word in arguments]
+    assert run_program(module.main, arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_command_says_whether_it_fits(tmp_path, capsys):
+    tiny_config("qwen2").save_pretrained(tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": str(tmp_path), "max_tokens_per_pack": 500}))
+    assert run_program(module.main, ["--run", str(tmp_path / "run.yaml"), "--device_gib", "4"]) == 0
+    assert "packs of 500 tokens" in capsys.readouterr().out
+    assert run_program(module.main, ["--model", str(tmp_path / "config.json"), "--device_gib", "1"]) == 1
+    assert "take a smaller model" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "internvl_chat"
