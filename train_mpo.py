@@ -218,6 +218,10 @@ def check_pairs(
     clashes = same_id_twice(everything)
     for index, reason in clashes.items():
         results[index] = RowError(reason, everything[index].where)
+    for index, size in enumerate(results):
+        if not isinstance(size, RowError) and size.num_tokens > settings.max_tokens_per_pack:
+            limit = f"more than max_tokens_per_pack {settings.max_tokens_per_pack}"
+            results[index] = RowError(f"the pair has {size.num_tokens} tokens, {limit}", everything[index].where)
 
     bad = [result for result in results if isinstance(result, RowError)]
     good = [(row, size) for row, size in zip(everything, results, strict=True) if not isinstance(size, RowError)]
@@ -271,7 +275,7 @@ def plan(
         Settings, the rows that are seen at all, how often each is seen in an epoch, and their sizes.
 
     Raises:
-        BadInputError: one pair alone is over the budget, or there are fewer pairs than one step needs.
+        BadInputError: there are fewer pairs than one step needs, or ranks cannot share a step within the budget.
     """
     counts = repeats(rows, settings.seed, settings.resample)
     total = sum(counts)
@@ -282,12 +286,6 @@ def plan(
     if total < settings.pairs_per_step:
         raise BadInputError(
             f"one epoch has {total} pairs, fewer than the {settings.pairs_per_step} of one step; lower pairs_per_step"
-        )
-    longest = max(range(len(rows)), key=lambda index: sizes[index].num_tokens)
-    if sizes[longest].num_tokens > settings.max_tokens_per_pack:
-        raise BadInputError(
-            f"pair {rows[longest].pair.id} ({rows[longest].where}) has {sizes[longest].num_tokens} tokens, more than "
-            f"max_tokens_per_pack {settings.max_tokens_per_pack}; raise it, or lower max_tiles or max_length"
         )
     from internvl_mpo.steps import StepSampler, fit_to_budget
 
@@ -457,13 +455,14 @@ def choose_weights(settings: Any, model: Any) -> Any:
 def identify(settings: Any, model: Any, processor: Any) -> dict[str, Any]:
     """Return what reference log-probs depend on besides the pairs."""
     from internvl_mpo.distributed import agree, zero_stage
+    from internvl_mpo.engines.transformers_engine import model_revision
     from internvl_mpo.reference_cache import model_digest
 
     source, dtype = settings.model, weights_dtype(settings)
     in_engine = zero_stage(settings) is not None
     digest = None
     if settings.process_index == 0:  # every byte of the weights is read, once
-        digest = model_digest(source) if Path(source).is_dir() else f"{source}@{model.config._commit_hash}"
+        digest = model_digest(source) if Path(source).is_dir() else f"{source}@{model_revision(source)}"
     return {
         "start model": agree(digest, settings),
         "chat template": content_id(processor.chat_template),

@@ -13,11 +13,12 @@ child process with a time limit.
 import enum
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from internvl_mpo.answer_wording import bare_choice, reword, same_ratio, same_saying
 from internvl_mpo.math_equality import compare_formulas
 
 FORMATS = ("marker", "boxed", "think", "text")
@@ -182,12 +183,50 @@ def compare_answers(prediction: str, gold: str, *, source: str = "", question: s
     if clean == wanted:
         return Verdict(Outcome.RIGHT, clean, "same", "same text")
     options = parse_options(question)
-    for rule in rules_of_source(source):
+    verdict = _apply_rules(clean, wanted, rules_of_source(source), options)
+    if verdict.outcome is Outcome.WRONG and not (clean.isdecimal() and wanted.isdecimal()):
+        return _second_look(verdict, wanted, rules_of_source(source), options)
+    return verdict
+
+
+def _apply_rules(clean: str, wanted: str, rules: Sequence[str], options: "Options") -> Verdict:
+    for rule in rules:
         decided = _RULES[rule](clean, wanted, options)
         if decided is not None:
             right, reason = decided
             return Verdict(_OUTCOMES[right], clean, rule, reason)
     return Verdict(Outcome.WRONG, clean, "none", f"no rule finds '{clean[:40]}' equal to '{wanted[:40]}'")
+
+
+def _second_look(verdict: Verdict, wanted: str, rules: Sequence[str], options: "Options") -> Verdict:
+    """What two answers found different come to when both are put into one wording; only right changes the verdict."""
+    clean = verdict.answer
+    if verdict.rule == "choice":
+        bare = bare_choice(clean)
+        second = _apply_rules(bare, wanted, ("choice",), options) if bare != clean else verdict
+        if second.outcome is Outcome.RIGHT:
+            return second._replace(answer=clean)
+        starts = re.match(r"[A-H]\b", clean)  # "A blue" may be an article or an option
+        said = [
+            letter for letter, option in options.items() if not starts and same_saying(reword(clean), reword(option))
+        ]
+        both = re.fullmatch(r"([A-H])\s*[-–—(]?\s*(.+?)\)?", clean)
+        if both and both[1] in options and same_saying(reword(both[2]), reword(options[both[1]])):
+            said = [both[1]]
+        if len(said) == 1:
+            second = _apply_rules(said[0], wanted, ("choice",), options)
+        return second._replace(answer=clean) if second.outcome is Outcome.RIGHT else verdict
+    given, gold = reword(clean), reword(wanted)
+    if not given or not gold:
+        return verdict
+    if (given, gold) != (clean, wanted):
+        second = _apply_rules(given, gold, [rule for rule in rules if rule != "choice"], options)
+        is_whole = second.rule != "number" or parse_number(given) is not None  # "1/2 of 12" only holds a number
+        if second.outcome is Outcome.RIGHT and is_whole:
+            return second._replace(answer=clean, reason=f"in other words: {second.reason}")
+    if same_saying(given, gold) or same_ratio(clean, wanted):
+        return Verdict(Outcome.RIGHT, clean, "wording", f"says '{gold[:40]}' in other words")
+    return verdict
 
 
 @lru_cache(maxsize=4096)
@@ -273,6 +312,8 @@ def option_letter(text: str, options: Options) -> str | None:
         if _OTHER_LETTER.match(rest) or (letter != match.group(1) and not options):
             return None  # "A, B", and "a. dog", where a may be an article
         return None if started else letter
+    if re.match(r"[A-H] ?[(–—-]", text):
+        return None  # a letter with the text of another option; with its own, the second look finds it
     named = _option_by_text(text, options)
     if named is not None or _DENIAL.search(text):
         return named
@@ -328,6 +369,8 @@ _YES_NO = {
 def yes_or_no(text: str) -> str | None:
     """Return "yes" or "no" where an answer is one of them or opens with it as a word of its own; else None."""
     words = re.findall(r"[a-z]+|[\u4e00-\u9fff]+", text.lower())
+    if re.match(r"no\. ?\d", text.lower()):
+        return None
     if not words or words[0] not in _YES_NO:
         return None
     first = _YES_NO[words[0]]
@@ -343,6 +386,8 @@ def _yes_no(prediction: str, gold: str, options: Options) -> Decision:
     if wanted is None:
         return None
     given = yes_or_no(prediction)
+    if gold.lower() in ("true", "false") and prediction in ("T", "F"):
+        given = "yes" if prediction == "T" else "no"
     return (given == wanted, f"says {given or 'neither yes nor no'}, expected {wanted}")
 
 
@@ -409,6 +454,9 @@ _NUMBER = re.compile(
     \s*(?P<unit>[^\d].*)?$""",
     re.VERBOSE | re.IGNORECASE,
 )
+# A decade, an ordinal, a year before our era and "12 or more" are no plain numbers.
+_NO_NUMBER = re.compile(r"\d0s$|\d(?:st|nd|rd|th)\b|\d ?B\.?C\.?(?:E\.?)?$|\d\+$|\dM$|\d ?[ap]\.?m\.?$")
+_CHANGED = re.compile(r"(?i)\b(?:half|quarters?|third|minus|negative|past|[ap]\.?m)\b|\?$")
 _ASSIGNED = re.compile(r"^(?:\\?[A-Za-z]\w{0,2}|\\?angle\s*[A-Z]{1,3}|∠\s*[A-Z]{1,3})\s*=\s*(?=[^=]+$)")
 
 
@@ -421,7 +469,7 @@ def parse_number(text: str) -> Number | None:
     """
     text = _ASSIGNED.sub("", text.strip())
     match = _NUMBER.match(text)
-    if match is None:
+    if match is None or _NO_NUMBER.search(text):
         return None
     part = match.groupdict()
     decimals: int | None = None
@@ -512,7 +560,7 @@ def _equal_numbers(given: Number | None, wanted: Number | None) -> bool:
     if wanted.decimals is None or wanted.decimals > 0:
         # an exact third may be given as 0.33, never as 0.3 or as a whole number
         if wanted.decimals is None and given.decimals is not None and given.decimals >= 2:
-            return _rounds_to(wanted.value, given)
+            return (1000 * wanted.value).denominator != 1 and _rounds_to(wanted.value, given)
         if wanted.decimals is not None and (given.decimals is None or given.decimals >= wanted.decimals):
             return _rounds_to(given.value, wanted)
         if given.decimals is not None and given.decimals >= 2:
@@ -530,7 +578,7 @@ _LONE_NUMBER = re.compile(rf"(?<![\w.,/-])-?[$€£¥]?(?:{_DIGITS})(?:\s?%|°)?
 
 def number_in_sentence(text: str) -> Number | None:
     """Return the only number of a sentence such as "There are 5 cats"; None where it is hedged or not alone."""
-    if " " not in text or _HEDGED.search(text):
+    if " " not in text or "\\" in text or any(p.search(text) for p in (_HEDGED, _NO_NUMBER, _CHANGED)):
         return None
     found = _LONE_NUMBER.findall(text)
     words = [word for word in re.findall(r"[a-z]+", text.lower()) if word in _WORDS and word != "one"]
@@ -564,6 +612,8 @@ def _relaxed(prediction: str, gold: str, options: Options) -> Decision:
     value = given.value
     if given.unit == "percent" and not wanted.unit and abs(wanted.value) <= 1:
         value /= 100
+    if wanted.unit == "percent" and not given.unit and abs(value) <= 1 < abs(wanted.value):
+        value *= 100
     error = abs(value - wanted.value) / abs(wanted.value)
     return (error <= Fraction(1, 20), f"off by {float(error):.1%}, 5 % allowed")
 
@@ -658,13 +708,31 @@ def _text(prediction: str, gold: str, options: Options) -> Decision:
     wanted = plain_text(gold)
     if not wanted:
         return None
-    right = any(plain_text(text) == wanted for text in _said(prediction))
-    return (True, "same words") if right else None
+    said = [text for text in _said(prediction) if plain_text(text) == wanted]
+    if not said or not any(_same_marks(text, gold) for text in said):
+        return None
+    return (True, "same words")
+
+
+_BRACKETED = re.compile(r"(?:.*=\s*)?(?:\\left)?([\[(]).*,.*?(?:\\right)?([\])])")
+
+
+def _same_marks(given: str, gold: str) -> bool:
+    """Whether marks that `plain_text` drops agree: both are in (1, 2] or in neither, -x is not x, a/b is not b/a."""
+    if "\\frac" in given and "\\frac" in gold:
+        return "".join(given.split()) == "".join(gold.split())
+    if bool(re.match(r"-[a-z]", given)) != bool(re.match(r"-[a-z]", gold)):
+        return False
+    if any(re.search(r"\b[A-Za-z]\s*[-+*/]\s*[A-Za-z]\b", text) for text in (given, gold)):
+        return "".join(given.lower().split()) == "".join(gold.lower().split())
+    pairs = [_BRACKETED.fullmatch(text) for text in (given, gold)]
+    return not all(pairs) or pairs[0].groups() == pairs[1].groups()
 
 
 def _said(text: str) -> Iterator[str]:
     """The text, and what it says of its subject: "The car is red" says "red"."""
     yield text
+    text = re.split(r"\b(?:because|since|but)\b", text)[0].strip()
     while match := _COPULA.search(text):
         text = match.group(1)
         yield text
@@ -684,7 +752,7 @@ def _list(prediction: str, gold: str, options: Options) -> Decision:
         return None
     any_order = gold.strip().startswith(("{", "\\{")) or not any(parse_number(item) for item in wanted)
     pairs = _matching(given, wanted) if any_order else zip(given, wanted, strict=True)
-    right = pairs is not None and all(_same_item(a, b) for a, b in pairs)
+    right = pairs is not None and _same_marks(prediction, gold) and all(_same_item(a, b) for a, b in pairs)
     return (True, "same items") if right else None
 
 
@@ -753,6 +821,8 @@ _FORMULA_NAMES = frozenset(_FORMULA_WORDS.split())
 def _math(prediction: str, gold: str, options: Options) -> Decision:
     """Formulas, by algebra in a child process; a formula also equals its decimal value given to two places or more."""
     if not (_FORMULA.search(prediction) or _FORMULA.search(gold)) or _HEDGED.search(prediction):
+        return None
+    if _NO_NUMBER.search(prediction) or _NO_NUMBER.search(gold):
         return None
     for text in (prediction, gold):
         words = re.findall(r"[A-Za-z]{3,}", text)

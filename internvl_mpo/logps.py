@@ -23,7 +23,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from internvl_mpo.last_layer import trim_last_layer
 from internvl_mpo.packed_attention import use_packed_attention
-from internvl_mpo.packing import Group, Pack
+from internvl_mpo.packing import Group, Pack, unpack_groups
 
 # Bytes of logits that exist at a time. A CPU is as fast with little (measured from 1 to 16 MiB); a GPU wants large
 # products: 192 MiB are 6,000 words for 8,000 scored tokens.
@@ -32,13 +32,16 @@ TILE_BYTES = 192 * 2**20
 MIN_CHUNK = 1024  # words; products narrower than that are slow
 
 
-def attach_scoring(model: nn.Module, *, attention: str = "auto", trim: bool = True) -> nn.Module:
+def attach_scoring(
+    model: nn.Module, *, attention: str = "auto", trim: bool = True, plain_twin: bool = False
+) -> nn.Module:
     """Teach a model to answer `model(pack=pack)` with log-probs; see the top of this file.
 
     Args:
         model: an InternVL chat model or a causal language model of transformers, or one with a LoRA adapter of peft.
         attention: back end for packs, see `use_packed_attention`.
         trim: leave out of the last layer what no scored token needs, see `last_layer.py`; the result is the same.
+        plain_twin: score packs in the form of `twin_logps` instead, slow and with all logits, to compare with.
 
     Returns:
         The same model.
@@ -67,6 +70,8 @@ def attach_scoring(model: nn.Module, *, attention: str = "auto", trim: bool = Tr
     ) -> Any:
         if pack is None:
             return plain_forward(*args, **kwargs)
+        if plain_twin:
+            return twin_logps(base, unpack_groups(pack), temperature=temperature)
         return _score(base, pack, chunk_size, temperature)  # kwargs: peft adds arguments of its own, all None
 
     base.forward = forward

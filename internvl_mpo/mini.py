@@ -20,17 +20,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from internvl_mpo.digits import DIGIT_PIXELS, Painter
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mini_mmpr import MMPRSettings, make_release
 from internvl_mpo.prompts import ask
 from internvl_mpo.records import Question, Response, read_rows, write_rows
 from internvl_mpo.settings import parse_settings, setting
 
-DIGIT_PIXELS = 32  # one digit fills one tile of the start model
 WRONG_HABIT_SHARE = 0.55  # chains of thought that add where they should multiply
 NO_FINAL_LINE_SHARE = 0.06  # chains of thought without "Final answer: .."
 INITIALIZER_RANGE = 0.06  # 0.02 suits a width of thousands; at 128 it costs hundreds of steps
-TEST_SHARE = 0.25  # of the 1,797 digit images; they appear in no training picture
 SYSTEM_MESSAGE = "You are a helpful assistant."
 OPEN_QUESTION = "Describe the picture."
 NUMBER_WORDS = {2: "two", 3: "three"}
@@ -189,33 +188,6 @@ def _drill(rng: random.Random, lines: int = 12) -> Response:
         source="mini",
         provenance={"model": "annotator", "style": "plain"},
     )
-
-
-class Painter:
-    """Puts digits of one split side by side and saves the picture."""
-
-    def __init__(self, output: Path, seed: int):
-        from sklearn.datasets import load_digits
-
-        self.output = output
-        self.rng = random.Random(f"pictures {seed}")
-        bunch = load_digits()
-        self.images, self.labels = bunch.images, bunch.target
-        order = list(range(len(self.labels)))
-        random.Random("digits of the test split").shuffle(order)  # the same split for every seed
-        cut = round(TEST_SHARE * len(order))
-        self.split = {"test": order[:cut], "train": order[cut:]}
-
-    def __call__(self, name: str, num_digits: int, split: str) -> tuple[str, list[int]]:
-        import numpy as np
-        from PIL import Image
-
-        chosen = [self.rng.choice(self.split[split]) for _ in range(num_digits)]
-        ink = np.concatenate([self.images[i] for i in chosen], axis=1) / 16  # (8, 8 n), 0 is paper and 1 is ink
-        picture = Image.fromarray((255 * (1 - 0.9 * ink)).round().astype("uint8"), mode="L")
-        picture = picture.resize((DIGIT_PIXELS * num_digits, DIGIT_PIXELS), Image.Resampling.BICUBIC)
-        picture.save(self.output / "images" / f"{name}.png")
-        return f"images/{name}.png", [int(self.labels[i]) for i in chosen]
 
 
 # --- the start model --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl_mpo.digits import Painter
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.settings import setting
 
@@ -38,8 +39,6 @@ class MMPRSettings:
 
 def make_release(settings: MMPRSettings) -> None:
     """Write the release; the same settings give the same bytes."""
-    from internvl_mpo.mini import Painter
-
     output = Path(settings.output)
     if output.exists() and any(output.iterdir()):
         raise BadInputError(f"{output} is not empty; give another --output")

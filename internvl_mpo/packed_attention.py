@@ -3,19 +3,25 @@
 `use_packed_attention(model)` selects it for the language model. A forward pass that is given `pack_layout=` (a
 `packing.Layout`) attends along the tree of the pack; any other forward pass, such as `generate`, is plain SDPA.
 
-Two back ends compute the same thing:
+Three back ends compute the same thing:
 
 - segments: each prompt attends to itself, each branch to its path and itself, as a handful of SDPA calls. Segments of
   like size share a call. Works on every device and does no work on masked blocks.
+- varlen: one call of flash-attn's kernel, a segment being a sequence whose keys are its path. CUDA, half precision.
 - flex: FlexAttention with a block mask; one kernel for the pack. CUDA only, since it has no backward pass on the CPU.
+
+"auto" takes varlen on CUDA where flash-attn is installed and the precision is right, else flex, and segments elsewhere.
 
 Letters: T tokens of a pack, B segments in one call, Q and K query and key tokens of a call, H heads, N key-value heads.
 """
 
 import bisect
 import functools
+import importlib.util
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +35,8 @@ from internvl_mpo.packing import Layout, Segment
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+PackedAttention = Literal["auto", "segments", "flex", "varlen"]
+
 # What one more SDPA call costs, in query x key cells; measured on a CPU with 4 heads of 16 and with 8 heads of 64.
 CALL_COST = 4096
 
@@ -38,7 +46,7 @@ def use_packed_attention(model: PreTrainedModel, backend: str = "auto") -> None:
 
     Args:
         model: an InternVL chat model or a bare language model.
-        backend: "segments", "flex", or "auto", which takes flex on CUDA and segments elsewhere.
+        backend: auto, segments, flex or varlen, see above.
 
     Raises:
         ValueError: unknown back end.
@@ -200,26 +208,119 @@ def _rows(heads: Tensor) -> Tensor:
     return heads[0].transpose(0, 1).flatten(1)
 
 
-def flex_attention(layout: Layout, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None):
-    """Attend along the tree of a pack with FlexAttention; arguments and result as in `segment_attention`."""
-    from transformers.integrations.flex_attention import flex_attention_forward
+def varlen_attention(
+    layout: Layout, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, scored_only: bool = False
+) -> Tensor:
+    """Attend along the tree of a pack with flash-attn; arguments and result as in `segment_attention`.
 
+    Where there are fewer queries than keys, flash-attn (2.1 and later) aligns its causal mask to the lower right: the
+    last query sees all keys, the one before all but one. A branch, whose keys are its path and itself, needs just that.
+
+    Raises:
+        ValueError: the precision is not half.
+    """
+    from flash_attn import flash_attn_varlen_func
+
+    if value.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"flash-attn computes in bfloat16 or float16, not {value.dtype}; take another packed attention"
+        )
+    name = ("varlen", scored_only)
+    if name not in layout.plan:
+        layout.plan[name] = _varlen_plan(layout, scored_only)
+    plan = layout.plan[name]
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings return float32
-    return flex_attention_forward(module, query, key, value, flex_block_mask(layout), scaling=scaling)[0]
+    out = flash_attn_varlen_func(
+        query[0].transpose(0, 1)[plan.query_index],
+        key[0].transpose(0, 1)[plan.key_index],
+        value[0].transpose(0, 1)[plan.key_index],
+        cu_seqlens_q=plan.query_ends,
+        cu_seqlens_k=plan.key_ends,
+        max_seqlen_q=plan.longest_query,
+        max_seqlen_k=plan.longest_key,
+        softmax_scale=scaling,
+        causal=True,
+    )
+    return out.new_zeros(query.shape[2], *out.shape[1:]).index_copy(0, plan.query_index, out)[None]
+
+
+@dataclass(frozen=True)
+class _VarlenPlan:
+    """Rows to gather, and where each segment's rows end; `*_ends` start with 0, as flash-attn wants it."""
+
+    query_index: Tensor
+    key_index: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    longest_query: int
+    longest_key: int
+
+
+def _varlen_plan(layout: Layout, scored_only: bool) -> _VarlenPlan:
+    device = layout.visible_until_T.device
+    segments = zip(_queries(layout, scored_only), _paths(layout.segments), strict=True)
+    queries, paths = zip(*((query, path) for query, path in segments if query), strict=True)
+
+    def ends(runs: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor([0, *itertools.accumulate(map(len, runs))], dtype=torch.int32, device=device)
+
+    def rows(runs: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(list(itertools.chain.from_iterable(runs)), device=device)
+
+    return _VarlenPlan(
+        rows(queries), rows(paths), ends(queries), ends(paths), max(map(len, queries)), max(map(len, paths))
+    )
+
+
+def flex_attention(layout: Layout, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Attend along the tree of a pack with FlexAttention; arguments and result as in `segment_attention`."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings return float32
+    num_tokens = query.shape[2]
+    padding = (0, 0, 0, _static_size(num_tokens) - num_tokens)
+    out_BHTD = _flex_kernel(query.is_cuda)(
+        *(F.pad(heads, padding) for heads in (query, key, value)),
+        block_mask=flex_block_mask(layout),
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return out_BHTD[:, :, :num_tokens].transpose(1, 2)
+
+
+def _static_size(num_tokens: int) -> int:
+    """A power of two, so that packs of any length share a few compiled kernels. Blocks of padding are skipped."""
+    return max(1024, 1 << (num_tokens - 1).bit_length())
+
+
+@functools.cache
+def _flex_kernel(compiled: bool) -> Callable[..., Tensor]:
+    from torch.nn.attention import flex_attention as flex
+
+    return torch.compile(flex.flex_attention, dynamic=False) if compiled else flex.flex_attention
 
 
 def flex_block_mask(layout: Layout) -> "BlockMask":
     """Return the mask of a pack for FlexAttention, made once per pack."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    until_T = layout.visible_until_T
+    num_tokens = len(layout.visible_until_T)
+    size = _static_size(num_tokens)
+    until_T = F.pad(layout.visible_until_T, (0, size - num_tokens))  # nobody sees padding
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q < until_T[k])
 
     if "flex" not in layout.plan:
-        layout.plan["flex"] = create_block_mask(sees, None, None, len(until_T), len(until_T), device=until_T.device)
+        # not compiled, it would make the dense mask first
+        layout.plan["flex"] = create_block_mask(
+            sees, None, None, size, size, device=until_T.device, _compile=until_T.is_cuda
+        )
     return layout.plan["flex"]
+
+
+@functools.cache
+def has_flash_attention() -> bool:
+    """Whether flash-attn is installed."""
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def _packed_attention(
@@ -241,13 +342,18 @@ def _packed_attention(
         )
     if dropout:
         raise ValueError("attention dropout must be 0 where log-probs are compared; set attention_dropout to 0")
-    if backend == "flex" or (backend == "auto" and query.is_cuda):
-        return flex_attention(pack_layout, module, query, key, value, scaling), None
-    return segment_attention(pack_layout, query, key, value, scaling, scored_only=scored_only), None
+    if backend == "auto":
+        backend = "segments"
+        if query.is_cuda:
+            backend = "varlen" if value.dtype in (torch.float16, torch.bfloat16) and has_flash_attention() else "flex"
+    if backend == "flex":
+        return flex_attention(pack_layout, query, key, value, scaling), None
+    attend = varlen_attention if backend == "varlen" else segment_attention
+    return attend(pack_layout, query, key, value, scaling, scored_only=scored_only), None
 
 
 _BACKENDS = {
-    f"packed_{backend}": functools.partial(_packed_attention, backend) for backend in ("auto", "segments", "flex")
+    f"packed_{backend}": functools.partial(_packed_attention, backend) for backend in get_args(PackedAttention)
 }
 for _name, _function in _BACKENDS.items():
     AttentionInterface.register(_name, _function)

@@ -111,6 +111,7 @@ class Pack:
         chosen_index_P: chosen response of each pair. Shape: (P,)
         rejected_index_P: rejected response of each pair. Shape: (P,)
         pair_ids: ids of the rows the pairs come from.
+        num_tiles: tiles of each group.
     """
 
     input_ids: Tensor
@@ -125,6 +126,7 @@ class Pack:
     chosen_index_P: Tensor
     rejected_index_P: Tensor
     pair_ids: list[str]
+    num_tiles: list[int]
 
     @property
     def num_tokens(self) -> int:
@@ -192,7 +194,34 @@ def pack_groups(groups: Sequence[Group]) -> Pack:
         chosen_index_P=torch.tensor(row.chosen_index, dtype=torch.long),
         rejected_index_P=torch.tensor(row.rejected_index, dtype=torch.long),
         pair_ids=[pair_id for group in groups for pair_id in group.pair_ids],
+        num_tiles=[0 if group.tiles is None else len(group.tiles) for group in groups],
     )
+
+
+def unpack_groups(pack: Pack) -> list[Group]:
+    """Return the groups of a pack: the inverse of `pack_groups`."""
+    input_ids, targets, predicts = pack.input_ids[0].tolist(), pack.target_ids_S.tolist(), pack.predict_index_S.tolist()
+    scored_R: list[list[int]] = [[] for _ in pack.lengths_R]
+    for response, scored in zip(pack.entry_response_E.tolist(), pack.entry_scored_E.tolist(), strict=True):
+        scored_R[response].append(scored)
+    starts = [segment.start for segment in pack.layout.segments if segment.parent < 0]
+    home_R = [bisect.bisect_right(starts, predicts[scored[0]]) - 1 for scored in scored_R]  # group of each response
+    pairs = list(zip(pack.chosen_index_P.tolist(), pack.rejected_index_P.tolist(), pack.pair_ids, strict=True))
+    tiles = iter([] if pack.pixel_values is None else pack.pixel_values.split([n for n in pack.num_tiles if n]))
+    groups = []
+    for number, start in enumerate(starts):
+        first, count = home_R.index(number), home_R.count(number)
+        own = [pair for pair in pairs if home_R[pair[0]] == number]
+        groups.append(
+            Group(
+                prompt_ids=input_ids[start : predicts[scored_R[first][0]] + 1],
+                responses=[[targets[index] for index in scored] for scored in scored_R[first : first + count]],
+                pairs=[(chosen - first, rejected - first) for chosen, rejected, _ in own],
+                pair_ids=[pair_id for _, _, pair_id in own],
+                tiles=next(tiles) if pack.num_tiles[number] else None,
+            )
+        )
+    return groups
 
 
 class PairSize(NamedTuple):

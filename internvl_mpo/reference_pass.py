@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from internvl_mpo.distributed import inference_engine, zero_stage
-from internvl_mpo.logps import attach_scoring, pair_logps
+from internvl_mpo.logps import pair_logps
 from internvl_mpo.mmpr import PairRow
 from internvl_mpo.packing import PairSize, fill_packs, group_tokens, pack_groups
 from internvl_mpo.policy import is_partitioned
 from internvl_mpo.reference_cache import ReferenceCache
+from internvl_mpo.speed import apply_speed_settings
 from internvl_mpo.steps import cut_group
 from internvl_mpo.trainer import GroupDataset, MPOArguments
 
@@ -54,7 +55,7 @@ def fill_cache(
     mine = packs[args.process_index :: args.world_size]
     data = GroupDataset(rows, processor, max_tiles=args.max_tiles, max_length=args.max_length)
 
-    attach_scoring(model)
+    apply_speed_settings(model, args)
     if not is_partitioned(model):
         model.to(args.device)
     model.eval()

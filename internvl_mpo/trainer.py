@@ -25,7 +25,7 @@ from internvl_mpo.distributed import engine_name
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.live_reference import AdapterOff, MovingReference
-from internvl_mpo.logps import attach_scoring, response_logps
+from internvl_mpo.logps import response_logps
 from internvl_mpo.mmpr import PairRow
 from internvl_mpo.monitor import (
     Watch,
@@ -37,10 +37,12 @@ from internvl_mpo.monitor import (
     sequence_kl,
 )
 from internvl_mpo.objective import Generation, Preference, Quality, RewardShift, ShiftMode, mpo_loss, needs_reference
+from internvl_mpo.packed_attention import PackedAttention
 from internvl_mpo.packing import Group, Pack, PairSize, fill_packs, pack_groups
 from internvl_mpo.records import atomic_writer
 from internvl_mpo.reference_cache import ReferenceCache
 from internvl_mpo.settings import setting
+from internvl_mpo.speed import apply_speed_settings, check_speed_settings
 from internvl_mpo.steps import Rows, StepSampler
 from internvl_mpo.throughput import FlopModel, device_peak, memory_in_use, speed
 
@@ -78,6 +80,13 @@ class MPOArguments(TrainingArguments):
     reference_mixup_alpha: float = setting(0.6, help="share of the policy when the reference moves; 1 = copy it")
     max_length: int = setting(6144, help="longest prompt plus response in tokens")
     max_tiles: int = setting(12, help="tiles per image, thumbnail not counted")
+    packed_attention: PackedAttention = setting(
+        "auto", help="auto, segments (SDPA), flex (FlexAttention, CUDA), varlen (flash-attn, CUDA)"
+    )
+    checkpoint_vision: bool = setting(False, help="recompute activations of the vision tower: less memory, 4 % slower")
+    checkpoint_language: bool = setting(False, help="recompute activations of the language model: a fifth slower")
+    use_liger_kernel: bool = setting(False, help="Triton kernels for norms, rotation and SwiGLU (liger-kernel, CUDA)")
+    plain_twin: bool = setting(False, help="score every response as a sequence of its own, to compare with; slow")
 
     # Defaults of TrainingArguments that the recipe changes.
     learning_rate: float = setting(5e-6, help="peak learning rate")
@@ -100,6 +109,7 @@ class MPOArguments(TrainingArguments):
         for name in ("pairs_per_step", "pairs_per_group", "max_tokens_per_pack", "max_length", "max_tiles"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        check_speed_settings(self)
         if self.beta <= 0:
             raise BadInputError(f"beta is {self.beta}, expected more than 0")
         if self.preference == self.quality == self.generation == "none":
@@ -227,7 +237,7 @@ class MPOTrainer(Trainer):
         self.held_out, self.held_out_sizes = held_out, held_out_sizes
         self.reference = reference
         self.fingerprint = dict(fingerprint or {})
-        attach_scoring(model)
+        apply_speed_settings(model, args)
         self.live: AdapterOff | MovingReference | None = None
         if reference is None:
             self.live = AdapterOff(model)

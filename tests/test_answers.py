@@ -24,7 +24,9 @@ CASES = Path(__file__).parent / "cases"
 
 def labelled() -> list[dict]:
     rows = json.loads((CASES / "answers.json").read_text(encoding="utf-8"))
-    return rows + json.loads((CASES / "answers_real.json").read_text(encoding="utf-8"))
+    for name in ("answers_real", "answers_wording"):
+        rows += json.loads((CASES / f"{name}.json").read_text(encoding="utf-8"))
+    return rows
 
 
 def right(prediction: str, gold: str, source: str = "", question: str = "") -> bool:
@@ -211,3 +213,23 @@ def test_text_that_is_code_is_not_run(tmp_path):
         compare_answers(text, "[1, 2]", source="chartqa")
         compare_answers(f"${text}$", "x+1")
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A " * 140 + "x",
+        "1 and " * 50,
+        "(" * 290,
+        "minus " * 48,
+        "one " * 70 + "!",
+        "x = ±" * 50,
+        "\\infty" * 45,
+        "二" * 290,
+    ],
+)
+def test_looking_twice_is_quick_on_any_text(text):
+    start = time.process_time()
+    for gold in ("A and B", "12", "half past two", "x > 3"):
+        assert not right(text, gold)
+    assert time.process_time() - start < 0.2

@@ -3,6 +3,9 @@
 import copy
 import random
 import socket
+import sys
+import types
+import unittest.mock
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from internvl_mpo.logps import ScoringHead, attach_scoring, pair_logps, response_logps, twin_logps
-from internvl_mpo.packed_attention import flex_block_mask, use_packed_attention
+from internvl_mpo.packed_attention import flex_block_mask, segment_attention, use_packed_attention, varlen_attention
 from internvl_mpo.packing import Group, pack_groups
 
 BACKBONES = ["internlm2", "llama", "phi3", "qwen2", "qwen3"]
@@ -281,7 +284,9 @@ def test_a_head_that_is_no_plain_linear_layer_is_refused():
 
 
 def test_unknown_back_end_is_refused():
-    with pytest.raises(ValueError, match="unknown packed attention 'dense', expected one of auto, segments, flex"):
+    with pytest.raises(
+        ValueError, match="unknown packed attention 'dense', expected one of auto, segments, flex, varlen"
+    ):
         use_packed_attention(tiny_model(), "dense")
 
 
@@ -295,9 +300,68 @@ def test_flex_block_mask_equals_the_dense_mask(model):
     from torch.nn.attention.flex_attention import create_mask
 
     layout = pack_groups(mixed_groups(model)).layout
-    size = len(layout.visible_until_T)
-    mask = create_mask(flex_block_mask(layout).mask_mod, None, None, size, size, device="cpu")
-    assert torch.equal(mask[0, 0], layout.dense_mask())
+    size, num_tokens = 1024, len(layout.visible_until_T)  # padded to a size that many packs share
+    block_mask = flex_block_mask(layout)
+    assert block_mask.shape == (1, 1, size, size)
+    mask = create_mask(block_mask.mask_mod, None, None, size, size, device="cpu")[0, 0]
+    assert torch.equal(mask[:num_tokens, :num_tokens], layout.dense_mask())
+    assert not mask[num_tokens:].any() and not mask[:, num_tokens:].any()
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False
+):
+    """What flash-attn 2.1 and later documents: sequence by sequence, a causal mask aligned to the lower right."""
+    assert q.ndim == k.ndim == v.ndim == 3 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    outputs = []
+    for i in range(len(cu_seqlens_q) - 1):
+        queries = q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]].transpose(0, 1)
+        keys, values = (
+            x[cu_seqlens_k[i] : cu_seqlens_k[i + 1]].transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], 0)
+            for x in (k, v)
+        )
+        num_queries, num_keys = queries.shape[1], keys.shape[1]
+        assert num_queries <= max_seqlen_q and num_keys <= max_seqlen_k
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries if causal else num_keys)
+        scores = (queries @ keys.transpose(1, 2)) * (softmax_scale or q.shape[-1] ** -0.5)
+        outputs.append((scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@given(st.integers(0, 10**6), st.lists(st.tuples(st.just(0), st.integers(2, 6)), min_size=1, max_size=3), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_varlen_attention_equals_segments(seed, shapes, scored_only):
+    rng = random.Random(seed)
+    layout = pack_groups([random_group(rng, tiles, 0, str(i), count) for i, (tiles, count) in enumerate(shapes)]).layout
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = len(layout.visible_until_T)
+    query, key, value = (torch.randn(1, heads, num_tokens, 8, generator=generator).bfloat16() for heads in (4, 2, 2))
+    stand_in = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    with unittest.mock.patch.dict(sys.modules, flash_attn=stand_in):
+        varlen = varlen_attention(layout, query, key, value, 0.3, scored_only=scored_only)
+    exact = segment_attention(layout, query.double(), key.double(), value.double(), 0.3, scored_only=scored_only)
+    assert varlen.shape == exact.shape
+    assert (varlen - exact).abs().max() < 0.06  # bfloat16 has 8 bits
+    unread = torch.ones(num_tokens, dtype=torch.bool)
+    unread[layout.scored_index_U] = False
+    assert not scored_only or varlen[0, unread].abs().sum() == 0
+
+
+def test_varlen_attention_carries_gradients_and_wants_half_precision(model):
+    layout = pack_groups(mixed_groups(model)).layout
+    heads = [torch.randn(1, 2, len(layout.visible_until_T), 4, requires_grad=True) for _ in range(3)]
+    with unittest.mock.patch.dict(
+        sys.modules, flash_attn=types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    ):
+        with pytest.raises(ValueError, match=r"bfloat16 or float16, not torch\.float32"):
+            varlen_attention(layout, *heads, None)
+        varlen_attention(layout, *(head.bfloat16() for head in heads), None).float().square().sum().backward()
+    varlen = [head.grad.clone() for head in heads]
+    for head in heads:
+        head.grad = None
+    segment_attention(layout, *heads, None).square().sum().backward()
+    for ours, exact in zip(varlen, [head.grad for head in heads], strict=True):
+        assert (ours - exact).norm() / exact.norm() < 0.02
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from internvl_mpo.packing import (
     pack_groups,
     plan_packs,
     tree_tokens,
+    unpack_groups,
 )
 
 X, Y, Z, W, V, END = 10, 11, 12, 13, 14, 99
@@ -132,6 +133,7 @@ def test_every_response_can_be_read_back_from_its_path(shapes):
         path = mask_TT[last].nonzero()[:, 0]  # all that the token before the last one sees
         assert pack.input_ids[0, path].tolist() == prompt + response[:-1]
         assert pack.position_ids[0, path].tolist() == list(range(len(path)))
+    assert unpack_groups(pack) == groups
     assert pack.num_tokens == sum(group.num_tokens for group in groups)
     covered = [index for start, stop, _ in pack.layout.segments for index in range(start, stop)]
     assert covered == list(range(pack.num_tokens))

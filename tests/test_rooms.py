@@ -25,14 +25,18 @@ ROOMS = {
     "internvl_mpo/mmpr_statistics.py": {METHOD + "records"},
     "internvl_mpo/mmpr_parquet.py": {METHOD + name for name in ("errors", "records", "mmpr")} | {"pyarrow", "datasets"},
     "internvl_mpo/math_equality.py": {METHOD + "errors", "math_verify"},
-    "internvl_mpo/answers.py": {METHOD + "math_equality"},
+    "internvl_mpo/answer_wording.py": set(),
+    "internvl_mpo/answers.py": {METHOD + "answer_wording", METHOD + "math_equality"},
     "internvl_mpo/pairing.py": {METHOD + "answers", METHOD + "prompts", METHOD + "records"},
     "internvl_mpo/objective.py": {"torch"},
     "internvl_mpo/packing.py": {"torch"},
     "internvl_mpo/steps.py": {METHOD + "packing"},
-    "internvl_mpo/packed_attention.py": {"torch", "transformers", METHOD + "packing"},
+    "internvl_mpo/packed_attention.py": {"torch", "transformers", "flash_attn", METHOD + "packing"},
     "internvl_mpo/last_layer.py": {"torch"},
     "internvl_mpo/logps.py": {"torch", METHOD + "last_layer", METHOD + "packing", METHOD + "packed_attention"},
+    "internvl_mpo/speed.py": {
+        *("torch", "liger_kernel", METHOD + "errors", METHOD + "logps", METHOD + "packed_attention"),
+    },
     "internvl_mpo/encoding.py": {"torch", "PIL", METHOD + "packing", METHOD + "records"},
     "internvl_mpo/monitor.py": {"torch", "pandas", METHOD + "packing", METHOD + "records"},
     "internvl_mpo/throughput.py": {"torch", "psutil", METHOD + "last_layer", METHOD + "packing"},
@@ -50,12 +54,17 @@ ROOMS = {
         METHOD + "reference_cache",
     },
     "internvl_mpo/reference_cache.py": {"torch", "pyarrow", METHOD + "errors", METHOD + "records"},
+    "internvl_mpo/publish/hub.py": {"huggingface_hub", METHOD + "errors", METHOD + "publish.faults"},
+    "internvl_mpo/publish/faults.py": set(),
+    "internvl_mpo/publish/clean_load.py": {"torch", "transformers", "safetensors", "peft"},
+    "internvl_mpo/publish/clean_rows.py": {"datasets"},
 }
 # folder -> packages and modules that no file in it may import
 FORBIDDEN = {
     "modeling_internvl_mpo": {"internvl_mpo", "peft", "deepspeed", "datasets", "torchvision", "timm", "einops"},
     "internvl_mpo": {"train_mpo", "evaluate_mpo", "app", "dataset_scripts", "torchvision", "trl"},
     "internvl_mpo/benchmarks": {"internvl_mpo.engines", "internvl_mpo.trainer", "torch", "transformers"},
+    "internvl_mpo/publish": {"internvl_mpo.trainer", "internvl_mpo.demo", "gradio", "deepspeed"},
     "dataset_scripts": {"train_mpo", "evaluate_mpo", "app", "internvl_mpo.trainer"},
 }
 

@@ -126,6 +126,7 @@ def test_a_missing_setting_is_named(world, capsys):
         ({"image": "absent.png"}, "absent.png' does not exist"),
         ({"image": "0.png", "question": "<image> <image>"}, "2 <image> placeholders for 1 images"),
         ({"question": "long " * 500}, "no response fits below the limit of 900"),
+        ({"chosen": "so " * 900 + "1", "rejected": "so " * 900 + "2"}, "are equal in the"),
     ],
 )
 def test_bad_rows_stop_the_run_before_training(world, tmp_path, capsys, changes, words):
@@ -267,6 +268,25 @@ def test_lora_trains_adapters_and_saves_a_merged_folder(world, tmp_path):
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert moved
     assert all(name.startswith("language_model") for name in moved)
+
+
+def test_pairs_over_the_token_budget_and_runs_without_any_pair_are_named_before_training(world, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(world, output, "--max_tokens_per_pack", "100", "--on_bad_row", "skip") == 2
+    assert "12 of 12 rows are unusable" in capsys.readouterr().err
+    rejects = [json.loads(line) for line in (tmp_path / "run.rejects.jsonl").read_text().splitlines()]
+    assert len(rejects) == 12
+    assert all("tokens, more than max_tokens_per_pack 100" in row["reason"] for row in rejects)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("more", [("plain_twin",), ("checkpoint_vision", "checkpoint_language")])
+def test_the_plain_twin_and_recomputation_train_to_the_same_losses(world, unbroken, tmp_path, more):
+    assert train(world, tmp_path / "run", *(word for name in more for word in (f"--{name}", "true"))) == 0
+    expected, found = losses(unbroken), losses(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-5)
 
 
 def test_skipping_bad_rows_is_possible_when_asked_for(world, tmp_path, capsys):

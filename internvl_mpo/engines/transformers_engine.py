@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from internvl_mpo.engines import Reply, Request, Sampling
 from internvl_mpo.errors import BadInputError
@@ -357,7 +359,7 @@ def model_revision(model_path: str) -> str | None:
     """
     folder = Path(model_path)
     if not folder.is_dir():
-        return getattr(AutoConfig.from_pretrained(model_path), "_commit_hash", None)
+        return extract_commit_hash(cached_file(model_path, "config.json"), None)
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".model")):
         size = path.stat().st_size

@@ -22,7 +22,7 @@ from typing import Any
 
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.publish.dataset import DatasetSettings, publish_dataset, verify_dataset
-from internvl_mpo.publish.hub import check_access, files_of, format_size, plan_push, push_folder
+from internvl_mpo.publish.hub import check_access, files_of, format_size, preview, push_folder
 from internvl_mpo.publish.model import ModelSettings, publish_model
 from internvl_mpo.publish.space import SpaceSettings, publish_space
 from internvl_mpo.settings import parse_settings, show_settings
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
 def _preview(folder: Path, kind: str, settings: Any) -> str:
     """What a push would change; without a repository, the files and their sizes."""
     if settings.push:
-        return str(plan_push(folder, settings.push, repo_type=kind, revision=settings.revision))
+        return str(preview(folder, settings.push, repo_type=kind, revision=settings.revision))
     return "\n".join(f"  {format_size(path.stat().st_size):>10}  {name}" for name, path in files_of(folder).items())
 
 

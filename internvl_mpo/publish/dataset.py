@@ -5,14 +5,16 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.publish.folders import link, read_json, replaced_folder, update_json
+from internvl_mpo.publish.folders import link, read_json, replaced_folder
 from internvl_mpo.publish.hub import Pushed, files_of
 from internvl_mpo.publish.hygiene import check_nothing_private
+from internvl_mpo.publish.picture_names import shorten, shorten_names
 from internvl_mpo.publish.proof import clean_environment
 from internvl_mpo.publish.settings import Built, HubSettings
 from internvl_mpo.settings import setting
@@ -52,7 +54,10 @@ def publish_dataset(settings: DatasetSettings) -> Built:
         for name, path in files_of(source).items():
             link(path, folder, name)
         _tidy_card(folder, settings.push)
-        _tidy_manifest(folder)
+        changed = [path for name, path in files_of(folder).items() if name.endswith(".parquet") and shorten_names(path)]
+        if changed:
+            print(f"{len(changed)} shards named pictures by absolute paths; the names were shortened", flush=True)
+        _tidy_manifest(folder, changed)
         check_nothing_private(folder, owner=settings.owner)
         found = read_back(str(folder.resolve()), folder, settings.num_rows)
         print(_sentence("the folder", found), flush=True)
@@ -157,8 +162,7 @@ def _check_source(source: Path, settings: DatasetSettings) -> None:
             )
         is_whole = path.stat().st_size == shard["num_bytes"]
         if is_whole and settings.check_hashes:
-            with open(path, "rb") as file:
-                is_whole = hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]
+            is_whole = _hash(path) == shard["sha256"]
         if not is_whole:
             raise BadInputError(f"{path} is not the file that {MANIFEST} describes; remove it and convert again")
 
@@ -171,20 +175,26 @@ def _tidy_card(folder: Path, repository: str | None) -> None:
     card.write_text(text.replace(_PLACEHOLDER, repository) if repository else text, encoding="utf-8")
 
 
-def _tidy_manifest(folder: Path) -> None:
-    """Take the folders of the computer it was made on out of the manifest; readers need the last parts only."""
+def _tidy_manifest(folder: Path, changed: Sequence[Path]) -> None:
+    """Take the folders of the computer it was made on out of the manifest, and describe changed shards anew."""
     path = folder / MANIFEST
     if not path.exists():
         return
-    meta = read_json(path).get("meta", {})
-    text = path.read_text(encoding="utf-8")
-    path.unlink()
-    path.write_text(text, encoding="utf-8")
-    for entry in meta.values():
+    manifest = read_json(path)
+    for entry in manifest.get("meta", {}).values():
         for key in ("root", "annotation"):
-            if str(entry.get(key, "")).startswith(("/", "\\")):
-                entry[key] = "/".join(Path(entry[key]).parts[-2:])
-    update_json(path, {"meta": meta})
+            if isinstance(entry.get(key), str):
+                entry[key] = shorten(entry[key])
+    for shard in manifest["shards"]:
+        if folder / shard["path"] in changed:
+            shard |= {"num_bytes": (folder / shard["path"]).stat().st_size, "sha256": _hash(folder / shard["path"])}
+    path.unlink()  # a link to the source's
+    path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sentence(where: str, found: dict[str, Any]) -> str:

@@ -37,10 +37,8 @@ def diagnose(error: BaseException, repository: str) -> Fault:
         response = getattr(one, "response", None)
         if response is not None:
             return _of_status(response, repository)
-    import httpx2  # the client of huggingface_hub
-
     text = " ".join(str(error).split())
-    if any(isinstance(one, (httpx2.HTTPError, ConnectionError, TimeoutError)) for one in chain):
+    if any(isinstance(one, (ConnectionError, TimeoutError)) or _is_of_client(one) for one in chain):
         return Fault(f"the connection to the Hub broke ({type(error).__name__})", 0, no_answer=True)
     if isinstance(error, RuntimeError):  # what hf_xet raises
         return Fault(f"the upload broke off: {text}", 0)
@@ -71,6 +69,11 @@ def _of_status(response: Any, repository: str) -> Fault:
     if status == 408 or status >= 500:
         return Fault(f"the Hub failed (status {status})", 0)
     return Fault(f"the Hub refuses {repository}: {said or f'status {status}'}", None)
+
+
+def _is_of_client(error: BaseException) -> bool:
+    """huggingface_hub 1 speaks through httpx, 2 through httpx2."""
+    return any(kind.__module__.split(".")[0] in ("httpx", "httpx2") for kind in type(error).__mro__)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -79,10 +79,6 @@ class Pushed(NamedTuple):
     revision: str | None
 
 
-class _GiveUp(Exception):
-    """Not worth another try; the message is for the user."""
-
-
 def check_access(repository: str, *, repo_type: str, private: bool = False) -> None:
     """Find out before hours of work whether a push can succeed.
 
@@ -156,6 +152,19 @@ def plan_push(
     return Plan(repository, head, changes)
 
 
+def preview(folder: str | Path, repository: str, *, repo_type: str, revision: str | None = None) -> Plan:
+    """Return what a push would change; nothing is written, and a public repository needs no token.
+
+    Raises:
+        BadInputError: the Hub cannot be asked.
+    """
+    try:
+        with _quiet_client():
+            return plan_push(folder, repository, repo_type=repo_type, revision=revision)
+    except Exception as error:
+        raise BadInputError(diagnose(error, repository).reason) from error
+
+
 def push_folder(
     folder: str | Path,
     repository: str,
@@ -195,8 +204,6 @@ def push_folder(
         try:
             with _quiet_client():
                 return _push_once(Path(folder), repository, repo_type, private=private, message=message, **options)
-        except _GiveUp as error:
-            raise BadInputError(str(error)) from error
         except BadInputError:
             raise
         except Exception as error:
@@ -207,11 +214,8 @@ def push_folder(
                 kept = "what was uploaded is kept, and the same command goes on from there"
                 raise BadInputError(f"{fault.reason} ({attempts} attempts); {kept}") from error
             wait = fault.wait or min(60, 2**attempt) * random.uniform(0.8, 1.2)
-            print(
-                f"{fault.reason}; trying again in {wait:.0f} s ({attempt} of {attempts})", file=sys.stderr, flush=True
-            )
+            print(f"{fault.reason}; trying again in {wait:.0f} s ({attempt} of {attempts})", file=sys.stderr)
             time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _push_once(
@@ -239,7 +243,7 @@ def _push_once(
         return Pushed(address, revision)
     lost = plan.of("changed", "gone")
     if lost and not overwrite and not create_pr:
-        raise _GiveUp(
+        raise BadInputError(
             f"{repository} holds other content: {lost[0].path} would be "
             f"{'removed' if lost[0].kind == 'gone' else 'replaced'} ({len(lost)} files in all); allow it with "
             "--overwrite, propose it with --create_pr, or choose another --revision"
@@ -262,7 +266,7 @@ def _push_once(
     except Exception as error:
         # A second pull request would follow from a second try, if only the reply was lost.
         if create_pr and diagnose(error, repository).no_answer:
-            raise _GiveUp(
+            raise BadInputError(
                 f"the connection ended before the Hub confirmed the pull request; look for it at {address}/discussions "
                 "before running the command again"
             ) from error
@@ -270,7 +274,7 @@ def _push_once(
     revision = commit.pr_revision or revision
     left = plan_push(folder, repository, repo_type=repo_type, revision=revision, api=api)
     if differing := left.of("new", "changed", "gone"):
-        raise _GiveUp(f"{repository} differs from the folder after the upload, first in {differing[0].path}")
+        raise BadInputError(f"{repository} differs from the folder after the upload, first in {differing[0].path}")
     return Pushed(commit.pr_url or address, revision)
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.publish.proof import clean_environment
 
+_TOO_BUSY = "localhost is not accessible"  # Gradio gives its own page three seconds; a busy computer needs more
+
 
 def try_out(folder: Path, *, clean: bool, ask: bool, timeout: float) -> str:
     """Start the app as a Space does: from a copy, in an environment of its own.
@@ -42,7 +44,13 @@ def try_out(folder: Path, *, clean: bool, ask: bool, timeout: float) -> str:
         shutil.copytree(folder, copy)
         python = _make_environment(home / "venv", copy / "requirements.txt", clean)
         begin = time.monotonic()
-        with _started(python, copy, home, timeout) as url:
+        with contextlib.ExitStack() as stack:
+            try:
+                url = stack.enter_context(_started(python, copy, home, timeout))
+            except BadInputError as error:
+                if _TOO_BUSY not in str(error):
+                    raise
+                url = stack.enter_context(_started(python, copy, home, timeout))
             seconds = time.monotonic() - begin
             endpoints = json.loads(_get(f"{url}/gradio_api/info"))["named_endpoints"]
             if "/compare" not in endpoints:

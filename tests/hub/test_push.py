@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from loopback import READER, LoopbackHub
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.publish.hub import check_access, push_folder
+from internvl_mpo.publish.hub import check_access, preview, push_folder
 
 NAME = "ada/model"
 
@@ -192,6 +192,22 @@ def test_other_content_is_neither_replaced_nor_removed_unasked(hub: LoopbackHub,
     assert hub.repository("models", NAME).head("main") is before
     push(folder, overwrite=True)
     assert content(hub) == names(folder)
+
+
+def test_a_preview_tells_what_would_change(hub: LoopbackHub, folder: Path) -> None:
+    push(folder)
+    (folder / "config.json").write_text("{}")
+    (folder / "pictures/curves.png").rename(folder / "curves.png")
+    requests = len(hub.requests)
+    plan = preview(folder, NAME, repo_type="model")
+    assert [(change.kind, change.path) for change in plan.changes if change.kind != "same"] == [
+        *(("changed", "config.json"), ("new", "curves.png"), ("gone", "pictures/curves.png"))
+    ]
+    assert str(plan).endswith("1 new, 1 changed, 3 same, 1 gone; 2.0 kB to send")
+    assert {method for method, *_ in hub.requests[requests:]} == {"GET"}
+    hub.fail("GET", "/api/models", times=100, status=500)
+    with pytest.raises(BadInputError, match=r"the Hub failed \(status 500\)"):
+        preview(folder, NAME, repo_type="model")
 
 
 def test_somebody_else_commits_during_the_upload(
