@@ -9,7 +9,7 @@ of what was found. Questions without a single right answer go to a file of their
 The same responses and seed give the same bytes whatever the order of the rows, the memory limit or the workers.
 """
 
-import json
+import marshal
 import multiprocessing
 import sys
 import tempfile
@@ -28,11 +28,10 @@ from tqdm import tqdm
 from internvl_mpo.answers import FORMATS
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.pairing import PairRules, Statistics, correctness_pairs, group_key, subset_name, write_meta
-from internvl_mpo.records import Response, Row, atomic_writer, iter_json_lines
+from internvl_mpo.records import Response, atomic_writer, iter_json_lines
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 MEGABYTE = 1 << 20
-_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass
@@ -121,7 +120,8 @@ def main(argv: list[str]) -> int:
 def partition(paths: list[str], folder: Path, bucket_bytes: int) -> list[Path]:
     """Spread rows over files by the hash of their question, so that each fits in memory and holds whole questions.
 
-    A line of such a file is the key of the question, where the row comes from, and the row, with tabs between.
+    Such a file holds (key of the question, where the row comes from, row), each after its length, in the interpreter's
+    own format, which is read several times faster than JSON. The files live as long as the program and are its own.
 
     Returns:
         The files in hash order; concatenating what is built from them, each sorted, is sorted.
@@ -132,15 +132,15 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int) -> list[Path]:
             raise BadInputError(f"cannot read {path}: no such file")
         size += Path(path).stat().st_size
     count = max(1, min(512, -(-size // bucket_bytes)))
-    buckets = [folder / f"{number:03d}.tsv" for number in range(count)]
+    buckets = [folder / f"{number:03d}" for number in range(count)]
     with ExitStack() as stack:
-        files = [stack.enter_context(open(bucket, "w", encoding="utf-8")) for bucket in buckets]
+        files = [stack.enter_context(open(bucket, "wb")) for bucket in buckets]
         bar = stack.enter_context(tqdm(total=size, desc="sorting", unit="B", unit_scale=True))
         for path in paths:
             for where, line, row in iter_json_lines(path):
                 key = group_key(row)
-                where = where.replace("\t", " ")
-                files[int(key[:8], 16) * count >> 32].write(f"{key}\t{where}\t{line.rstrip()}\n")
+                entry = marshal.dumps((key, where, row))
+                files[int(key[:8], 16) * count >> 32].write(len(entry).to_bytes(4, "little") + entry)
                 bar.update(len(line))
     return buckets
 
@@ -153,10 +153,10 @@ def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str
     """
     groups: dict[str, list[Response]] = {}
     stats = Statistics()
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            key, where, text = line.split("\t", 2)
-            response = Response.from_json(json.loads(text), where=where)
+    with open(path, "rb") as entries:
+        while size := entries.read(4):
+            key, where, row = marshal.loads(entries.read(int.from_bytes(size, "little")))
+            response = Response.from_json(row, where=where)
             if response.answer and not response.answer.isspace():
                 groups.setdefault(key, []).append(response)
             else:
@@ -165,14 +165,10 @@ def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str
     wrong: list[str] = []
     for key in sorted(groups):
         built, question = correctness_pairs(groups[key], rules, stats)
-        pairs += [(pair.source, pair.rule, _line(pair)) for pair in built]
+        pairs += [(pair.source, pair.rule, pair.to_line()) for pair in built]
         if question is not None:
-            wrong.append(_line(question))
+            wrong.append(question.to_line())
     return pairs, "".join(wrong), stats
-
-
-def _line(row: Row) -> str:
-    return _ENCODER.encode(row.to_json()) + "\n"
 
 
 def _map(work: partial, buckets: list[Path], workers: int) -> Iterator[tuple]:

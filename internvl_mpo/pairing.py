@@ -239,10 +239,12 @@ def _has_similar(mine: frozenset, others: list[frozenset], limit: float) -> bool
     """Whether the Jaccard similarity with any other reaches the limit."""
     size = len(mine)
     share = limit / (1 + limit)  # |A & B| / |A | B| >= limit, in terms of |A| + |B|
-    return any(
-        limit * size <= len(other) <= size / limit and len(mine & other) >= share * (size + len(other))
-        for other in others
-    )
+    smallest, largest = limit * size, size / limit
+    for other in others:
+        number = len(other)
+        if smallest <= number <= largest and len(mine & other) >= share * (size + number):
+            return True
+    return False
 
 
 def _choose(

@@ -1,5 +1,6 @@
 """Rows on disk."""
 
+import hashlib
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from internvl_mpo.records import (
     Response,
     RowError,
     atomic_writer,
+    content_id,
     read_rows,
     write_rows,
 )
@@ -91,3 +93,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_quick_line_and_id_are_those_of_the_plain_encoder():
+    odd = '"\\ \n\t\x00 \x7f \u2028 é 好 \U0001f600'
+    pair = PreferencePair(
+        images=("a.png", odd),
+        question=odd,
+        chosen="a",
+        rejected=odd + "b",
+        answer="1",
+        source="s",
+        rule="correctness",
+        provenance={"seed": 1, "odd": odd, "nested": {"list": [1, None, 0.5, True]}},
+    )
+    assert pair.to_line() == json.dumps(pair.to_json(), ensure_ascii=False) + "\n"
+    parts = [("a", odd), odd, None, 3, {"b": 1, "a": [odd]}, [odd], ()]
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    assert content_id(*parts) == hashlib.sha256(text.encode()).hexdigest()[:16]
