@@ -13,6 +13,7 @@ more: the API, the form of the votes, what is stored and what is not.
 
 import os
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
     settings = read_settings(argv)
     print(show_settings(settings, "app.py"), flush=True)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how containers end; uploads must go then too
     with tempfile.TemporaryDirectory(prefix="internvl-mpo-demo-", ignore_cleanup_errors=True) as folder:
         uploads = Path(folder) / "uploads"  # everything visitors send stays here and goes with the process
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
@@ -65,8 +67,10 @@ def main(argv: list[str]) -> int:
         examples = make_examples(Path(folder) / "examples")
         blocks, url = launch(Page(backend, votes, shelf, settings, examples, uploads))
         print(f"the demo is at {url} (Ctrl+C ends it)", flush=True)
-        blocks.block_thread()
-        votes.flush()
+        try:
+            blocks.block_thread()
+        finally:
+            votes.flush()
     return 0
 
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -492,6 +493,46 @@ def test_a_model_that_is_nowhere_is_an_error_on_the_page_not_a_crash(tmp_path):
     assert "cannot load a model" in conversation.turns[0].answers["base"].error
 
 
+def test_no_absolute_path_is_told_to_visitors(tmp_path):
+    names = LocalModels(str(tmp_path / "start"), adapter=str(tmp_path / "lora")).names()
+    assert (names["base"].model, names["mpo"].model) == ("start", "start + lora")
+    assert LocalModels("org/base", "outputs/mpo").names()["mpo"].model == "outputs/mpo"
+
+
+@pytest.mark.slow
+def test_uploads_go_with_a_terminated_process(model_folder, tmp_path):
+    """Containers end with SIGTERM; whatever visitors sent must not outlive the process."""
+    command = [sys.executable, str(ROOT / "app.py"), "--base", model_folder, "--mpo", model_folder, "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--votes", str(tmp_path / "votes")],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert any("the demo is at" in line for line in iter(process.stdout.readline, ""))
+        (folder,) = tmp_path.glob("internvl-mpo-demo-*")
+        process.terminate()
+        assert process.wait(30) == 0
+        assert not folder.exists()
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_four_bit_weights_are_those_of_the_language_model(model_folder):
+    pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
+    backend = LocalModels(model_folder, model_folder, four_bit=True)
+    assert finish(backend.stream(ask_question(images=[picture()])))["mpo"].num_tokens > 0
+    model = backend._models.get()[0].model
+
+    def kinds(part):
+        return {type(module).__name__ for module in part.modules() if "Linear" in type(module).__name__}
+
+    assert "Linear4bit" in kinds(model.language_model.model)
+    assert kinds(model.vision_model) == {"Linear"}
+
+
 def test_a_device_that_is_not_there_is_named(model_folder):
     with pytest.raises(BadInputError, match="device 'cuda:7'"):
         LocalModels(model_folder, model_folder, device="cuda:7").load()
@@ -714,8 +755,6 @@ def test_a_shared_conversation_comes_back_whole_and_ends(tmp_path):
     opened = shelf.open(name)
     assert opened == conversation
     assert len(name) >= 22
-    import os
-
     os.utime(tmp_path / name, (time.time() - 8 * 86400,) * 2)
     with pytest.raises(BadInputError, match="7 days"):
         shelf.open(name)

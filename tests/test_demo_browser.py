@@ -359,6 +359,19 @@ def test_pasted_pictures_arrive(page):
     assert page.locator("#chat-a .user img").count() == 1
 
 
+def test_a_photo_of_the_camera_joins_the_question(demo, chromium):
+    context = chromium.new_context(permissions=["camera"])
+    page = context.new_page()
+    visit(page, demo.url)
+    page.fill("#box textarea", "What is it?")
+    page.click("#camera button")
+    page.click("#camera button:has-text('Access Webcam')")
+    page.click("#camera button[aria-label='capture photo']")
+    page.wait_for_selector("#box .thumbnail-image, #box img")
+    assert page.input_value("#box textarea") == "What is it?"
+    context.close()
+
+
 # --- the API, and what it must not give -------------------------------------------------------------------------------
 
 

@@ -65,6 +65,7 @@ FORBIDDEN = {
     "internvl_mpo": {"train_mpo", "evaluate_mpo", "app", "dataset_scripts", "torchvision", "trl"},
     "internvl_mpo/benchmarks": {"internvl_mpo.engines", "internvl_mpo.trainer", "torch", "transformers"},
     "internvl_mpo/publish": {"internvl_mpo.trainer", "internvl_mpo.demo", "gradio", "deepspeed"},
+    "internvl_mpo/demo": {"internvl_mpo.trainer", "torchvision", "datasets"},
     "dataset_scripts": {"train_mpo", "evaluate_mpo", "app", "internvl_mpo.trainer"},
 }
 

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -300,8 +301,9 @@ class LocalModels:
     def names(self) -> dict[str, Names]:
         """See `Backend.names`; revisions are known once the models are loaded."""
         revisions = [model.revision for model in self._models.get()] if self._models.is_there else [None]
-        other = f"{self._base} + {self._adapter}" if self._adapter else self._mpo
-        return {"base": Names(self._base, revisions[0]), "mpo": Names(other, revisions[-1])}
+        base = _public_name(self._base)
+        other = f"{base} + {_public_name(self._adapter)}" if self._adapter else _public_name(self._mpo)
+        return {"base": Names(base, revisions[0]), "mpo": Names(other, revisions[-1])}
 
     def cutter(self) -> Cutter:
         """See `Backend.cutter`."""
@@ -322,6 +324,11 @@ class LocalModels:
         from internvl_mpo.demo.generation import load_cutter
 
         return load_cutter(self._base)
+
+
+def _public_name(path: str) -> str:
+    """A model's name for pages, votes and API: of an absolute path only the last part."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _job(

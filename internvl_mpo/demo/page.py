@@ -1,7 +1,7 @@
 """The page: two panes that stream, controls, votes, a link to share, the benchmark browser, and the API.
 
-The only file of the demo that imports Gradio. What a button does is in `service`, `votes`, `sharing` and `browser`;
-what is shown is made in `show` from a `Conversation`, so every way to the same state looks the same.
+The only file of the demo with Gradio's components. What a button does is in `service`, `votes`, `sharing` and
+`browser`; what is shown is made in `show` from a `Conversation`, so every way to the same state looks the same.
 """
 
 import functools
@@ -172,16 +172,9 @@ class Page:
             cut = gr.HTML(show.tiles_html(self.backend.cutter(), [], most_tiles), elem_id="tiles")
         with gr.Accordion("Camera", open=False, elem_id="camera"):
             photo = gr.Image(sources=["webcam"], type="filepath", label="Take a picture", height=280, format="png")
-        if self.examples:
-            gr.Examples(
-                [[{"text": one.question, "files": list(one.images)}, one.style] for one in self.examples],
-                [box, style],
-                example_labels=[one.title for one in self.examples],
-                examples_per_page=20,
-                label="Examples",
-                elem_id="examples",
-                api_visibility="private",
-            )
+        with gr.Row(elem_id="examples"):
+            gr.HTML("<p class='muted'>Examples</p>")
+            taken = [gr.Button(one.title, size="sm", min_width=0) for one in self.examples]
         gr.HTML(f"<p class='muted'>{PRIVACY}</p>", elem_id="privacy")
 
         controls = [style, temperature, length, tiles, seed]
@@ -198,6 +191,8 @@ class Page:
             button.click(functools.partial(self._vote, verdict), conversation, view, **AT_ONCE)
         for changed in (box.change, tiles.release):
             changed(self._preview, [box, tiles, drawn], [cut, drawn], trigger_mode="always_last", **AT_ONCE)
+        for example, button in zip(self.examples, taken, strict=True):
+            button.click(functools.partial(_take_example, example), None, [box, style], **AT_ONCE)
         photo.change(self._add_photo, [photo, box], [box, photo], **AT_ONCE)
         blocks.load(self._open, None, [conversation, *view], **AT_ONCE)
 
@@ -324,9 +319,9 @@ class Page:
         return {"text": message["text"], "files": [*message["files"], photo]}, None
 
     def _preview(self, message: Any, max_tiles: int, drawn: Any) -> tuple[Any, Any]:
-        """Draw the tiles of the pictures in the box, if these or the limit have changed since it was drawn."""
+        """Draw the tiles of the pictures in the box if they have changed; an empty box keeps the last drawing."""
         wanted = (tuple((message or EMPTY)["files"]), int(max_tiles))
-        if wanted == drawn or (drawn is None and not wanted[0]):
+        if wanted == drawn or not wanted[0]:
             return gr.skip(), gr.skip()
         try:
             pictures = self.service.preview(wanted[0])
@@ -388,9 +383,11 @@ class Page:
             task = gr.Dropdown([], label="Benchmark and mode")
             which = gr.Dropdown([(text, key) for key, text in browser.FILTERS.items()], value="differ", label="Show")
         with gr.Row(elem_id="bench-steps"):
-            before = gr.Button("← Previous", size="sm", elem_id="bench-previous")
-            number = gr.Number(1, precision=0, minimum=1, label="Question", show_label=False, elem_id="bench-number")
-            after = gr.Button("Next →", size="sm", elem_id="bench-next")
+            before = gr.Button("← Previous", size="sm", min_width=0, elem_id="bench-previous")
+            number = gr.Number(
+                1, precision=0, minimum=1, label="Question", show_label=False, min_width=0, elem_id="bench-number"
+            )
+            after = gr.Button("Next →", size="sm", min_width=0, elem_id="bench-next")
         where = gr.HTML(elem_id="bench-where")
         question = gr.HTML(elem_id="bench-question")
         verdicts, answers = [], []
@@ -399,7 +396,9 @@ class Page:
                 with gr.Column(min_width=320):
                     verdicts.append(gr.HTML(elem_id=f"bench-verdict-{letter}"))
                     answers.append(
-                        gr.Markdown(latex_delimiters=LATEX, container=True, elem_id=f"bench-answer-{letter}")
+                        gr.Markdown(
+                            latex_delimiters=LATEX, line_breaks=True, container=True, elem_id=f"bench-answer-{letter}"
+                        )
                     )
         chosen, shown = [first, second, task, which, number], [number, where, question, *verdicts, *answers]
         for choose in (first.input, second.input, blocks.load):
@@ -434,6 +433,10 @@ class Page:
         ]
 
 
+def _take_example(example: Example) -> tuple[dict[str, Any], str]:
+    return {"text": example.question, "files": list(example.images)}, example.style
+
+
 def launch(page: Page) -> tuple[gr.Blocks, str]:
     """Start the server in threads of its own and return the app and its address.
 
@@ -455,7 +458,6 @@ def launch(page: Page) -> tuple[gr.Blocks, str]:
             server_name=settings.host,
             server_port=settings.port or _free_port(settings.host),
             max_file_size=limits.max_bytes,
-            allowed_paths=sorted({str(Path(path).parent) for one in page.examples for path in one.images}),
             app_kwargs={"middleware": [guard]},
             mcp_server=settings.mcp or None,
             theme=gr.themes.Soft(

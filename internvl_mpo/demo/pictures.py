@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from internvl_mpo.errors import BadInputError
 from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid, to_rgb
@@ -21,6 +21,7 @@ FORMATS = (
     "BMP",
 )  # what browsers show; every decoder more is a risk more
 THUMBNAIL_PIXELS = 480
+EDGE = "#8a94a3"  # of a drawn tile: to be seen on white and on black
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 
@@ -209,15 +210,20 @@ class Cutter:
         """Return the tiles as the model gets them, apart from each other, the thumbnail at the right."""
         columns, rows = self.grid(picture, limit)
         tile_pixels = max(28, min(tile_pixels, 720 // (columns + 1)))
-        pixels = picture.open().convert("RGB").resize((columns * tile_pixels, rows * tile_pixels))
+        inside = tile_pixels - 2  # without the line around it
+        pixels = picture.open().convert("RGB").resize((columns * inside, rows * inside))
         has_thumbnail = self.thumbnail and columns * rows > 1
         width = columns * (tile_pixels + gap) - gap + (tile_pixels + 4 * gap if has_thumbnail else 0)
         sheet = Image.new("RGBA", (width, rows * (tile_pixels + gap) - gap))
+
+        def put(tile: Image.Image, left: int, top: int) -> None:
+            sheet.paste(ImageOps.expand(tile, 1, EDGE), (left, top))
+
         for row in range(rows):
             for column in range(columns):
-                left, top = column * tile_pixels, row * tile_pixels
-                tile = pixels.crop((left, top, left + tile_pixels, top + tile_pixels))
-                sheet.paste(tile, (column * (tile_pixels + gap), row * (tile_pixels + gap)))
+                left, top = column * inside, row * inside
+                tile = pixels.crop((left, top, left + inside, top + inside))
+                put(tile, column * (tile_pixels + gap), row * (tile_pixels + gap))
         if has_thumbnail:
-            sheet.paste(pixels.resize((tile_pixels, tile_pixels)), (width - tile_pixels, 0))
+            put(pixels.resize((inside, inside)), width - tile_pixels, 0)
         return sheet
