@@ -1,13 +1,15 @@
 """The metric folders: each loads with `evaluate`, and does what its README says."""
 
 import ast
+import json
 import re
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from internvl_mpo.benchmarks.metric import REFERENCE_FIELDS, compute_metric
+from internvl_mpo.benchmarks.metric import REFERENCE_FIELDS, build_demo, compute_metric
 from internvl_mpo.errors import BadInputError
 
 METRICS = Path(__file__).parents[1] / "metrics"
@@ -59,3 +61,27 @@ def test_crpe_rotations_are_joined_in_order():
     rows = [{"question_id": str(i), "text": "?", "category": "subject", "correct_option": "ABCD"[i]} for i in range(4)]
     assert compute_metric("crpe", ["A", "B", "C", "D"], rows)["circular"] == 100.0
     assert compute_metric("crpe", ["A", "B", "C", "A"], rows)["circular"] == 0.0
+
+
+@pytest.mark.parametrize("name", REFERENCE_FIELDS)
+def test_space_computes_what_the_metric_does(name):
+    pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
+    block = re.search(r"```python\n(.*?)```", (METRICS / name / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    call = next(node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call) and node.keywords)
+    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    lines = ["\n".join(json.dumps(row) for row in given[key]) for key in ("predictions", "references")]
+    demo = build_demo(name)
+    assert demo.fn(*lines, "ours") == compute_metric(name, given["predictions"], given["references"])
+
+
+@pytest.mark.slow
+def test_space_starts_and_answers_over_http():
+    gradio = pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
+    demo = build_demo("pope")
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    try:
+        with urllib.request.urlopen(url, timeout=20) as page:
+            assert page.status == 200 and b"gradio" in page.read().lower()
+    finally:
+        demo.close()
+        gradio.close_all()
