@@ -3,19 +3,22 @@
     python bench/step_speed.py --preset proportional --json step.json
     python bench/step_speed.py --preset packed --rounds 3
     python bench/step_speed.py --preset bigvocab --sides ours_cached,trl
-    python bench/step_speed.py --preset real8b --dtype bfloat16 --device cuda --layers 12
+    python bench/step_speed.py --preset real8b --device cuda --dtype bfloat16 --lora_rank 16
+    python bench/step_speed.py --preset real8b --device cuda --dtype bfloat16 --layers 12
 
 All sides train copies of the same random InternVL model (transformers' own class, so that TRL can) on the same pairs,
 taking turns in one process in shuffled order. A step is everything from JPEG and text to updated weights. delta is none
 on all sides, since TRL has none. bench/README.md says how each number is made and what it does not say.
 """
 
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
 import gc
 import io
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -30,6 +33,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.packed_attention import PackedAttention
 from internvl_mpo.settings import parse_settings, setting, show_settings
 
 WEIGHTS = (0.8, 0.2, 1.0)
@@ -73,7 +77,7 @@ PRESETS = {
     # Four pairs of one question: eight responses on one prompt.
     "grouped": replace(PROPORTIONAL, tiles=(5, 5, 5, 5), same_question=True),
     # The rejected response repeats the first half of the chosen one.
-    "dropout_ntp": replace(PROPORTIONAL, shared_half=True),
+    "dropout_ntp": replace(PROPORTIONAL, answer=250, shared_half=True),
     "real8b": Shape(4096, 32, 32, 8, 14336, 92553, 1024, 24, 16, 4096, tiles=(5,), answer=250),
 }
 
@@ -90,8 +94,14 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = setting("float32", help="of weights and activations")
     threads: int = setting(1, help="CPU threads; 1 makes CPU seconds comparable on a shared machine")
     layers: int | None = setting(None, help="layers of the language model instead of the preset's")
+    tiles: list[int] = setting([], help="tiles of each pair instead of the preset's, such as 1,13")
+    lora_rank: int = setting(0, help="train LoRA adapters on the language model, on every side; 0 trains all weights")
+    attention: PackedAttention = setting("auto", help="attention over packs: auto segments flex varlen")
+    trim: bool = setting(True, help="ours: run the last layer for scored tokens only")
     checkpointing: bool = setting(False, help="recompute activations, ours and twin")
     trl_checkpointing: bool = setting(False, help="recompute activations, TRL (its own default is true)")
+    memory_runs: int = setting(3, help="processes of each side that measure memory on a CPU; 0 leaves it out")
+    peak_tflops: float | None = setting(None, help="of the GPU in this dtype, for its utilisation; none = by its name")
     seed: int = setting(0, help="weights and pairs")
 
     def __post_init__(self) -> None:
@@ -101,8 +111,16 @@ class Settings:
         unknown = [side for side in self.sides if side not in SIDES]
         if unknown or not self.sides:
             raise BadInputError(f"sides has {unknown or 'nothing'}, expected some of {', '.join(SIDES)}")
-        if self.rounds < 1 or self.threads < 1:
-            raise BadInputError("rounds and threads must be 1 or more")
+        if self.rounds < 1 or self.threads < 1 or self.memory_runs < 0:
+            raise BadInputError("rounds and threads must be 1 or more, memory_runs 0 or more")
+        if any(count not in GRIDS for count in self.tiles):
+            raise BadInputError(f"tiles is {self.tiles}, expected numbers out of {', '.join(map(str, GRIDS))}")
+
+    @property
+    def shape(self) -> Shape:
+        """The preset with what the settings change of it."""
+        changes = {"layers": self.layers, "tiles": tuple(self.tiles)}
+        return replace(PRESETS[self.preset], **{name: value for name, value in changes.items() if value})
 
 
 @dataclass
@@ -114,9 +132,10 @@ class Record:
     loss: float = 0.0
     gflop: float = 0.0
     peak_mib: float = 0.0
+    peaks: list[float] = field(default_factory=list)
 
-    def summary(self, num_pairs: int, device: str) -> dict[str, float]:
-        """Medians; pairs per second by CPU time on a CPU, by wall time on a GPU."""
+    def summary(self, num_pairs: int, device: str, peak_tflops: float | None) -> dict[str, float]:
+        """Medians; rates by CPU time on a CPU, by wall time on a GPU; `mfu` where the GPU's peak is known."""
         cpu, wall = statistics.median(self.cpu_s), statistics.median(self.wall_s)
         seconds = cpu if device == "cpu" else wall
         values = {"cpu_s": cpu, "wall_s": wall, "gflop": self.gflop, "peak_mib": self.peak_mib}
@@ -125,6 +144,8 @@ class Record:
             "gflop_per_s": self.gflop / seconds,
             "loss_of_first_step": self.loss,
         }
+        if peak_tflops:
+            rates["mfu"] = self.gflop / seconds / 1000 / peak_tflops
         return {name: round(value, 5) for name, value in (values | rates).items()}
 
 
@@ -141,8 +162,7 @@ def main(argv: list[str]) -> int:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise BadInputError("device is cuda, but torch finds no CUDA GPU; take --device cpu or a CUDA build of torch")
     torch.set_num_threads(settings.threads)
-    shape = PRESETS[settings.preset]
-    shape = shape if settings.layers is None else replace(shape, layers=settings.layers)
+    shape = settings.shape
     with tempfile.TemporaryDirectory() as folder:
         world = World(shape, settings, Path(folder))
         steps = {side: build_side(side, world, settings) for side in settings.sides}
@@ -160,8 +180,14 @@ def main(argv: list[str]) -> int:
             records[side].cpu_s.append(time.process_time() - cpu)
             records[side].wall_s.append(time.perf_counter() - wall)
         for side, step in steps.items():
-            records[side].peak_mib = peak_mib(step, settings.device)
             records[side].gflop = count_flop(step) / 1e9
+            if settings.device == "cuda":
+                records[side].peak_mib = cuda_peak_mib(step)
+    if settings.device == "cpu" and settings.memory_runs:
+        for side in tqdm(settings.sides * settings.memory_runs, desc="memory", unit="process"):
+            records[side].peaks.append(own_process(cpu_peak_mib, side, settings))
+        for record in records.values():
+            record.peak_mib = statistics.median(record.peaks)
     result = report(settings, records, len(shape.tiles))
     print(json.dumps(result, indent=2))
     if settings.json:
@@ -184,10 +210,13 @@ def report(settings: Settings, records: dict[str, Record], num_pairs: int) -> di
             "median": round(statistics.median(values), 3),
             "min": round(values[0], 3),
             "max": round(values[-1], 3),
-            "peak_memory": round(records[fast].peak_mib / records[slow].peak_mib, 3),
+            "peak_memory": round(records[fast].peak_mib / records[slow].peak_mib, 3)
+            if records[slow].peak_mib
+            else None,
         }
 
-    summaries = {side: record.summary(num_pairs, settings.device) for side, record in records.items()}
+    peak = peak_tflops(settings) if settings.device == "cuda" else None
+    summaries = {side: record.summary(num_pairs, settings.device, peak) for side, record in records.items()}
     ours = {side.removeprefix("ours_"): summaries.pop(side) for side in list(summaries) if side.startswith("ours_")}
     details = {
         f"{side}_over_{fast}": ratios(side, f"ours_{fast}")
@@ -339,14 +368,16 @@ def our_step(side: str, world: World, settings: Settings) -> Callable[[], float]
         for row in world.rows
     ]
     together = world.shape.same_question and side != "twin"
-    policy = copy.deepcopy(world.model).train()
+    policy = with_lora(copy.deepcopy(world.model).train(), settings)
     if settings.checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    reference = None if side == "ours_cached" else copy.deepcopy(world.model).eval().requires_grad_(False)
+    reference = None
+    if side != "ours_cached" and not settings.lora_rank:  # with adapters the policy without them is the reference
+        reference = copy.deepcopy(world.model).eval().requires_grad_(False)
     for model in (policy, reference):
         if model is not None and side != "twin":
-            attach_scoring(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
+            attach_scoring(model, attention=settings.attention, trim=settings.trim)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
     def logps(model: Any, groups: Sequence[Group], pack: Pack) -> tuple[Any, Any]:
         logps_R = twin_logps(model, groups) if side == "twin" else response_logps(model, pack)
@@ -357,14 +388,19 @@ def our_step(side: str, world: World, settings: Settings) -> Callable[[], float]
         groups = [encode_group(processor, group, world.folder, max_length=32768) for group in members]
         return groups, pack_groups(groups).to(settings.device)
 
-    with torch.no_grad():  # once, as the reference cache does it
-        cached = None if reference is not None else logps(policy, *encode())
+    cached = None
+    if side == "ours_cached":
+        with torch.no_grad():  # once, as the reference cache does it
+            cached = logps(policy, *encode())
+
+    def live_reference(groups: Sequence[Group], pack: Pack) -> tuple[Any, Any]:
+        with torch.no_grad(), policy.disable_adapter() if reference is None else contextlib.nullcontext():
+            return logps(policy if reference is None else reference, groups, pack)
 
     def step() -> float:
         groups, pack = encode()
         chosen, rejected = logps(policy, groups, pack)
-        with torch.no_grad():
-            reference_logps = cached or logps(reference, groups, pack)
+        reference_logps = cached or live_reference(groups, pack)
         loss = mpo_loss(chosen, rejected, *reference_logps, pack.chosen_lengths_P, beta=BETA, weights=WEIGHTS).loss
         loss.backward()
         optimizer.step()
@@ -372,6 +408,16 @@ def our_step(side: str, world: World, settings: Settings) -> Callable[[], float]
         return loss.item()
 
     return step
+
+
+def with_lora(model: Any, settings: Settings) -> Any:
+    """Return the model, with adapters on all linear layers of the language model if a rank is given."""
+    if not settings.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    return get_peft_model(model, LoraConfig(r=settings.lora_rank, target_modules=targets, task_type="CAUSAL_LM"))
 
 
 def our_processor(world: World) -> Any:
@@ -411,7 +457,7 @@ def trl_step(world: World, settings: Settings) -> Callable[[], float]:
     features = datasets.Features({"images": [datasets.Image()], "prompt": text, "chosen": text, "rejected": text})
     datasets.disable_progress_bars()
     data = datasets.Dataset.from_list(rows, features=features)
-    policy = copy.deepcopy(world.model)
+    policy = with_lora(copy.deepcopy(world.model), settings)
     config = DPOConfig(
         output_dir=str(world.folder / "trl"),
         use_cpu=settings.device == "cpu",
@@ -429,7 +475,7 @@ def trl_step(world: World, settings: Settings) -> Callable[[], float]:
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = DPOTrainer(
             model=policy,
-            ref_model=copy.deepcopy(world.model).eval(),
+            ref_model=None if settings.lora_rank else copy.deepcopy(world.model).eval(),
             args=config,
             train_dataset=data,
             processing_class=trl_processor(world),
@@ -437,7 +483,7 @@ def trl_step(world: World, settings: Settings) -> Callable[[], float]:
     trainer.current_gradient_accumulation_steps = 1
     if settings.trl_checkpointing:  # the Trainer does this in train(), which takes its steps without our clock
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
     def step() -> float:
         batch = trainer.data_collator([dict(data[index]) for index in range(len(data))])
@@ -476,33 +522,60 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_mib(step: Callable[[], float], device: str) -> float:
-    """Return the memory one step needs beyond what is there before it, in MiB.
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}  # bf16, dense
 
-    On a CPU the kernel's high-water mark of the process is restarted before the step; `nan` where that is not allowed.
-    Freed memory is handed back first and big blocks bypass the allocator's cache, so no step profits from another.
-    """
+
+def peak_tflops(settings: Settings) -> float | None:
+    """Return what the GPU can do at most by its data sheet, None if it is not known."""
+    import torch
+
+    if settings.peak_tflops or settings.dtype != "bfloat16":
+        return settings.peak_tflops
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
+
+
+def cuda_peak_mib(step: Callable[[], float]) -> float:
+    """Return what one step allocates beyond what is there before it, in MiB."""
     import torch
 
     gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if not sys.platform.startswith("linux"):
-        return float("nan")
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: blocks of 64 KiB and more come from the kernel
-    libc.malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return float("nan")
-    before = status_mib("VmRSS")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     step()
-    return status_mib("VmHWM") - before
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def cpu_peak_mib(side: str, settings: Settings) -> float:
+    """Return by how much the resident memory of this process rises above its start in five steps, in MiB.
+
+    Start is after a first step, when weights, reference and optimizer state are there and freed memory was handed back;
+    the kernel's high-water mark is restarted then. `nan` where there is none. Allocator as it comes, as in a real run.
+    """
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        step = build_side(side, World(settings.shape, settings, Path(folder)), settings)
+        step()
+        gc.collect()
+        if not sys.platform.startswith("linux"):
+            return float("nan")
+        ctypes.CDLL(None).malloc_trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return float("nan")
+        before = status_mib("VmRSS")
+        for _ in range(5):
+            step()
+        return status_mib("VmHWM") - before
+
+
+def own_process(function: Callable[..., float], *arguments: Any) -> float:
+    """Return the result of a function that ran in a new process, where no other side has left anything behind."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def status_mib(key: str) -> float:
