@@ -276,7 +276,8 @@ def draw_pictures(statistics: Statistics, folder: Path) -> list[tuple[str, str]]
         largest = max(numbers)
         shown = axis.scatter(xs, ys, s=[20 + 180 * number / largest for number in numbers], c=numbers, cmap="viridis")
         figure.colorbar(shown, label="pictures")
-        axis.set(xscale="log", yscale="log", xlabel="width in pixels", ylabel="height in pixels")
+        axis.set(xlabel="width in pixels", ylabel="height in pixels")
+        _doublings(axis.xaxis, axis.yaxis)
         axis.set_title(f"Sizes of {sum(numbers):,} pictures")
         save(figure, "image_sizes.png", "Sizes of the pictures")
     return drawn
@@ -298,8 +299,8 @@ def draw_lengths(histograms: Mapping[tuple, Mapping[int, int]], kind: str, file:
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
     sides = _by_side(histograms)
     for side in SIDES:
-        _steps(axis, sides[side], label=side, color=COLOURS[side])
-    axis.set_xscale("log")
+        _steps(axis, sides[side], label=side, color=COLOURS[side], linestyle="--" if side == "rejected" else "-")
+    _doublings(axis.xaxis)
     axis.set_xlabel(f"{kind} per text")
     axis.set_ylabel("texts")
     axis.set_title(f"Length of questions and responses in {kind}")
@@ -307,6 +308,15 @@ def draw_lengths(histograms: Mapping[tuple, Mapping[int, int]], kind: str, file:
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110, format="png", metadata={"Software": None})
     plt.close(figure)
+
+
+def _doublings(*axes: Any) -> None:
+    """Logarithmic axes that read 1, 2, 4, 8, ..."""
+    from matplotlib.ticker import FormatStrFormatter
+
+    for axis in axes:
+        getattr(axis.axes, f"set_{axis.axis_name}scale")("log", base=2)
+        axis.set_major_formatter(FormatStrFormatter("%g"))
 
 
 def _steps(axis: Any, histogram: Mapping[int, int], **style: Any) -> None:

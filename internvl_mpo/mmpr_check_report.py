@@ -19,14 +19,15 @@ h1 { margin-bottom: .2rem; } .note { opacity: .75; } .scroll { overflow-x: auto;
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); }
 th { text-align: right; vertical-align: bottom; } td { text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child, th:first-child, td.text, th.text { text-align: left; } td.text { overflow-wrap: anywhere; }
+td:first-child, th:first-child, td.text, th.text, td.rule { text-align: left; } td.rule { white-space: nowrap; }
+td.text { overflow-wrap: anywhere; }
 .error { color: var(--bad); font-weight: 600; } .warning { color: var(--warn); font-weight: 600; }
 .verdict { padding: .6rem 1rem; border-left: 6px solid var(--good); background: var(--soft); }
 .verdict.error { border-color: var(--bad); } .verdict.warning { border-color: var(--warn); }
 .bar { display: inline-block; height: .7rem; background: var(--good); vertical-align: middle; }
 .bar.less { background: var(--bad); } figure { margin: 0; } img { max-width: 100%; }
-figure.plot { background: #fff; border-radius: .5rem; max-width: 46rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
+figure.plot { background: #fff; border-radius: .5rem; max-width: 46rem; margin-top: 1rem; }
+.cards { margin-top: 1rem; display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
 .card { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; font-size: .85rem;
   overflow-wrap: anywhere; }
 code { overflow-wrap: anywhere; }
@@ -133,7 +134,7 @@ def _subset_table(report: Report) -> str:
         cells = "".join(_cell(report, kind, name) for kind in kinds)
         expected = report.expected.get(name)
         rows.append(
-            f"<tr><td>{html.escape(source)}<td class=text>{rule}<td>{report.counts[name]:,}"
+            f"<tr><td>{html.escape(source)}<td class=rule>{rule}<td>{report.counts[name]:,}"
             f"<td>{'' if expected is None else f'{expected:,}'}{cells}</tr>"
         )
     total = "".join(_cell(report, kind, "total") for kind in kinds)

@@ -24,6 +24,10 @@ ROOMS = {
     "internvl_mpo/mmpr.py": {METHOD + name for name in ("errors", "records", "mmpr_files", "mmpr_parquet")},
     "internvl_mpo/mmpr_statistics.py": {METHOD + "records"},
     "internvl_mpo/mmpr_parquet.py": {METHOD + name for name in ("errors", "records", "mmpr")} | {"pyarrow", "datasets"},
+    "internvl_mpo/mmpr_card.py": {METHOD + name for name in ("records", "mmpr_convert", "mmpr_statistics")}
+    | {"matplotlib"},
+    "internvl_mpo/contamination.py": {METHOD + "benchmarks", METHOD + "errors", "numpy", "PIL"},
+    "internvl_mpo/mini_mmpr.py": {METHOD + "errors", METHOD + "mini", METHOD + "settings"},
     "internvl_mpo/math_equality.py": {METHOD + "errors", "math_verify"},
     "internvl_mpo/answer_wording.py": set(),
     "internvl_mpo/answers.py": {METHOD + "answer_wording", METHOD + "math_equality"},
