@@ -115,10 +115,10 @@ def _unreadable(pictures: Iterable[tuple[str, list[int]]]) -> Iterator[dict]:
 
 
 def _direct(pictures: Iterable[tuple[str, list[int]]], rng: random.Random) -> Iterator[dict]:
-    """Short answers, the picture's path absolute as on the cluster."""
+    """Short answers."""
     for name, (a, b) in pictures:
         yield {
-            "image": f"{CLUSTER}/images/CLEVR_digits/{name}",
+            "image": name,
             "question": "<image>\nWhat is the sum of the two digits? Answer with a number.",
             "chosen": str(a + b),
             "rejected": str(a + b + rng.randint(1, 4)),

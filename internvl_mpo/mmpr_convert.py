@@ -24,7 +24,7 @@ import numpy as np
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr import Subset, parse_line, read_subsets
-from internvl_mpo.mmpr_files import Member, check_picture, read_lines
+from internvl_mpo.mmpr_files import Member, check_picture, read_lines, relative
 from internvl_mpo.mmpr_parquet import arrow_schema, to_columns
 from internvl_mpo.mmpr_statistics import Statistics
 from internvl_mpo.records import PreferencePair, RowError, atomic_writer
@@ -144,7 +144,7 @@ def convert(options: Options, output: Path, *, workers: int = 1, rejects: Path |
         pass
     result = _collect(work, output, shards, rejects)
     _write_tiny(work, output, len(subsets), result)
-    meta = {subset.name: dict(subset.entry) for subset in subsets}
+    meta = {subset.name: _published(subset.entry) for subset in subsets}
     manifest = {
         "version": 1,
         "num_rows": result.num_rows,
@@ -159,6 +159,12 @@ def convert(options: Options, output: Path, *, workers: int = 1, rejects: Path |
         out.write("\n")
     shutil.rmtree(work)
     return result
+
+
+def _published(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of meta.json without paths of the cluster it was written on."""
+    paths = {key: relative(entry[key]) for key in ("root", "annotation") if key in entry}
+    return {**entry, **paths}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

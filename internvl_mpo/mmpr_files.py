@@ -30,6 +30,15 @@ def suffixes(name: str) -> Iterator[str]:
         yield "/".join(parts[start:])
 
 
+def relative(name: str) -> str:
+    """Return a path that stays below the folder it is joined to; of an absolute one the last two parts.
+
+    What is published holds no path of the cluster it was made on.
+    """
+    whole = next(suffixes(name), ".")
+    return "/".join(whole.split("/")[-2:]) if name.startswith(("/", "\\")) or "://" in name else whole
+
+
 @dataclass(frozen=True)
 class Member:
     """A text file inside an archive."""

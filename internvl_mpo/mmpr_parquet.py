@@ -24,6 +24,7 @@ from typing import Any
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr import PairRow, Subset
+from internvl_mpo.mmpr_files import relative
 from internvl_mpo.records import PreferencePair, RowError
 
 PLACEHOLDER = "<image>"
@@ -99,7 +100,7 @@ def to_columns(
         "subset": subset.name,
         "repeat_time": subset.repeat_time,
         "max_dynamic_patch": subset.max_tiles,
-        "image_root": subset.entry.get("root", ""),
+        "image_root": relative(subset.entry["root"]) if subset.entry else "",
         "image_paths": paths,
         "provenance": _JSON.encode(dict(pair.provenance)),
         "raw": _what_is_special(row, pair),

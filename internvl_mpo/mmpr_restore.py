@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr_convert import MANIFEST
-from internvl_mpo.mmpr_files import suffixes
+from internvl_mpo.mmpr_files import relative
 from internvl_mpo.mmpr_parquet import HUB_PREFIX, open_dataset, to_raw
 from internvl_mpo.records import atomic_writer
 
@@ -16,8 +16,8 @@ from internvl_mpo.records import atomic_writer
 def restore(data: str, output: Path) -> tuple[int, int]:
     """Write the raw release of a data set.
 
-    Rows keep their order within a subset. meta.json is written as it was; files named by an absolute path are written
-    below `output` under its last folders, where readers of this package look for them.
+    Rows keep their order within a subset. meta.json is as it was, except that paths of the cluster it was written on
+    are relative.
 
     Args:
         data: converted folder, or `hub:OWNER/NAME[@REVISION]`.
@@ -44,26 +44,21 @@ def restore(data: str, output: Path) -> tuple[int, int]:
             entry.setdefault("annotation", f"annotations/{subset}.jsonl")
             entry.setdefault("repeat_time", row["repeat_time"])
             if subset not in annotations:
-                path = output / below(entry["annotation"], keep=2)
+                path = output / relative(entry["annotation"])
                 annotations[subset] = files.enter_context(atomic_writer(path))
             annotations[subset].write(json.dumps(to_raw(row), ensure_ascii=False) + "\n")
             num_rows += 1
             for picture in row["images"]:
-                num_images += _write_picture(output / below(entry["root"]) / below(picture["path"]), picture["bytes"])
+                num_images += _write_picture(
+                    output / relative(entry["root"]) / relative(picture["path"]), picture["bytes"]
+                )
         for subset, entry in meta.items():  # a subset of which no row was usable
             if subset not in annotations and "annotation" in entry:
-                files.enter_context(atomic_writer(output / below(entry["annotation"], keep=2)))
+                files.enter_context(atomic_writer(output / relative(entry["annotation"])))
     with atomic_writer(output / "meta.json") as out:
         json.dump(meta, out, ensure_ascii=False, indent=2)
         out.write("\n")
     return num_rows, num_images
-
-
-def below(name: str, keep: int | None = None) -> str:
-    """Return a path that stays below the folder it is joined to; of an absolute one only the last `keep` parts."""
-    whole = next(suffixes(name), ".")
-    absolute = name.startswith(("/", "\\")) or "://" in name
-    return "/".join(whole.split("/")[-keep:]) if absolute and keep else whole
 
 
 def _write_picture(path: Path, content: bytes) -> bool:

@@ -23,7 +23,8 @@ ROOMS = {
     "internvl_mpo/mmpr_files.py": {METHOD + "archives", METHOD + "errors", METHOD + "records", "PIL"},
     "internvl_mpo/mmpr.py": {METHOD + name for name in ("errors", "records", "mmpr_files", "mmpr_parquet")},
     "internvl_mpo/mmpr_statistics.py": {METHOD + "records"},
-    "internvl_mpo/mmpr_parquet.py": {METHOD + name for name in ("errors", "records", "mmpr")} | {"pyarrow", "datasets"},
+    "internvl_mpo/mmpr_parquet.py": {METHOD + name for name in ("errors", "records", "mmpr", "mmpr_files")}
+    | {"pyarrow", "datasets"},
     "internvl_mpo/mmpr_card.py": {METHOD + name for name in ("records", "mmpr_convert", "mmpr_statistics")}
     | {"matplotlib"},
     "internvl_mpo/contamination.py": {METHOD + "benchmarks", METHOD + "errors", "numpy", "PIL"},
