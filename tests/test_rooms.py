@@ -28,7 +28,7 @@ ROOMS = {
     "internvl_mpo/mmpr_card.py": {METHOD + name for name in ("records", "mmpr_convert", "mmpr_statistics")}
     | {"matplotlib"},
     "internvl_mpo/contamination.py": {METHOD + "benchmarks", METHOD + "errors", "numpy", "PIL"},
-    "internvl_mpo/mini_mmpr.py": {METHOD + "errors", METHOD + "mini", METHOD + "settings"},
+    "internvl_mpo/mini_mmpr.py": {METHOD + "digits", METHOD + "errors", METHOD + "settings"},
     "internvl_mpo/math_equality.py": {METHOD + "errors", "math_verify"},
     "internvl_mpo/answer_wording.py": set(),
     "internvl_mpo/answers.py": {METHOD + "answer_wording", METHOD + "math_equality"},
