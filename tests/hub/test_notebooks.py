@@ -44,13 +44,12 @@ def test_train_your_own_with_mpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     shown = run("train_your_own_with_mpo.ipynb", tmp_path, monkeypatch)
     assert "pairs read; the first of each kind" in shown
     assert "[correctness]" in shown
-    assert "LoRA of rank 16" in shown
     assert "step 1: loss" in shown
     assert "--- before" in shown
     assert "--- after" in shown
     assert "loaded in a clean process" in shown
     assert "training_curves.png" in shown
-    assert (tmp_path / "work/mpo_run/hub/README.md").exists()
+    assert "lora_rank: 16" in (tmp_path / "work/mpo_run/hub/training_settings.yaml").read_text()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
