@@ -22,6 +22,7 @@ from typing import Any
 
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.publish.dataset import DatasetSettings, publish_dataset, verify_dataset
+from internvl_mpo.publish.faults import DISK_FULL, is_disk_full
 from internvl_mpo.publish.hub import check_access, files_of, format_size, preview, push_folder
 from internvl_mpo.publish.model import ModelSettings, publish_model
 from internvl_mpo.publish.space import SpaceSettings, publish_space
@@ -53,7 +54,14 @@ def main(argv: list[str]) -> int:
     uploads = settings.push and not settings.dry_run
     if uploads:
         check_access(settings.push, repo_type=kind, private=settings.private)
-    built = build(settings)
+    try:
+        built = build(settings)
+    except BadInputError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise BadInputError(DISK_FULL) from error
+        raise
     folder = built.folder
     print(f"built {folder}: {len(files_of(folder))} files, {format_size(_num_bytes(folder))}", flush=True)
     if settings.dry_run:

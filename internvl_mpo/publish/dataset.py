@@ -20,7 +20,6 @@ from internvl_mpo.publish.settings import Built, HubSettings
 from internvl_mpo.settings import setting
 
 MANIFEST = "manifest.json"
-SIGNS = (MANIFEST, "README.md")
 _READER = Path(__file__).with_name("clean_rows.py")
 _PLACEHOLDER = "org/MMPR"  # what a card calls its repository until it is known
 
@@ -50,7 +49,7 @@ def publish_dataset(settings: DatasetSettings) -> Built:
     if not source.is_dir():
         raise BadInputError(f"data folder '{source}' does not exist; make it with dataset_scripts/convert_mmpr.py")
     _check_source(source, settings)
-    with replaced_folder(settings.output, sources=[source], signs=SIGNS) as folder:
+    with replaced_folder(settings.output, sources=[source]) as folder:
         for name, path in files_of(source).items():
             link(path, folder, name)
         _tidy_card(folder, settings.push)

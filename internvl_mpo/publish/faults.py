@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 LONGEST_WAIT = 300  # seconds; a server that asks for more is asked again by the user
+DISK_FULL = "the disk is full; free some space and run the same command again"
 _NO_ROOM = ("storage", "quota", "limit reached")  # how the Hub words it
 
 
@@ -30,9 +31,8 @@ def diagnose(error: BaseException, repository: str) -> Fault:
         repository: owner/name.
     """
     chain = list(_chain(error))
-    for one in chain:
-        if isinstance(one, OSError) and one.errno == errno.ENOSPC:
-            return Fault("the disk is full; free some space and run the same command again", None)
+    if any(is_disk_full(one) for one in chain):
+        return Fault(DISK_FULL, None)
     for one in chain:
         response = getattr(one, "response", None)
         if response is not None:
@@ -43,6 +43,12 @@ def diagnose(error: BaseException, repository: str) -> Fault:
     if isinstance(error, RuntimeError):  # what hf_xet raises
         return Fault(f"the upload broke off: {text}", 0)
     return Fault(f"{repository} was not written: {text}", None)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """safetensors and pyarrow raise their own kinds, with the number of the system's error in the text."""
+    texts = ("No space left on device", "StorageFull", "code: 28")
+    return getattr(error, "errno", None) == errno.ENOSPC or any(text in str(error) for text in texts)
 
 
 def _of_status(response: Any, repository: str) -> Fault:

@@ -12,13 +12,14 @@ from internvl_mpo.errors import BadInputError
 
 
 @contextlib.contextmanager
-def replaced_folder(output: str | Path, *, sources: Sequence[str | Path], signs: Sequence[str]) -> Iterator[Path]:
+def replaced_folder(output: str | Path, *, sources: Sequence[str | Path]) -> Iterator[Path]:
     """Give a new folder to build in; it takes the place of `output` when the block succeeds.
+
+    A hidden file beside the folder tells later runs that the folder was built here and may be replaced.
 
     Args:
         output: may exist if an earlier run built it.
         sources: folders that are read, which must not be touched.
-        signs: files by which a folder is known to be built by an earlier run.
 
     Raises:
         BadInputError: `output` holds, or lies around, something that is not ours to replace.
@@ -28,16 +29,16 @@ def replaced_folder(output: str | Path, *, sources: Sequence[str | Path], signs:
     for source in sources:
         if where == Path(source).resolve() or where in Path(source).resolve().parents:
             raise BadInputError(f"output is the source folder {source}, or lies around it; give another folder")
-    if output.exists():
-        if not output.is_dir():
-            raise BadInputError(f"output {output} is a file; give a folder")
-        built = any((output / sign).exists() for sign in signs) and not (output / ".git").exists()
-        if any(output.iterdir()) and not built:
-            raise BadInputError(f"output {output} holds other things; give an empty or a new folder")
+    marker = output.with_name(f".{output.name}.built")
+    if output.exists() and not output.is_dir():
+        raise BadInputError(f"output {output} is a file; give a folder")
+    if output.exists() and any(output.iterdir()) and not marker.exists():
+        raise BadInputError(f"output {output} holds other things; give an empty or a new folder")
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     yield part
+    marker.touch()
     shutil.rmtree(output, ignore_errors=True)
     part.rename(output)
 

@@ -18,7 +18,6 @@ from internvl_mpo.publish.weights import parse_size
 from internvl_mpo.records import iter_jsonl
 from internvl_mpo.settings import setting
 
-SIGNS = ("config.json", "adapter_config.json")  # what a folder built here holds
 # Header keys of an upstream card that stay true of the weights, whoever publishes them.
 _INHERITED = ("license_name", "license_link", "language")
 
@@ -70,7 +69,7 @@ def publish_model(settings: ModelSettings) -> Built:
     if variant == "full":
         for evaluation in settings.evaluation:
             _check_scores(Path(evaluation), source)
-    with replaced_folder(settings.output, sources=sources, signs=SIGNS) as folder:
+    with replaced_folder(settings.output, sources=sources) as folder:
         shard = parse_size(settings.max_shard_size)
         if variant == "adapter":
             build_adapter_folder(source, folder, base_model=settings.base_model)

@@ -1,5 +1,6 @@
 """Takes the folders of some computer out of the picture names in a Parquet shard."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ def shorten_names(path: Path) -> bool:
     """Rewrite a shard in which a picture or an image folder has an absolute path; say whether it was necessary.
 
     Official annotation files name some pictures by their place on a cluster. What is below the folder `images` stays;
-    of other paths the last two parts. The file is replaced, not changed: it may be a link to another one.
+    of other paths the last part, in a folder named by a hash, since two pictures may have the same name. The file is
+    replaced, not changed: it may be a link to another one.
     """
     import pyarrow.parquet as pq
 
@@ -65,7 +67,8 @@ def shorten(name: str) -> str:
     parts = [part for part in name.replace("\\", "/").split("/") if part and not part.endswith(":")]
     if "images" in parts[:-1]:
         return "/".join(parts[len(parts) - parts[::-1].index("images") :])
-    return "/".join(parts[-2:])
+    folder = hashlib.sha256("/".join(parts[:-1]).encode()).hexdigest()[:8]
+    return f"{folder}/{parts[-1]}"
 
 
 def _is_absolute(name: str) -> bool:

@@ -70,7 +70,7 @@ def publish_space(settings: SpaceSettings) -> Built:
     source = Path(settings.source)
     if not (source / APP).is_file():
         raise BadInputError(f"{source} holds no {APP}; give the checkout of MPO for InternVL")
-    with replaced_folder(settings.output, sources=[source], signs=(DEFAULTS,)) as folder:
+    with replaced_folder(settings.output, sources=[source]) as folder:
         modules, packages = needed_by(source / APP)
         for path in modules:
             target = folder / path.relative_to(source)

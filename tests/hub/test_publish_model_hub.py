@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from loopback import LoopbackHub
 from PIL import Image
 from published import make_adapter, make_evaluation, make_run, run_as_stranger
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_processor
 
@@ -279,12 +280,33 @@ def test_what_lies_at_the_output_is_not_lost(trained: Path, tmp_path: Path) -> N
     with pytest.raises(BadInputError, match="holds other things"):
         build(trained, taken, *UNPROVED)
     assert (taken / "thesis.tex").exists()
+    another = tmp_path / "another model"
+    shutil.copytree(trained, another)
+    with pytest.raises(BadInputError, match="holds other things"):
+        build(trained, another, *UNPROVED)
     with pytest.raises(BadInputError, match="lies around it"):
         build(trained, trained.parent, *UNPROVED)
     output = build(trained, tmp_path / "built", *UNPROVED)
     (output / "stale.md").write_text("old")
     build(trained, output, *UNPROVED)
     assert not (output / "stale.md").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("Os { code: 28 }")])
+def test_a_full_disk_leaves_what_was_there(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    output = build(trained, tmp_path / "built", *UNPROVED)
+
+    def full(*_, **__) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publishing, "write_card", full)
+        with pytest.raises(BadInputError, match="the disk is full; free some space"):
+            build(trained, output, *UNPROVED)
+    assert (output / "README.md").exists()
+    build(trained, output, *UNPROVED)
 
 
 @pytest.mark.parametrize(
