@@ -38,7 +38,7 @@ def test_the_whole_life(tmp_path: Path) -> None:
     assert "read back from ada/MMPR-mini" in done.stdout
     assert "both models answered" in done.stdout
 
-    folders = {path.name: path for path in (out / "hub").iterdir()}
+    folders = {path.name: path for path in (out / "hub").iterdir() if path.is_dir()}
     assert folders.keys() == {"MMPR-mini", "start-mini", "start-mini-MPO", "demo"}
     card = (folders["start-mini-MPO"] / "README.md").read_text()
     assert "base_model: ada/start-mini" in card
