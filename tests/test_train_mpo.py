@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_world import make_model_folder, make_pictures
+from tiny_world import make_model_folder, make_training_pairs
 
 import train_mpo
 from internvl_mpo.errors import run_program
@@ -27,19 +27,7 @@ def world(tmp_path_factory) -> Path:
     """A model folder, pictures, and 12 pairs: three of each question, text-only ones among them."""
     folder = tmp_path_factory.mktemp("world")
     make_model_folder(folder / "start")
-    make_pictures(folder, 4)
-    rows = []
-    for number in range(12):
-        question = number // 3
-        row = {
-            "question": f"What is shown in {question}?",
-            "chosen": f"A colour, {number}." * (1 + number % 3),
-            "rejected": f"Nothing {number}" + " at all" * (number % 4),
-        }
-        if question:
-            row["image"] = f"{question}.png"
-        rows.append(row)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_training_pairs(folder)
     return folder
 
 

@@ -36,3 +36,22 @@ def make_questions(folder: Path, count: int = 6) -> Path:
             out.write(json.dumps(row) + "\n")
     make_pictures(folder, count)
     return path
+
+
+def make_training_pairs(folder: Path, count: int = 12) -> Path:
+    """Write preference pairs, three of each question, the first question without a picture; return the file."""
+    make_pictures(folder, 4)
+    rows = []
+    for number in range(count):
+        question = number // 3
+        row = {
+            "question": f"What is shown in {question}?",
+            "chosen": f"A colour, {number}." * (1 + number % 3),
+            "rejected": f"Nothing {number}" + " at all" * (number % 4),
+        }
+        if question:
+            row["image"] = f"{question}.png"
+        rows.append(row)
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,213 @@
+"""Kill the training program with SIGKILL again and again; the losses must be those of a run that nobody touched.
+
+    python bench/kill_train.py --kills 20 --json kill_train.json
+
+For each way to train (one process, two ranks, two ranks with DeepSpeed) an unbroken run of a tiny model comes first.
+Then the same command is started, killed at a random moment, and started again, until all kills are spent; then it runs
+to its end. A moment is a step of the run plus a random delay, so that kills fall into training, into saving and, the
+first one, into the time before step one. On two ranks the victim is one rank or all processes. After every start the
+losses logged so far are compared with the unbroken run, bit for bit. Every step writes a checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # runs from a checkout without installation
+
+from internvl_mpo.errors import BadInputError, run_program  # noqa: E402
+from internvl_mpo.settings import parse_settings, setting, show_settings  # noqa: E402
+
+# name -> (ranks, more arguments)
+WAYS = {
+    "one": (1, ()),
+    "two": (2, ()),
+    "two_zero2": (2, ("--deepspeed", str(ROOT / "configs/deepspeed/zero2.json"))),
+    "two_zero3": (2, ("--deepspeed", str(ROOT / "configs/deepspeed/zero3.json"))),
+}
+
+
+@dataclass
+class Settings:
+    """Settings of the benchmark."""
+
+    kills: int = setting(20, help="kills over all ways together")
+    ways: list[str] = setting(["one", "two", "two_zero2"], help="how to train: one, two, two_zero2, two_zero3")
+    steps: int = setting(40, help="steps of a run")
+    seed: int = setting(0, help="decides moments and victims")
+    json: str | None = setting(None, help="file for the figures")
+
+    def __post_init__(self) -> None:
+        for way in self.ways:
+            if way not in WAYS:
+                raise BadInputError(f"ways has '{way}', expected some of {', '.join(WAYS)}")
+        if self.kills < len(self.ways):
+            raise BadInputError(f"kills is {self.kills}, expected at least one for each of {len(self.ways)} ways")
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark."""
+    settings = parse_settings(Settings, argv, program="bench/kill_train.py", about=__doc__, config=False)
+    print(show_settings(settings, "kill_train: settings"), flush=True)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = tiny_world(Path(folder))
+        for number, way in enumerate(settings.ways):
+            kills = settings.kills // len(settings.ways) + (number < settings.kills % len(settings.ways))
+            rng = random.Random(f"{settings.seed} {way}")
+            rows += torture(way, kills, settings.steps, rng, arguments, Path(folder) / way)
+    print(table(rows))
+    same = sum(row["same"] for row in rows)
+    print(f"{same} of {len(rows)} times the losses were bit-identical to the unbroken run")
+    if settings.json:
+        Path(settings.json).write_text(json.dumps({"kills": rows, "same": same}, indent=2) + "\n", encoding="utf-8")
+    return 0 if same == len(rows) else 1
+
+
+def tiny_world(folder: Path) -> list[str]:
+    """Write a random model and pairs, text-only ones among them; return arguments of `train_mpo.py`."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from tiny_world import make_model_folder, make_training_pairs
+
+    make_model_folder(folder / "start")
+    pairs = make_training_pairs(folder)
+    settings = {
+        "model": folder / "start",
+        "data": pairs,
+        "pairs_per_step": 4,
+        "pairs_per_group": 2,
+        "max_length": 900,
+        "max_tokens_per_pack": 1500,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1000,
+        "save_steps": 1,
+        "use_cpu": "true",
+    }
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def torture(
+    way: str, kills: int, steps: int, rng: random.Random, arguments: list[str], folder: Path
+) -> list[dict[str, Any]]:
+    """Kill one run several times and return a row for each kill.
+
+    Args:
+        way: a key of `WAYS`.
+        kills: how often.
+        steps: length of the run.
+        rng: decides moments and victims.
+        arguments: of the training program.
+        folder: where the runs go.
+    """
+    num_ranks, more = WAYS[way]
+    arguments = [*arguments, *more, "--max_steps", str(steps)]
+    whole = folder / "unbroken"
+    if start(num_ranks, [*arguments, "--output_dir", str(whole)], folder / "unbroken.log").wait():
+        raise BadInputError(f"the unbroken run failed:\n{tail(folder / 'unbroken.log')}")
+    expected = losses(whole)
+    output, log = folder / "killed", folder / "killed.log"
+    rows: list[dict[str, Any]] = []
+    for turn in range(kills + 1):
+        process = start(num_ranks, [*arguments, "--output_dir", str(output)], log)
+        if turn < kills:
+            done = max(losses(output), default=0)
+            gap = 2 * (steps - done) // (kills - turn + 1)
+            # the first kill comes before the first step: reading, reference log-probs, start of the ranks
+            moment = min(done + rng.randint(1, max(gap, 1)), steps - 1) if turn else 0
+            victim, step = kill(process, output, moment, num_ranks, rng)
+        elif process.wait():
+            raise BadInputError(f"the run did not go on after a kill:\n{tail(log)}")
+        if rows:  # what this start did tells whether the kill before it did harm
+            found = losses(output)
+            rows[-1]["went_on_from"] = went_on_from(log)
+            rows[-1]["same"] = bool(found) and all(expected[s] == loss for s, loss in found.items())
+            if turn == kills:
+                rows[-1]["same"] &= found == expected
+        if turn < kills:
+            rows.append({"way": way, "ranks": num_ranks, "victim": victim, "at_step": step})
+            print(f"{way}: kill {turn + 1} of {kills}, {victim} after step {step}", flush=True)
+    return rows
+
+
+def start(num_ranks: int, arguments: list[str], log: Path) -> subprocess.Popen:
+    """Start the training program in a session of its own."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    command = [sys.executable, *(launcher if num_ranks > 1 else []), str(ROOT / "train_mpo.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    with open(log, "w", encoding="utf-8") as out:
+        return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+
+
+def kill(process: subprocess.Popen, output: Path, moment: int, num_ranks: int, rng: random.Random) -> tuple[str, int]:
+    """Wait for a step, then a little longer, and kill; return who was killed and the last step that was logged."""
+    import psutil
+
+    launched = time.monotonic()
+    pause = rng.uniform(0, 0.3) if moment else rng.uniform(0, 8)
+    while process.poll() is None and max(losses(output), default=0) < moment:
+        if time.monotonic() - launched > 600:
+            raise BadInputError(f"no step {moment} after ten minutes")
+        time.sleep(0.01)
+    time.sleep(pause)
+    if process.poll() is not None:
+        raise BadInputError(f"the run ended before it could be killed after step {moment}; raise steps")
+    tree = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in tree if "train_mpo.py" in " ".join(child.cmdline())]
+    if num_ranks > 1 and len(ranks) == num_ranks and rng.random() < 0.5:
+        number = rng.randrange(num_ranks)
+        victim = f"rank {number}"
+        sorted(ranks, key=lambda rank: rank.pid)[number].kill()
+        process.wait()  # the launcher takes the other ranks down
+    else:
+        victim = "all"
+        for pid in (process.pid, *(child.pid for child in tree)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+    psutil.wait_procs(tree, timeout=60)
+    return victim, max(losses(output), default=0)
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Loss of every step that was logged; the last line may be half-written."""
+    path = output / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def went_on_from(log: Path) -> str:
+    """What the program said it went on from."""
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if line.startswith("going on from "):
+            return line.rsplit("/", 1)[-1]
+    return "the start"
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A printable table of the kills."""
+    lines = [f"{'way':<10} {'victim':<7} {'after step':>10}  {'went on from':<14} losses"]
+    for row in rows:
+        verdict = "identical" if row["same"] else "DIFFER"
+        lines.append(f"{row['way']:<10} {row['victim']:<7} {row['at_step']:>10}  {row['went_on_from']:<14} {verdict}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,154 @@
+"""Two ranks on the CPU (gloo): whatever cuts weights and pairs in pieces, the losses are those of one process.
+
+pytest tests/test_distributed.py
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train_mpo import ROOT, arguments, losses, train, world  # noqa: F401 - world is a fixture
+
+sys.path.insert(0, str(ROOT / "bench"))
+from kill_train import tiny_world, torture
+
+pytest.importorskip("deepspeed")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+LORA = ("--lora_rank", "2", "--lora_on", "both")
+# case -> (the run of one process it must equal, arguments)
+CASES = {
+    "ddp": ("full", ()),
+    "zero1": ("full", ("--deepspeed", "zero1")),
+    "zero2": ("full", ("--deepspeed", "zero2")),
+    "zero3": ("full", ("--deepspeed", "zero3")),
+    "zero3, several packs a rank": ("full", ("--deepspeed", "zero3", "--max_tokens_per_pack", "650")),
+    "zero3, offload": ("full", ("--deepspeed", "zero3_offload")),
+    "zero3, held out": ("held_out", ("--deepspeed", "zero3")),
+    "zero2, lora": ("lora", (*LORA, "--deepspeed", "zero2")),
+    "zero3, lora": ("lora", (*LORA, "--deepspeed", "zero3", "--gradient_checkpointing", "true")),
+    "zero3, lora, adapter off": ("lora", (*LORA, "--deepspeed", "zero3", "--reference", "adapter_off")),
+    "zero2, moving reference": ("moving", ("--deepspeed", "zero2")),
+}
+ALONE = {
+    "full": (),
+    "held_out": ("--held_out_share", "0.4", "--pairs_per_step", "2", "--num_eval_samples", "1",
+                 "--eval_sample_tokens", "4"),
+    "lora": LORA,
+    "moving": ("--reference_sync_steps", "2"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory) -> Path:  # noqa: F811
+    """Runs of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name, more in ALONE.items():
+        assert train(world, folder / name, *more) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(world, tmp_path_factory) -> Path:  # noqa: F811
+    """The same on two ranks, all cases in one process group."""
+    folder = tmp_path_factory.mktemp("together")
+    configs = {}
+    for path in (ROOT / "configs/deepspeed").glob("*.json"):
+        config = json.loads(path.read_text())
+        config["zero_force_ds_cpu_optimizer"] = False  # compiling DeepSpeed's own would take minutes
+        configs[path.stem] = folder / path.name
+        configs[path.stem].write_text(json.dumps(config))
+    cases = []
+    for name, (twin, more) in CASES.items():
+        more = [str(configs.get(word, word)) for word in (*more, *ALONE[twin])]
+        cases.append(arguments(world, folder / name, *more))
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [*TORCHRUN, str(ROOT / "tests/distributed_worker.py"), str(folder / "cases.json")]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=900)
+    codes = (folder / "cases.json.done").read_text().split()
+    assert codes == ["0"] * len(CASES), result.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_give_the_losses_and_the_folder_of_one_process(alone, together, case):
+    twin = alone / CASES[case][0]
+    expected, found = losses(twin), losses(together / case)
+    assert found.keys() == expected.keys()
+    assert [found[step] for step in expected] == pytest.approx(list(expected.values()), rel=1e-5)
+    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (twin, together / case))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert two[name].shape == weight.shape, name
+        # Adam divides by the root of tiny gradients, so a few weights feel the rounding of a sum more than losses do
+        torch.testing.assert_close(
+            two[name], weight, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name} {text}"
+        )
+
+
+@pytest.mark.slow
+def test_a_rank_without_any_picture_was_among_the_steps(world):  # noqa: F811
+    from internvl_mpo.mmpr import iter_pairs
+    from internvl_mpo.steps import plan_steps
+
+    rows = list(iter_pairs(world / "pairs.jsonl"))
+    keys = [row.key for row in rows]
+    steps = plan_steps(keys, [1] * len(rows), pairs_per_step=4, pairs_per_group=2, seed=42, epoch=0)
+    with_picture = [[bool(rows[group[0]].pair.images) for group in step] for step in steps]
+    assert [True, False] in [sorted(step, reverse=True) for step in with_picture]  # two groups, two ranks
+
+
+@pytest.mark.slow
+def test_ranks_may_change_without_deepspeed_and_not_with_it(world, alone, together, tmp_path, capfd):  # noqa: F811
+    constant = ("--lr_scheduler_type", "constant")
+    assert train(world, tmp_path / "whole", *constant) == 0
+    # two ranks for two steps, then one process: two launches
+    command = [*TORCHRUN, str(ROOT / "train_mpo.py")]
+    half = arguments(world, tmp_path / "run", *constant, "--max_steps", "2")
+    subprocess.run([*command, *half], env=ENVIRONMENT, capture_output=True, check=True, timeout=300)
+    assert train(world, tmp_path / "run", *constant) == 0
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert [found[step] for step in expected] == pytest.approx(list(expected.values()), rel=1e-5)
+    capfd.readouterr()
+    # a checkpoint of two ranks under ZeRO-2, now without DeepSpeed
+    assert train(world, together / "zero2", "--resume", str(together / "zero2" / "checkpoint-2")) == 2
+    assert "was made with ZeRO-2, now it is no DeepSpeed" in capfd.readouterr().err
+
+
+def test_zero_checkpoints_of_another_number_of_ranks_are_refused(tmp_path):
+    from internvl_mpo.checkpoint import check_resumable, write_state
+    from internvl_mpo.errors import BadInputError
+
+    state = {"fingerprint": {}, "engine": "ZeRO-3", "num_ranks": 8, "steps_per_epoch": 10}
+    write_state(tmp_path, state)
+    check_resumable(tmp_path, state)
+    with pytest.raises(BadInputError, match="was made with ZeRO-3 on 8 ranks, which cannot be divided among 4"):
+        check_resumable(tmp_path, {**state, "num_ranks": 4})
+    write_state(tmp_path, {**state, "engine": "no DeepSpeed"})
+    check_resumable(tmp_path, {**state, "engine": "no DeepSpeed", "num_ranks": 4})
+    with pytest.raises(BadInputError, match="counts 10 steps an epoch, 4 ranks would make it 9"):
+        check_resumable(tmp_path, {**state, "engine": "no DeepSpeed", "num_ranks": 4, "steps_per_epoch": 9})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "kills"), [("one", 3), ("two", 2), ("two_zero2", 2)])
+def test_kill_9_and_the_same_command_give_the_same_losses(tmp_path, way, kills):
+    rows = torture(way, kills, 16, random.Random(way), tiny_world(tmp_path), tmp_path / way)
+    assert [row["same"] for row in rows] == [True] * kills, rows
+
+
+def test_the_local_rank_that_the_deepspeed_launcher_adds_is_taken(monkeypatch):
+    from internvl_mpo.distributed import take_local_rank
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert take_local_rank(["--local_rank=3", "--beta", "0.1"]) == ["--beta", "0.1"]
+    assert os.environ.pop("LOCAL_RANK") == "3"
+    assert take_local_rank(["--beta", "0.1", "--local-rank", "1"]) == ["--beta", "0.1"]
+    assert os.environ.pop("LOCAL_RANK") == "1"
