@@ -312,6 +312,10 @@ def plan(
             f"{len(rows)} pairs ({total} a pass), {sampler.num_steps} steps a pass of {settings.pairs_per_step} pairs, "
             f"in {ranks} x {accumulation} packs of at most {settings.max_tokens_per_pack} tokens"
         )
+        if settings.preference == "aot" and ranks * accumulation > 1:
+            print(
+                "note: aot compares the pairs of one pack, so this cutting is part of the result; see docs/training.md"
+            )
     return replace(settings, gradient_accumulation_steps=accumulation), rows, counts, sizes
 
 
@@ -388,11 +392,14 @@ def load_policy(settings: Any) -> Any:
         BadInputError: its weights cannot be loaded.
     """
     from internvl_mpo.distributed import start_ranks
+    from internvl_mpo.logps import attach_scoring
     from internvl_mpo.policy import load_model
 
     start_ranks(settings)
     try:
-        return load_model(settings.model, weights_dtype(settings), in_4bit=settings.load_in_4bit)
+        # Scoring is attached before any adapter, whether or not reference log-probs are still missing: a resumed run
+        # must take the very same path through the model.
+        return attach_scoring(load_model(settings.model, weights_dtype(settings), in_4bit=settings.load_in_4bit))
     except (OSError, ValueError) as error:
         if isinstance(error, BadInputError):
             raise

@@ -58,6 +58,13 @@ ROOMS = {
         *("pyarrow", METHOD + "encoding", METHOD + "errors", METHOD + "mmpr", METHOD + "packing", METHOD + "records"),
         METHOD + "reference_cache",
     },
+    "internvl_mpo/checkpoint.py": {METHOD + "errors", METHOD + "records"},
+    "internvl_mpo/live_reference.py": {"torch", "safetensors", METHOD + "errors", METHOD + "logps", METHOD + "packing"},
+    "internvl_mpo/policy.py": {
+        *("torch", "transformers", "safetensors", "peft", "bitsandbytes", "deepspeed"),
+        *(METHOD + "errors", "modeling_internvl_mpo"),
+    },
+    "internvl_mpo/distributed.py": {"torch", "deepspeed", METHOD + "errors", METHOD + "policy"},
     "internvl_mpo/reference_cache.py": {"torch", "pyarrow", METHOD + "errors", METHOD + "records"},
     "internvl_mpo/publish/hub.py": {"huggingface_hub", METHOD + "errors", METHOD + "publish.faults"},
     "internvl_mpo/publish/faults.py": set(),
