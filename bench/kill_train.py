@@ -133,6 +133,8 @@ def torture(
             rows[-1]["same"] = bool(found) and all(expected[s] == loss for s, loss in found.items())
             if turn == kills:
                 rows[-1]["same"] &= found == expected
+            verdict = "identical" if rows[-1]["same"] else "DIFFER"
+            print(f"{way}: went on from {rows[-1]['went_on_from']}, losses {verdict}", flush=True)
         if turn < kills:
             rows.append({"way": way, "ranks": num_ranks, "victim": victim, "at_step": step})
             print(f"{way}: kill {turn + 1} of {kills}, {victim} after step {step}", flush=True)
