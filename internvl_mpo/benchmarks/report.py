@@ -24,23 +24,40 @@ _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse;margin:.5rem 0}
 td,th{padding:.15rem .6rem;text-align:left;vertical-align:top}
+.bars{width:100%;max-width:56rem}
+.bars td:nth-child(2){width:45%}
 .bar{height:.9rem;background:#b9c4d0}
 .own .bar{background:#2a6fb0}
 .own td{font-weight:600}
 .question{border-top:1px solid #ddd;padding:.8rem 0;display:flex;gap:1rem}
 .question img{max-width:200px;max-height:200px}
-.answers{display:flex;gap:1rem}
-.answer{flex:1;min-width:0}
+.answers{display:flex;flex-wrap:wrap;gap:1rem}
+.answer{flex:1 1 12rem;min-width:0}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0}
 .right{color:#17753a}
 .wrong{color:#b3261e}
 .unanswered,.unscored{color:#8a6d00}
-nav button{margin-right:.4rem}
+nav button{margin:0 .4rem .4rem 0}
+nav button[aria-pressed=true]{background:#2a6fb0;color:#fff}
 small{color:#555}
-[hidden]{display:none}
+[hidden]{display:none!important}
+@media(max-width:40rem){
+body{margin:1rem auto}
+.question{flex-direction:column}
+td,th{padding:.15rem .3rem}
+.bars tr{display:grid;grid-template-columns:1fr 1fr 3rem}
+.bars td:nth-child(2){width:auto}
+.bars td:nth-child(4),.bars td[colspan]{grid-column:1/-1}
+details{overflow-x:auto}
+}
 """
+_HEAD = (
+    "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+    "<title>Evaluation</title>"
+)
 _SCRIPT = """
-function show(state){document.querySelectorAll('.question').forEach(q=>
+function show(button,state){document.querySelectorAll('nav button').forEach(b=>b.ariaPressed=b===button)
+document.querySelectorAll('.question').forEach(q=>
  q.hidden=state!=='all'&&!q.dataset.states.split(' ').includes(state))}
 """
 
@@ -52,7 +69,7 @@ def report_html(runs: Sequence[Path]) -> str:
         BadInputError: a folder holds no finished run.
     """
     scores = [_scores(run) for run in runs]
-    parts = ["<!doctype html><meta charset=utf-8><title>Evaluation</title>", f"<style>{_STYLE}</style>"]
+    parts = [_HEAD, f"<style>{_STYLE}</style>"]
     parts.append(f"<h1>Evaluation of {' and '.join(_escape(run.name) for run in runs)}</h1>")
     for name in dict.fromkeys(name for run_scores in scores for name in run_scores):
         parts.append(f"<h2>{_escape(load_benchmark(name).TITLE)}</h2>")
@@ -63,7 +80,7 @@ def report_html(runs: Sequence[Path]) -> str:
         ]
         parts += [_bars(name, summaries), *(_breakdowns(label, summary) for label, summary in summaries)]
     states = ("all", "right", "wrong", "unanswered", "unscored", *(("flipped",) if len(runs) > 1 else ()))
-    buttons = "".join(f"<button onclick=\"show('{state}')\">{state}</button>" for state in states)
+    buttons = "".join(f"<button onclick=\"show(this,'{state}')\">{state}</button>" for state in states)
     parts.append(f"<h2>Questions</h2><nav>{buttons}</nav>")
     parts += _questions(runs)
     parts.append(f"<script>{_SCRIPT}</script>")
@@ -103,14 +120,14 @@ def _bars(name: str, summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             f"<tr><td colspan=4><small>Paper: {_escape(protocol.number)}; {_escape(protocol.program)}; judge "
             f"{_escape(protocol.judge or 'none')}. {_escape(protocol.caution)}</small></td></tr>"
         )
-    return f"<table>{''.join(rows)}</table>"
+    return f"<table class=bars>{''.join(rows)}</table>"
 
 
 def _bar(label: str, value: float | None, scale: float, note: str, kind: str) -> str:
-    width = 0 if value is None else max(0.0, min(1.0, value / scale)) * 320
+    width = 0 if value is None else max(0.0, min(1.0, value / scale)) * 100
     shown = "-" if value is None else f"{value:.1f}"
     return (
-        f"<tr class='{kind}'><td>{_escape(label)}</td><td><div class=bar style='width:{width:.0f}px'></div></td>"
+        f"<tr class='{kind}'><td>{_escape(label)}</td><td><div class=bar style='width:{width:.1f}%'></div></td>"
         f"<td>{shown}</td><td><small>{_escape(note)}</small></td></tr>"
     )
 
