@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants
 from loopback import READER, LoopbackHub
 
+from internvl_mpo.engines.transformers_engine import model_revision
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.publish.hub import check_access, preview, push_folder
 
@@ -282,3 +283,18 @@ def test_xet_uploads_in_chunks_and_a_second_time_not_at_all(
     push(folder, overwrite=True)
     grown = sum(path.stat().st_size for path in hub.xet_folder.rglob("*") if path.is_file()) - sum(stored.values())
     assert grown < 250_000  # only the chunk that changed
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(
+    hub: LoopbackHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference log-probs and answers are kept under it; transformers 5 no longer notes it on every config."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    push(folder)
+    first = hub.repository("models", NAME).head("main").oid
+    assert model_revision(NAME) == first
+    (folder / "config.json").write_text("{}")
+    push(folder, overwrite=True)
+    assert model_revision(NAME) == hub.repository("models", NAME).head("main").oid != first
