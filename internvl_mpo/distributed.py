@@ -7,8 +7,10 @@ when ZeRO-3 has partitioned the weights.
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +45,30 @@ def engine_name(args: Any) -> str:
     return "no DeepSpeed" if stage is None else f"ZeRO-{stage}"
 
 
+def release_stale_locks() -> list[Path]:
+    """Delete locks of DeepSpeed's compiled operators that nobody holds, and return them.
+
+    A process that is killed while it compiles or loads an operator leaves its lock behind, and every later run would
+    wait for it forever. Whoever holds a lock has it open, so `/proc` tells. On several machines the holder may be
+    elsewhere: there only locks older than ten minutes go.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    several = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
+    locks = [lock for lock in root.glob("**/lock") if not several or time.time() - lock.stat().st_mtime > 600]
+    if not locks or not Path("/proc/self/fd").is_dir():
+        return []
+    opened = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # a process of somebody else, or one that has just ended
+            opened.add(os.readlink(link))
+    stale = [lock for lock in locks if str(lock.resolve()) not in opened]
+    for lock in stale:
+        lock.unlink(missing_ok=True)
+    return stale
+
+
 def start_ranks(args: Any) -> None:
     """Join the process group of DeepSpeed before the weights are read.
 
@@ -54,6 +80,8 @@ def start_ranks(args: Any) -> None:
         import deepspeed
     except ImportError as error:
         raise BadInputError("setting 'deepspeed' needs DeepSpeed; pip install deepspeed, or leave it out") from error
+    for lock in release_stale_locks():
+        print(f"{lock} was left by a killed process and was removed", flush=True)
 
     # DeepSpeed calls collectives by names that torch renames, once a call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")

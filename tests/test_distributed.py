@@ -152,3 +152,15 @@ def test_the_local_rank_that_the_deepspeed_launcher_adds_is_taken(monkeypatch):
     assert os.environ.pop("LOCAL_RANK") == "3"
     assert take_local_rank(["--beta", "0.1", "--local-rank", "1"]) == ["--beta", "0.1"]
     assert os.environ.pop("LOCAL_RANK") == "1"
+
+
+def test_a_lock_that_a_killed_compiler_left_does_not_stop_the_next_run(tmp_path, monkeypatch):
+    from internvl_mpo.distributed import release_stale_locks
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name in ("stale", "held"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+    with open(tmp_path / "held" / "lock"):
+        assert release_stale_locks() == [tmp_path / "stale" / "lock"]
+    assert (tmp_path / "held" / "lock").exists()
