@@ -17,7 +17,6 @@ import functools
 import json
 import re
 import sys
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -38,6 +37,7 @@ from internvl_mpo.packed_attention import segment_attention
 from internvl_mpo.packing import Group, Pack, pack_groups
 from internvl_mpo.policy import Part, add_adapters, freeze
 from internvl_mpo.settings import parse_settings, read_yaml, setting
+from internvl_mpo.speed import checkpoint_parts
 from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel
 
 GIB = 2**30
@@ -80,7 +80,8 @@ class Setup:
         dtype: type of the weights.
         autocast: type that matrix products run in where the weights are wider, or None.
         optim: as in TrainingArguments.
-        gradient_checkpointing: whether layers are computed again in the backward pass.
+        gradient_checkpointing: layers of both towers are computed again in the backward pass.
+        checkpoint_vision, checkpoint_language: those of one tower are.
         lora_rank: rank of adapters, 0 trains the weights themselves.
         lora_on: which tower gets them.
         load_in_4bit: NF4 weights of the language model.
@@ -100,6 +101,8 @@ class Setup:
     autocast: str | None = None
     optim: str = "adamw_torch_fused"
     gradient_checkpointing: bool = True
+    checkpoint_vision: bool = False
+    checkpoint_language: bool = False
     lora_rank: int = 0
     lora_on: Part = "language"
     load_in_4bit: bool = False
@@ -360,14 +363,12 @@ def _fake_policy(config: InternVLChatConfig, setup: Setup) -> Iterator[nn.Module
     attach_scoring(model, attention="segments")
     if setup.attention == "fused":
         model.language_model.set_attn_implementation("fused_for_estimate")
-    if setup.gradient_checkpointing:
-        with warnings.catch_warnings():  # transformers is renaming the method
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+    both = setup.gradient_checkpointing
+    checkpoint_parts(model, vision=both or setup.checkpoint_vision, language=both or setup.checkpoint_language)
     policy = model
     if setup.lora_rank:
         policy = add_adapters(model, rank=setup.lora_rank, on=setup.lora_on, base="none")
-        if setup.gradient_checkpointing:
+        if both:
             model.enable_input_require_grads()
     policy.train()
     with FakeTensorMode(allow_non_fake_inputs=True):  # peft cannot move fake tensors, so they come last
@@ -506,6 +507,8 @@ class EstimateSettings:
     autocast: str | None = setting(None, help="type of matrix products where weights are float32")
     optim: str | None = setting(None, help="as in TrainingArguments")
     gradient_checkpointing: bool | None = setting(None, help="compute layers again in the backward pass")
+    checkpoint_vision: bool | None = setting(None, help="those of the vision tower alone")
+    checkpoint_language: bool | None = setting(None, help="those of the language model alone")
     lora_rank: int | None = setting(None, help="rank of adapters; 0 trains all weights")
     lora_on: Part | None = setting(None, help="language, vision or both")
     load_in_4bit: bool | None = setting(None, help="language model in 4 bits")

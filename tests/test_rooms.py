@@ -47,7 +47,7 @@ ROOMS = {
     "internvl_mpo/throughput.py": {"torch", "psutil", METHOD + "last_layer", METHOD + "packing"},
     "internvl_mpo/memory_estimate.py": {
         *("torch", "transformers", "modeling_internvl_mpo"),
-        *(METHOD + name for name in ("errors", "logps", "packed_attention", "packing", "policy", "settings")),
+        *(METHOD + name for name in ("errors", "logps", "packed_attention", "packing", "policy", "settings", "speed")),
     },
     "internvl_mpo/replay.py": {
         *("torch", "transformers", "peft", "modeling_internvl_mpo"),
