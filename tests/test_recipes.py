@@ -64,7 +64,9 @@ def test_the_memory_in_a_recipe_is_what_the_command_prints(name, monkeypatch, ca
 def test_a_shell_file_parses_and_names_files_there_are(path):
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     if shutil.which("shellcheck"):
-        result = subprocess.run(["shellcheck", "--severity=warning", str(path)], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            ["shellcheck", "--severity=warning", str(path)], capture_output=True, text=True, check=False
+        )
         assert result.returncode == 0, result.stdout
     for name in re.findall(r"(?:configs|runs)/[\w.]+\.\w+", path.read_text()):
         assert (ROOT / name).is_file(), name
