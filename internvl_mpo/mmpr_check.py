@@ -88,8 +88,10 @@ class Part:
         name: of the file; `numbers` are its lines or rows.
         rows: hashes per usable pair: of its content, its id, its prompt, and a similarity hash of its responses.
         numbers: line or row of each.
+        subsets: names; `members` says which of them each pair belongs to.
         num_lines: lines of this part, added to the numbers of later parts of the file.
-        shown: (example of the benchmark index, picture) of matches.
+        matched: as in `Report`.
+        shown: as in `Report`.
     """
 
     name: str

@@ -132,6 +132,7 @@ def convert(options: Options, output: Path, *, workers: int = 1, rejects: Path |
     finished = _finished(output, fingerprint)
     if finished is not None:
         return finished
+    _token_counter(options.tokenizer)  # refused before any work
     work.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     shards = _load_plan(work, fingerprint, output)
@@ -190,12 +191,11 @@ class Index:
 
     Attributes:
         start, stop: bytes covered.
-        num_lines: lines in them, blank ones too.
-        offsets: byte offset of every line.
+        offsets: byte offset of every line, blank ones too.
         ids: hash of the pair's id, 0 for a line that is none.
         costs: bytes of text.
-        pictures: bytes of each picture of the part, by a hash of its path.
-        shown: (line, picture) indices, flat.
+        pictures: bytes of each picture of the part, by its number.
+        shown: (line, picture) numbers, flat.
     """
 
     start: int
@@ -569,9 +569,14 @@ def _problems(subset: Subset) -> list[str]:
 def _token_counter(tokenizer: str | None) -> Callable[[str], int] | None:
     if tokenizer is None:
         return None
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # not AutoTokenizer: no code of a model folder is run
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    try:
+        loaded = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    except Exception as error:  # the Hub client raises dozens of types
+        raise BadInputError(
+            f"no tokenizer.json in {tokenizer} ({error}); `python -m internvl_mpo.publish model` makes one"
+        ) from error
     return lambda text: len(loaded(text, add_special_tokens=False)["input_ids"])
 
 

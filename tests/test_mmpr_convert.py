@@ -457,6 +457,23 @@ def test_workers_do_not_change_a_byte_and_a_rerun_does_nothing(world, tmp_path):
         assert hashlib.sha256((tmp_path / "out" / shard["path"]).read_bytes()).hexdigest() == shard["sha256"]
 
 
+def test_tokens_are_counted_with_a_tokenizer_and_no_code_of_its_folder_is_run(world, tmp_path):
+    from tiny import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "evil.Evil"}}')
+    (tmp_path / "tokenizer" / "evil.py").write_text("raise SystemExit(3)")
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "rows.jsonl").write_text('{"question": "four", "chosen": "three", "rejected": "no"}\n')
+    options = Options(str(raw / "rows.jsonl"), tokenizer=str(tmp_path / "tokenizer"))
+    sums = convert(options, tmp_path / "out").statistics.sums
+    assert [sums["tokens", side]["tokens"] for side in ("question", "chosen", "rejected")] == [4, 5, 2]  # one per byte
+    with pytest.raises(BadInputError, match=r"no tokenizer\.json in"):
+        convert(Options(str(raw / "rows.jsonl"), tokenizer=str(raw)), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_another_release_or_setting_is_refused_for_the_same_output(world, tmp_path):
     convert(Options(str(world / "folders")), tmp_path / "out")
     with pytest.raises(BadInputError, match="was made from another release or with other settings"):
