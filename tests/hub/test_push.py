@@ -288,7 +288,7 @@ def test_xet_uploads_in_chunks_and_a_second_time_not_at_all(
 def test_a_model_of_the_hub_is_known_by_its_commit(
     hub: LoopbackHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reference log-probs and answers are kept under it; transformers 5 no longer notes it on every config."""
+    """Reference log-probs and answers are kept under it; our configuration does not carry `_commit_hash`."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
