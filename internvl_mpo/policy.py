@@ -29,10 +29,15 @@ Part = Literal["language", "vision", "both"]
 PARTS = {"vision tower": "vision_model.", "projector": "mlp1.", "language model": "language_model."}
 # Linear layers of InternViT that adapters go to.
 VISION_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+# Rates in the configurations of InternViT and of the language models.
+NOISE_RATES = ("dropout", "drop_path_rate", "attention_dropout", "resid_pdrop", "embd_pdrop")
 
 
 def load_model(source: str, dtype: torch.dtype, *, in_4bit: bool = False) -> nn.Module:
-    """Return the model of a folder or Hub id.
+    """Return the model of a folder or Hub id, with dropout and drop path switched off.
+
+    Noise that policy and reference do not share would be read as a preference, so the rates a checkpoint may carry (of
+    its own training) are set to 0 in its configuration.
 
     Args:
         source: folder or Hub id.
@@ -45,9 +50,14 @@ def load_model(source: str, dtype: torch.dtype, *, in_4bit: bool = False) -> nn.
         OSError: from transformers, if there is no such model.
         ValueError: from transformers, if the model does not fit its configuration.
     """
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
 
-    options: dict[str, Any] = {"dtype": dtype}
+    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+    for part in (config.vision_config, config.llm_config):
+        for rate in NOISE_RATES:
+            if getattr(part, rate, 0.0):
+                setattr(part, rate, 0.0)
+    options: dict[str, Any] = {"dtype": dtype, "config": config}
     if in_4bit:
         try:
             import bitsandbytes  # noqa: F401 - transformers would name the package less clearly

@@ -16,7 +16,14 @@ from tiny import tiny_model
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.live_reference import MovingReference
-from internvl_mpo.policy import add_adapters, check_saved_weights, freeze, trainable_table, whole_weights
+from internvl_mpo.policy import (
+    add_adapters,
+    check_saved_weights,
+    freeze,
+    load_model,
+    trainable_table,
+    whole_weights,
+)
 
 LORA = ("--lora_rank", "2", "--max_steps", "2")
 
@@ -24,6 +31,21 @@ LORA = ("--lora_rank", "2", "--max_steps", "2")
 def moved_parts(before, after) -> set[str]:
     assert before.keys() == after.keys()
     return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", ["internlm2", "phi3"])
+def test_noise_a_checkpoint_was_trained_with_is_not_read_as_a_preference(tmp_path, backbone):
+    noisy_vision, noisy_text = {"drop_path_rate": 0.9, "dropout": 0.5}, {"attention_dropout": 0.5, "resid_pdrop": 0.5}
+    model = tiny_model(backbone, vision_config=noisy_vision, llm_config=noisy_text)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), torch.float32).train()
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "pixel_values": torch.randn(1, 3, 28, 28)}
+    inputs["input_ids"][0, 1] = loaded.config.image_token_id
+    assert torch.equal(loaded(**inputs).logits, loaded(**inputs).logits)
+    assert not torch.equal(model.train()(**inputs).logits, model(**inputs).logits)
 
 
 # --- freezing ---------------------------------------------------------------------------------------------------------
