@@ -1,9 +1,9 @@
-"""Package metadata. Programs (train_mpo.py, evaluate_mpo.py, dataset_scripts/) run from the checkout."""
+"""Package metadata. Programs (train_mpo.py, evaluate_mpo.py, app.py, dataset_scripts/) run from the checkout."""
 
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "internvl_mpo/__init__.py").read_text(encoding="utf-8"))[1]
@@ -14,6 +14,7 @@ EXTRAS = {
     "data": ["ray[data]>=2.40"],
     "eval": ["evaluate>=0.4.5"],
     "demo": ["gradio>=6", "peft>=0.17"],
+    "kernels": ["liger-kernel>=0.5"],  # for CUDA; flash-attn, if wanted, is installed by its own instructions
     "dev": [
         "hypothesis",
         "ipykernel",
@@ -25,7 +26,7 @@ EXTRAS = {
         "trl>=1.16",
     ],
 }
-EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "kernels" for requirement in EXTRAS[name]})
 
 setup(
     name="internvl-mpo",
@@ -35,7 +36,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["internvl_mpo", "internvl_mpo.benchmarks", "internvl_mpo.engines", "modeling_internvl_mpo"],
+    packages=find_packages(include=["internvl_mpo", "internvl_mpo.*", "modeling_internvl_mpo"]),
+    package_data={"internvl_mpo.demo": ["style.css"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.17",
