@@ -62,6 +62,8 @@ def together(world, tmp_path_factory) -> Path:  # noqa: F811
     for path in (ROOT / "configs/deepspeed").glob("*.json"):
         config = json.loads(path.read_text())
         config["zero_force_ds_cpu_optimizer"] = False  # compiling DeepSpeed's own would take minutes
+        for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # allocated whole: 4 GB a rank as they stand
+            config["zero_optimization"][bucket] = 1_000_000
         configs[path.stem] = folder / path.name
         configs[path.stem].write_text(json.dumps(config))
     cases = []
