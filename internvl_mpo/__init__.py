@@ -5,4 +5,4 @@ and `objective` need torch; `trainer` needs transformers. Import what you use, f
 `from internvl_mpo.objective import mpo_loss`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
