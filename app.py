@@ -12,7 +12,6 @@ more: the API, the form of the votes, what is stored and what is not.
 """
 
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -35,8 +34,7 @@ DEFAULTS = Path(__file__).with_name("app.yaml")
 
 
 def read_settings(argv: list[str]) -> DemoSettings:
-    """Read the command line, over app.yaml if there is one; `--base-url` is `--base_url`."""
-    argv = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+    """Read the command line, over app.yaml if there is one."""
     if DEFAULTS.is_file() and not any(word.partition("=")[0] == "--config" for word in argv):
         argv = ["--config", str(DEFAULTS), *argv]
     if not argv:

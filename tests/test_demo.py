@@ -564,7 +564,7 @@ class _OpenAI(BaseHTTPRequestHandler):
             )
             return
         if self.mode == "plain":
-            self._whole(400, {"error": "this server does not stream"})
+            self._whole(400, {"error": "no stream here"})
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -648,20 +648,30 @@ def test_stopping_hangs_up_on_the_server(openai):
     assert wait_until(handler.cut_off.is_set, 5)
 
 
-def test_our_own_server_answers_too(model_folder):
+def test_our_own_server_streams_and_remembers_the_first_question(model_folder, monkeypatch):
     from internvl_mpo.engines.serve import BatchServer
     from internvl_mpo.engines.transformers_engine import TransformersEngine
 
+    monkeypatch.setattr("internvl_mpo.engines.DRAFT_SECONDS", 0.0)
     server = BatchServer(TransformersEngine(model_folder), "mini")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         backend = Servers({"base": server.url, "mpo": server.url}, {"base": None, "mpo": None})
-        question = ask_question(images=[picture(width=90, height=40)])
-        served, here = (
-            finish(backend.stream(question)),
-            finish(LocalModels(model_folder, model_folder).stream(question)),
-        )
+        local = LocalModels(model_folder, model_folder)
+        first = ask_question(images=[picture(width=90, height=40)], length=48)
+        here = finish(local.stream(first))
+        frames = list(backend.stream(first))
+        assert frames[-1][1].text == here["mpo"].text
+        assert any(0 < len(mpo.text) < len(here["mpo"].text) for _, mpo in frames)
+        chats = {
+            side: [*first.chats[side], Message("assistant", here[side].text), Message("user", "Sure?")]
+            for side in SIDES
+        }
+        second = Question(chats, first.sampling)
+        served, here = finish(backend.stream(second)), finish(local.stream(second))
+        assert {answer.error for answer in served.values()} == {""}
         assert served["mpo"].text == here["mpo"].text
+        assert here["mpo"].text != finish(local.stream(ask_question("Sure?", length=48)))["mpo"].text
         assert backend.names()["base"].model == "mini"
     finally:
         server.shutdown()

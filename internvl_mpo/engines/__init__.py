@@ -8,13 +8,16 @@ Every engine takes `Request`s and yields one `Reply` for each, in any order; a r
 back with `error` set and is never dropped. This file has no heavy imports, so that settings can be checked first.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from internvl_mpo.errors import BadInputError
 
 ENGINES = ("transformers", "http", "vllm")
+DRAFT_SECONDS = 0.03  # between two looks at a reply that grows; decoding every token anew would slow long ones down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,38 @@ class Sampling:
             raise BadInputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
 
 
+class Draft:
+    """A reply while it is written: an engine in this process adds tokens, a reader takes the text so far.
+
+    Args:
+        changed: is set whenever the text has grown.
+
+    Attributes:
+        text: what is there; the end of it may still change.
+        cancelled: set by a reader that has gone; the engine drops the reply at its next token.
+    """
+
+    def __init__(self, changed: threading.Event):
+        self.text = ""
+        self.cancelled = False
+        self._changed = changed
+        self._decode: Callable[[list[int]], str] = str
+        self._tokens: list[int] = []
+        self._looked = 0.0
+
+    def begin(self, decode: Callable[[list[int]], str]) -> None:
+        """Start, or start again where a batch did not fit into memory; the same seed draws the same tokens."""
+        self._decode, self._tokens, self._looked = decode, [], 0.0
+
+    def add(self, token: int) -> None:
+        """Take a token. Decodes in the engine's thread, since tokenizers are not made for two at a time."""
+        self._tokens.append(token)
+        if time.monotonic() - self._looked >= DRAFT_SECONDS:
+            self._looked = time.monotonic()
+            self.text = self._decode(self._tokens)
+            self._changed.set()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One reply that is wanted.
@@ -51,18 +86,24 @@ class Request:
     Attributes:
         id: names the reply.
         question: the user's text; `<image>` marks where a picture goes, in the order of `images`.
-        images: paths or PIL images.
+        images: paths or PIL images, those of earlier turns first.
+        history: earlier turns, (question, answer) pairs; their questions mark pictures as well.
+        system: replaces the model's own system message; None keeps it.
         prefix: beginning of the assistant's turn, to be continued; the reply's text holds only what follows it.
         seed: fixes the draw of this reply, whatever else is in the batch.
         sampling: how tokens are drawn.
+        draft: filled while the reply grows, by engines in this process; None where nobody looks.
     """
 
     id: str
     question: str
     images: tuple[Any, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+    system: str | None = None
     prefix: str = ""
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
+    draft: Draft | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +124,18 @@ class Reply:
     num_tokens: int = 0
     error: str | None = None
     served_model: str = ""
+
+
+def chat_messages(
+    question: str, num_images: int, history: Sequence[tuple[str, str]] = (), system: str | None = None
+) -> list[dict[str, str]]:
+    """Return a conversation as role and content; pictures of a first question that marks none come before it."""
+    if num_images and not history and "<image>" not in question:
+        question = "<image>\n" * num_images + question
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    for asked, answer in history:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": question}]
 
 
 class Engine(Protocol):

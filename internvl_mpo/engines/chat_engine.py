@@ -6,12 +6,14 @@ samples; this one runs it once per sample. Replies are drawn the same way, one u
 reply's own seed.
 """
 
+import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -21,11 +23,13 @@ from transformers import (
     LogitsProcessorList,
     PretrainedConfig,
     ProcessorMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
-from internvl_mpo.engines import Reply, Request, Sampling
+from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
 from internvl_mpo.engines.transformers_engine import (
     WINDOW,
     decode_reply,
@@ -100,24 +104,28 @@ class ChatEngine:
                     continue
                 yield from (reply for reply in self._answer(batch) if reply.id not in done)
 
-    def render(self, question: str, num_images: int, prefix: str = "") -> str:
+    def render(
+        self,
+        question: str,
+        num_images: int,
+        prefix: str = "",
+        history: Sequence[tuple[str, str]] = (),
+        system: str | None = None,
+    ) -> str:
         """Return the prompt as text; `<image>` marks where a picture goes, without marks they come first.
 
         Raises:
             ValueError: another number of marks than of pictures.
         """
-        parts = question.split("<image>")
-        if len(parts) == 1:
-            parts = [""] * num_images + parts
-        if len(parts) - 1 != num_images:
-            raise ValueError(f"{len(parts) - 1} <image> placeholders for {num_images} pictures")
-        content: list[dict[str, str]] = []
-        for number, part in enumerate(parts):
-            content += [{"type": "image"}] if number else []
-            text = part.strip("\n") if num_images else part
-            content += [{"type": "text", "text": text}] if text else []
-        messages = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + prefix
+        messages = chat_messages(question, num_images, history, system)
+        marks = sum(message["content"].count("<image>") for message in messages)
+        if marks != num_images:
+            raise ValueError(f"{marks} <image> placeholders for {num_images} pictures")
+        messages = [{**message, "content": _content(message["content"])} for message in messages]
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + prefix
+        except TemplateError as error:  # some families know no system message
+            raise ValueError(f"the chat template of {self.model_id} refuses the conversation: {error}") from error
 
     def _batches(self, window: list[Request]) -> list[list[Request]]:
         """Requests of one sampler and number of pictures, long questions first."""
@@ -136,7 +144,9 @@ class ChatEngine:
         usable: list[tuple[Request, str, list[Image.Image]]] = []
         for request in batch:
             try:
-                text = self.render(request.question, len(request.images), request.prefix)
+                text = self.render(
+                    request.question, len(request.images), request.prefix, request.history, request.system
+                )
                 usable.append((request, text, [load_picture(image) for image in request.images]))
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 replies.append(Reply(id=request.id, error=str(error)))
@@ -171,6 +181,9 @@ class ChatEngine:
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         prompt_ids = inputs["input_ids"]
+        for request, ids in zip(requests, prompt_ids, strict=True):
+            if request.draft:
+                request.draft.begin(functools.partial(self._decode, ids.tolist(), prefix=request.prefix))
         output = self.model.generate(
             **inputs,
             max_new_tokens=sampling.max_new_tokens,
@@ -180,18 +193,51 @@ class ChatEngine:
             top_k=None,
             top_p=None,
             logits_processor=LogitsProcessorList(_draws(requests)),
+            stopping_criteria=StoppingCriteriaList([_Drafts(requests, self.stop_ids)]),
             eos_token_id=self.stop_ids or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         output = output[:, prompt_ids.shape[1] :]
         return [self._reply(request, prompt_ids[row], output[row].tolist()) for row, request in enumerate(requests)]
 
+    def _decode(self, prompt_ids: list[int], words: list[int], prefix: str) -> str:
+        return decode_reply(self.tokenizer, prompt_ids, words, prefix, skip_special_tokens=True)
+
     def _reply(self, request: Request, prompt_ids: torch.Tensor, output: list[int]) -> Reply:
         end = next((index for index, token in enumerate(output) if token in self.stop_ids), None)
         words = output if end is None else output[:end]
-        text = decode_reply(self.tokenizer, prompt_ids.tolist(), words, request.prefix, skip_special_tokens=True)
+        text = self._decode(prompt_ids.tolist(), words, request.prefix)
         num_tokens = len(output) if end is None else end + 1
         return Reply(id=request.id, text=text, finish_reason="length" if end is None else "stop", num_tokens=num_tokens)
+
+
+def _content(text: str) -> list[dict[str, str]]:
+    """Text with `<image>` marks as parts; line breaks around a picture are the template's."""
+    pieces = text.split("<image>")
+    content: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        content += [{"type": "image"}] if number else []
+        piece = piece.strip("\n") if len(pieces) > 1 else piece
+        content += [{"type": "text", "text": piece}] if piece else []
+    return content
+
+
+class _Drafts(StoppingCriteria):
+    """Adds each row's token to its draft, and ends rows that nobody waits for any more."""
+
+    def __init__(self, requests: Sequence[Request], stop_ids: Sequence[int]):
+        self.requests, self.stop_ids = requests, stop_ids
+        self.ended = [False] * len(requests)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        for row, request in enumerate(self.requests):
+            if request.draft and not self.ended[row]:
+                token = int(input_ids[row, -1])
+                self.ended[row] = token in self.stop_ids
+                if not self.ended[row]:
+                    request.draft.add(token)
+                    self.ended[row] = request.draft.cancelled
+        return torch.tensor(self.ended, device=input_ids.device)
 
 
 class _SeededDraw(LogitsProcessor):

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from internvl_mpo.engines import Reply, Request
+from internvl_mpo.engines import Reply, Request, chat_messages
 from internvl_mpo.errors import BadInputError
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -237,25 +237,19 @@ def chat_payload(request: Request, model: str) -> dict[str, Any]:
     Raises:
         OSError, ValueError: a picture cannot be read, or placeholders and pictures differ in number.
     """
-    question, images = request.question, request.images
-    if images and "<image>" not in question:
-        question = "<image>\n" * len(images) + question
-    texts = question.split("<image>")
-    if len(texts) != len(images) + 1:
-        raise ValueError(f"{len(texts) - 1} <image> placeholders for {len(images)} pictures")
-    if images:
-        content: Any = []
-        for number, text in enumerate(texts):
-            if number:
-                content.append({"type": "image_url", "image_url": {"url": data_uri(images[number - 1])}})
-            if text.strip():
-                content.append({"type": "text", "text": text.strip("\n")})
-    else:
-        content = question
+    messages: list[dict[str, Any]] = chat_messages(
+        request.question, len(request.images), request.history, request.system
+    )
+    marks = sum(message["content"].count("<image>") for message in messages)
+    if marks != len(request.images):
+        raise ValueError(f"{marks} <image> placeholders for {len(request.images)} pictures")
+    images = iter(request.images)
+    for message in messages:
+        message["content"] = _content(message["content"], images)
     sampling = request.sampling
     payload = {
         "model": model,
-        "messages": [{"role": "user", "content": content}],
+        "messages": messages,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_new_tokens,
@@ -267,6 +261,19 @@ def chat_payload(request: Request, model: str) -> dict[str, Any]:
         payload["messages"].append({"role": "assistant", "content": request.prefix})
         payload |= {"continue_final_message": True, "add_generation_prompt": False}
     return payload
+
+
+def _content(text: str, images: Iterator[Any]) -> str | list[dict[str, Any]]:
+    """Text as it is, or as parts where `<image>` marks take the next pictures."""
+    first, *others = text.split("<image>")
+    if not others:
+        return text
+    content: list[dict[str, Any]] = [{"type": "text", "text": first.strip("\n")}] if first.strip() else []
+    for piece in others:
+        content.append({"type": "image_url", "image_url": {"url": data_uri(next(images))}})
+        if piece.strip():
+            content.append({"type": "text", "text": piece.strip("\n")})
+    return content
 
 
 def data_uri(image: Any) -> str:

@@ -2,9 +2,10 @@
 
     python -m internvl_mpo.engines.serve --model outputs/mini/model --port 8000
 
-Requests that arrive together are answered in one batch. It exists so that the HTTP path can be used and tested without
-a serving engine; for real loads put vLLM, SGLang or LMDeploy behind the same URL. Listens on this machine only unless
-told otherwise, reads pictures from data URIs only, and answers one user turn (plus an assistant turn to be continued).
+Requests that arrive together are answered in one batch, and streamed to those who ask for it (`stream: true`). A client
+that hangs up ends its own replies. Conversations may have any number of turns, and an assistant turn to be continued.
+It exists so that the HTTP path can be used and tested without a serving engine; for real loads put vLLM, SGLang or
+LMDeploy behind the same URL. Listens on this machine only unless told otherwise, reads pictures from data URIs only.
 """
 
 import base64
@@ -12,24 +13,27 @@ import binascii
 import io
 import json
 import queue
+import socket
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from PIL import Image
 
-from internvl_mpo.engines import Engine, Reply, Request, Sampling
+from internvl_mpo.engines import Draft, Engine, Reply, Request, Sampling
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.settings import parse_settings, setting, show_settings
 
 MAX_BODY_BYTES = 256 << 20
 GATHER_SECONDS = 0.005  # a batch waits for company as long as requests follow each other this closely
+LOOK_SECONDS = 0.1  # between two looks at whether a client that waits is still there
 
 
 @dataclass
@@ -77,6 +81,11 @@ class BatchServer(ThreadingHTTPServer):
         self._waiting.put((request, future))
         return future
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that break off are no news; anything else is printed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     def server_close(self) -> None:
         """Stop listening and batching."""
         super().server_close()
@@ -95,6 +104,7 @@ class BatchServer(ThreadingHTTPServer):
                     self._waiting.put(None)
                     break
                 batch.append(item)
+            batch = [(request, future) for request, future in batch if not (request.draft and request.draft.cancelled)]
             futures = {request.id: future for request, future in batch}
             try:
                 for reply in self.engine.generate([request for request, _ in batch]):
@@ -134,20 +144,57 @@ class _Handler(BaseHTTPRequestHandler):
             payload = json.loads(body)
             if not isinstance(payload, dict):
                 raise BadInputError("the body is not a JSON object")
-            requests = read_requests(payload)
+            changed = threading.Event()
+            requests = [replace(request, draft=Draft(changed)) for request in read_requests(payload)]
         except (ValueError, TypeError, OSError, Image.DecompressionBombError) as error:
             self._send_error(400, str(error))
             return
+        stream = _Stream(self, payload) if payload.get("stream") else None
         try:
-            replies = [future.result() for future in [self.server.submit(request) for request in requests]]
+            for _ in self._growth(futures := [self.server.submit(request) for request in requests], changed):
+                if stream:
+                    stream.send_texts([request.draft.text for request in requests])
+            replies = [future.result() for future in futures]
+            failed = next((reply.error for reply in replies if reply.error), None)
+            if failed is not None:
+                self._refuse(stream, 400, failed)
+            elif stream:
+                stream.finish(replies)
+            else:
+                self._send(200, self._completion(replies))
+        except ConnectionError:
+            self.close_connection = True  # the client has gone
         except Exception as error:
-            self._send_error(500, f"{type(error).__name__}: {error}")
-            return
-        failed = next((reply.error for reply in replies if reply.error), None)
-        if failed is not None:
-            self._send_error(400, failed)
-            return
-        self._send(200, self._completion(replies))
+            self._refuse(stream, 500, f"{type(error).__name__}: {error}")
+        finally:
+            for request in requests:
+                request.draft.cancelled = True
+
+    def _growth(self, futures: Sequence[Future[Reply]], changed: threading.Event) -> Iterator[None]:
+        """Yield whenever a reply has grown, until all are there.
+
+        Raises:
+            ConnectionError: the client has gone.
+        """
+        for future in futures:
+            future.add_done_callback(lambda _: changed.set())
+        while not all(future.done() for future in futures):
+            if changed.wait(LOOK_SECONDS):
+                changed.clear()
+                yield
+            try:
+                if not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    raise ConnectionAbortedError("the client has hung up")
+            except BlockingIOError:
+                pass  # it is there and says nothing, as it should
+
+    def _refuse(self, stream: "_Stream | None", status: int, message: str) -> None:
+        """Report an error by the status, or as the last event where the status has been sent."""
+        if stream and stream.has_begun:
+            self.close_connection = True
+            stream.send({"error": {"message": message, "code": status}})
+        else:
+            self._send_error(status, message)
 
     def _completion(self, replies: list[Reply]) -> dict[str, Any]:
         return {
@@ -184,28 +231,90 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing per request."""
 
 
+class _Stream:
+    """Replies as server-sent events in OpenAI's form; nothing is sent before there is something to say.
+
+    The status line goes out with the first words, so that a request that cannot be answered gets its 400 all the same.
+    """
+
+    def __init__(self, handler: _Handler, payload: dict[str, Any]):
+        self._handler = handler
+        self._wants_usage = bool((payload.get("stream_options") or {}).get("include_usage"))
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": handler.server.model_name,
+        }
+        self._sent: list[str] = []
+        self.has_begun = False
+
+    def send_texts(self, texts: Sequence[str]) -> None:
+        """Send what is new. Whitespace and half of a character at the end wait for what follows them."""
+        if any(texts):
+            self._send_growth([text.rstrip("\ufffd").rstrip() for text in texts])
+
+    def finish(self, replies: Sequence[Reply]) -> None:
+        """Send the rest, why each reply ended, and the end of the stream."""
+        self._send_growth([reply.text for reply in replies])
+        for index, reply in enumerate(replies):
+            self._send_choice(index, {}, reply.finish_reason)
+        if self._wants_usage:
+            tokens = sum(reply.num_tokens for reply in replies)
+            self.send({**self._head, "choices": [], "usage": {"completion_tokens": tokens}})
+        self._handler.wfile.write(b"data: [DONE]\n\n")
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Send one event."""
+        self._handler.wfile.write(b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n")
+
+    def _send_growth(self, texts: Sequence[str]) -> None:
+        if not self.has_begun:
+            self._begin(len(texts))
+        for index, (text, sent) in enumerate(zip(texts, self._sent, strict=True)):
+            if text.startswith(sent) and len(text) > len(sent):
+                self._send_choice(index, {"content": text[len(sent) :]})
+                self._sent[index] = text
+
+    def _begin(self, num_choices: int) -> None:
+        self.has_begun, self._sent = True, [""] * num_choices
+        self._handler.close_connection = True  # the end of the connection is the end of the body
+        self._handler.send_response(200)
+        for key, value in (
+            ("Content-Type", "text/event-stream"),
+            ("Cache-Control", "no-cache"),
+            ("Connection", "close"),
+        ):
+            self._handler.send_header(key, value)
+        self._handler.end_headers()
+        for index in range(num_choices):
+            self._send_choice(index, {"role": "assistant", "content": ""})
+
+    def _send_choice(self, index: int, delta: dict[str, str], reason: str | None = None) -> None:
+        self.send({**self._head, "choices": [{"index": index, "delta": delta, "finish_reason": reason}]})
+
+
 def read_requests(payload: dict[str, Any]) -> list[Request]:
     """Turn the body of a chat completion into requests, one per choice asked for.
 
     Raises:
         ValueError: it asks for something this server does not do, or is malformed.
     """
-    if payload.get("stream"):
-        raise BadInputError("this server does not stream")
     messages = payload.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadInputError("'messages' must be a list of objects")
     messages = list(messages)
     prefix = ""
     if messages and messages[-1].get("role") == "assistant" and payload.get("continue_final_message"):
-        prefix, _ = _read_content(messages.pop().get("content"))
+        prefix = _read_text(messages.pop())
+    system = _read_text(messages.pop(0)) if messages and messages[0].get("role") == "system" else None
     roles = [message.get("role") for message in messages]
-    if roles not in (["user"], ["system", "user"]):
-        raise BadInputError(f"expected one user message, with or without a system message before it, found {roles}")
-    question, images = _read_content(messages[-1].get("content"))
-    if len(messages) == 2:
-        instructions, _ = _read_content(messages[0].get("content"))
-        question = f"{instructions}\n\n{question}"
+    if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
+        raise BadInputError(f"expected user and assistant in turn, a user last, after a system or none; found {roles}")
+    asked = [_read_content(message.get("content")) for message in messages[::2]]
+    answers = [_read_text(message) for message in messages[1::2]]
+    question = asked[-1][0]
+    history = tuple(zip((text for text, _ in asked), answers, strict=False))
     number = int(payload.get("n") or 1)
     if not 1 <= number <= 64:
         raise BadInputError(f"n is {number}; give 1 to 64")
@@ -222,7 +331,9 @@ def read_requests(payload: dict[str, Any]) -> list[Request]:
         Request(
             id=uuid.uuid4().hex,
             question=question,
-            images=tuple(images),
+            images=tuple(image for _, images in asked for image in images),
+            history=history,
+            system=system,
             prefix=prefix,
             seed=seed + index,
             sampling=sampling,
@@ -247,6 +358,14 @@ def _read_content(content: Any) -> tuple[str, list[Image.Image]]:
         else:
             raise BadInputError(f"content of type '{part.get('type')}' is not served")
     return "\n".join(texts), images
+
+
+def _read_text(message: dict[str, Any]) -> str:
+    """Text of a message that may hold no pictures."""
+    text, images = _read_content(message.get("content"))
+    if images:
+        raise BadInputError(f"a message of role '{message.get('role')}' holds a picture; only user messages may")
+    return text
 
 
 def _read_image(reference: Any) -> Image.Image:

@@ -8,9 +8,10 @@ token, so neither its neighbours nor the batch size choose its words.
     rows      R >= P, row r continues prompt `parent[r]`
 """
 
+import functools
 import hashlib
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, DynamicCache, 
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from internvl_mpo.engines import Reply, Request, Sampling
+from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
 from internvl_mpo.errors import BadInputError
 from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLChatProcessor
 from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid, to_rgb
@@ -32,7 +33,7 @@ _SPOKEN = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 _TURN_ENDS = ("<|im_end|>", "<|end|>", "<|endoftext|>", "</s>")
 _IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
 
-Prompt = tuple[str, tuple[Any, ...], str]
+Prompt = tuple[Any, ...]  # what two requests must share to be one prompt
 
 
 class TransformersEngine:
@@ -98,11 +99,16 @@ class TransformersEngine:
                     if reply.id not in done:
                         yield reply
 
-    def render(self, question: str, num_images: int, prefix: str = "") -> str:
+    def render(
+        self,
+        question: str,
+        num_images: int,
+        prefix: str = "",
+        history: Sequence[tuple[str, str]] = (),
+        system: str | None = None,
+    ) -> str:
         """Return the prompt as text, `<image>` placeholders unexpanded; `prefix` opens the assistant's turn."""
-        if num_images and "<image>" not in question:
-            question = "<image>\n" * num_images + question
-        messages = [{"role": "user", "content": question}]
+        messages = chat_messages(question, num_images, history, system)
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + prefix
 
     def _batches(self, window: list[Request]) -> list[list[Request]]:
@@ -124,7 +130,7 @@ class TransformersEngine:
     def _length(self, request: Request) -> int:
         """About how many tokens the prompt has."""
         cutter = self.processor.image_processor
-        total = (len(request.question) + len(request.prefix)) // 3
+        total = len(self._text(request)) // 3
         for image in request.images:
             try:
                 size = image.size if isinstance(image, Image.Image) else _size(image)
@@ -170,17 +176,25 @@ class TransformersEngine:
         Raises:
             OSError, ValueError: a picture cannot be read, or the text does not have one `<image>` for each.
         """
-        text = self.render(request.question, len(request.images), request.prefix)
+        text = self._text(request)
         if text.count("<image>") != len(request.images) or any(token in text for token in _IMAGE_TOKENS):
             raise ValueError(f"{text.count('<image>')} <image> placeholders for {len(request.images)} pictures")
         return [load_picture(image) for image in request.images]
 
+    def _text(self, request: Request) -> str:
+        return self.render(request.question, len(request.images), request.prefix, request.history, request.system)
+
     @torch.inference_mode()
     def _run(self, rows: list[Request], pictures: dict[Prompt, list[Image.Image]]) -> list[Reply]:
         sampling = rows[0].sampling
-        prompts = list(dict.fromkeys(_prompt(request) for request in rows))
-        inputs = self._inputs(prompts, pictures)
+        firsts: dict[Prompt, Request] = {}
+        for request in rows:
+            firsts.setdefault(_prompt(request), request)
+        prompts = list(firsts)
+        inputs = self._inputs(list(firsts.values()), [pictures[prompt] for prompt in prompts])
         parent = torch.tensor([prompts.index(_prompt(request)) for request in rows], device=self.device)
+
+        watched = self._begin_drafts(rows, inputs["input_ids"][parent])
 
         cache = DynamicCache()
         mask = inputs.pop("attention_mask")
@@ -208,6 +222,8 @@ class TransformersEngine:
             tokens = draw_tokens(logits, sampling, None if uniforms is None else uniforms[live, step])
             output[live, step] = tokens
             running = ~torch.isin(tokens, self.stop_ids)
+            if watched:
+                running = _fill_drafts([rows[row] for row in live.tolist()], tokens, running)
             if not running.all():
                 keep = running.nonzero().squeeze(-1)
                 if not len(keep):
@@ -229,9 +245,8 @@ class TransformersEngine:
         prompt_ids = inputs["input_ids"]
         return [self._reply(request, prompt_ids[parent[row]], output[row].tolist()) for row, request in enumerate(rows)]
 
-    def _inputs(self, prompts: list[Prompt], pictures: dict[Prompt, list[Image.Image]]) -> dict[str, torch.Tensor]:
-        texts = [self.render(question, len(images), prefix) for question, images, prefix in prompts]
-        images = [pictures[prompt] for prompt in prompts]
+    def _inputs(self, requests: list[Request], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+        texts = [self._text(request) for request in requests]
         settings = {"max_dynamic_patch": max(1, self.max_tiles // len(images[0]))} if images[0] else {}
         inputs = self.processor(
             text=texts, images=images if images[0] else None, padding=True, return_tensors="pt", **settings
@@ -246,6 +261,13 @@ class TransformersEngine:
         words = tokens[:-1] if stopped else tokens
         text = decode_reply(self.tokenizer, prompt_ids.tolist(), words, request.prefix)
         return Reply(id=request.id, text=text, finish_reason="stop" if stopped else "length", num_tokens=len(tokens))
+
+    def _begin_drafts(self, rows: list[Request], prompt_ids: torch.Tensor) -> bool:
+        """Begin the drafts of requests that have one; return whether any has."""
+        watched = [(request, ids) for request, ids in zip(rows, prompt_ids, strict=True) if request.draft]
+        for request, ids in watched:
+            request.draft.begin(functools.partial(decode_reply, self.tokenizer, ids.tolist(), prefix=request.prefix))
+        return bool(watched)
 
     def _stop_ids(self, vocab: dict[str, int]) -> torch.Tensor:
         configured = getattr(self.model.generation_config, "eos_token_id", None)
@@ -371,10 +393,20 @@ def model_revision(model_path: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def _fill_drafts(rows: list[Request], tokens: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
+    """Add each row's token to its draft; return which rows go on, those that nobody waits for left out."""
+    kept = running.tolist()
+    for index, (request, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        if request.draft and kept[index]:
+            request.draft.add(token)
+            kept[index] = not request.draft.cancelled
+    return torch.tensor(kept, device=running.device)
+
+
 def _prompt(request: Request) -> Prompt:
     # PIL images have no value to compare by; the same object is the same picture
     images = tuple(image if isinstance(image, (str, Path)) else id(image) for image in request.images)
-    return request.question, images, request.prefix
+    return request.system, request.history, request.question, images, request.prefix
 
 
 def _size(path: str | Path) -> tuple[int, int]:
