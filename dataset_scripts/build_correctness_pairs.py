@@ -9,6 +9,7 @@ of what was found. Questions without a single right answer go to a file of their
 The same responses and seed give the same bytes whatever the order of the rows, the memory limit or the workers.
 """
 
+import gc
 import marshal
 import multiprocessing
 import sys
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from internvl_mpo.answers import FORMATS
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.pairing import PairRules, Statistics, correctness_pairs, group_key, subset_name, write_meta
+from internvl_mpo.pairing import PairRules, Statistics, group_key, match_responses, pair_lines, subset_name, write_meta
 from internvl_mpo.records import Response, atomic_writer, iter_json_lines
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
@@ -136,12 +137,17 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int) -> list[Path]:
     with ExitStack() as stack:
         files = [stack.enter_context(open(bucket, "wb")) for bucket in buckets]
         bar = stack.enter_context(tqdm(total=size, desc="sorting", unit="B", unit_scale=True))
+        done = 0  # since the bar moved
         for path in paths:
             for where, line, row in iter_json_lines(path):
                 key = group_key(row)
                 entry = marshal.dumps((key, where, row))
                 files[int(key[:8], 16) * count >> 32].write(len(entry).to_bytes(4, "little") + entry)
-                bar.update(len(line))
+                done += len(line)
+                if done >= MEGABYTE:
+                    bar.update(done)
+                    done = 0
+        bar.update(done)
     return buckets
 
 
@@ -151,6 +157,14 @@ def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str
     Returns:
         (source, rule, pairs as JSONL text) in order, the unanswered questions as JSONL text, and the counts.
     """
+    gc.disable()  # rows hold no cycles; walking through all of them again and again costs time and frees nothing
+    try:
+        return _build(path, rules)
+    finally:
+        gc.enable()
+
+
+def _build(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str]], str, Statistics]:
     groups: dict[str, list[Response]] = {}
     stats = Statistics()
     with open(path, "rb") as entries:
@@ -164,8 +178,8 @@ def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str
     pairs: list[tuple[str, str, str]] = []
     wrong: list[str] = []
     for key in sorted(groups):
-        built, question = correctness_pairs(groups[key], rules, stats)
-        pairs += [(pair.source, pair.rule, pair.to_line()) for pair in built]
+        matches, question = match_responses(groups[key], rules, stats)
+        pairs += pair_lines(matches)
         if question is not None:
             wrong.append(question.to_line())
     return pairs, "".join(wrong), stats

@@ -15,7 +15,7 @@ import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -233,6 +233,9 @@ def iter_pairs(data: str | Path, image_root: str | Path | None = None) -> Iterat
             except RowError as error:
                 yield error
                 continue
+            images = tuple(map(subset.pictures.below, pair.images))
+            if images != pair.images:
+                pair = replace(pair, images=images)
             yield PairRow(pair, subset.root, subset.max_tiles, where, subset.name, subset.repeat_time)
 
 

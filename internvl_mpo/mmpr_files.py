@@ -7,6 +7,7 @@ as it stands, relative to the release, and then with more and more of its leadin
 """
 
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -36,7 +37,11 @@ def relative(name: str) -> str:
     What is published holds no path of the cluster it was made on.
     """
     whole = next(suffixes(name), ".")
-    return "/".join(whole.split("/")[-2:]) if name.startswith(("/", "\\")) or "://" in name else whole
+    return "/".join(whole.split("/")[-2:]) if _is_absolute(name) else whole
+
+
+def _is_absolute(name: str) -> bool:
+    return name.startswith(("/", "\\")) or "://" in name
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,12 @@ class PictureFolder:
             return 0
         return found.stat().st_size if isinstance(found, Path) else found[1].size
 
+    def below(self, name: str) -> str:
+        """Return an absolute path of another machine as the path below this folder on disk, any other as it is."""
+        if self.path is None or not _is_absolute(name) or os.path.isfile(name):
+            return name
+        return next((suffix for suffix in suffixes(name) if os.path.isfile(self.path / suffix)), name)
+
     def read(self, name: str) -> bytes:
         """Return a picture's file as it is.
 
@@ -175,7 +186,7 @@ class PictureFolder:
             raise RowError(f"image '{found}' cannot be read ({error.strerror})") from error
 
     def _find(self, name: str) -> Path | tuple[Archive, Entry]:
-        absolute = name.startswith(("/", "\\")) or "://" in name
+        absolute = _is_absolute(name)
         if not name or (leaves_folder(name) and not absolute) or "\0" in name:
             raise RowError(f"image {name!r} leads out of its folder")
         for candidate in suffixes(name) if absolute else (name,):

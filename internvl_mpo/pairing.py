@@ -11,15 +11,15 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from internvl_mpo.answers import Outcome, Verdict, judge_response
+from internvl_mpo.answers import Outcome, Verdict, compare_answers, parse_answer
 from internvl_mpo.prompts import STYLES, language_of
-from internvl_mpo.records import PreferencePair, Question, Response, atomic_writer
+from internvl_mpo.records import PairLines, PreferencePair, Question, Response, atomic_writer, to_json_text
 
 # How far ahead in the diverse order a pair may be preferred because its lengths balance the pairs taken before.
 BALANCE_WINDOW = 8
@@ -95,13 +95,30 @@ class Judged(NamedTuple):
     log_length: float
 
 
+class Match(NamedTuple):
+    """Two responses to one question that make a pair, the first preferred."""
+
+    right: Judged
+    other: Judged
+    rule: str
+    pass_rate: float
+
+
 # --------------------------------------------------------------------------------------------------- correctness
 
 
 def correctness_pairs(
     responses: Iterable[Response], rules: PairRules, stats: Statistics
 ) -> tuple[list[PreferencePair], Question | None]:
-    """Return the pairs of one question: right over wrong, and right over unparsable.
+    """Return the pairs of one question as rows, and the question where no response was right; see `match_responses`."""
+    matches, question = match_responses(responses, rules, stats)
+    return [_pair(*match) for match in matches], question
+
+
+def match_responses(
+    responses: Iterable[Response], rules: PairRules, stats: Statistics
+) -> tuple[list[Match], Question | None]:
+    """Choose the pairs of one question: right over wrong, and right over unparsable.
 
     Args:
         responses: all responses to one prompt with one ground truth, in any order.
@@ -112,7 +129,7 @@ def correctness_pairs(
         The pairs, and the question where no response was right, to be asked of a stronger model.
     """
     unique = {response.id: response for response in responses}
-    judged = [_judge(response, rules) for response in unique.values()]
+    judged = _judge(unique.values(), rules)
     first = judged[0].response
     source = first.source
     by_outcome: dict[Outcome, list[Judged]] = {outcome: [] for outcome in Outcome}
@@ -131,17 +148,17 @@ def correctness_pairs(
         stats.add(source, "drop questions outside the pass-rate band")
         return [], None
     chosen = _diverse(rights, rules, stats, lambda response: _unfit(response, rules))
-    pairs = []
+    matches = []
     for rule, outcome, cap in (
         ("correctness", Outcome.WRONG, rules.pairs_per_question),
         ("format", Outcome.UNPARSABLE, rules.format_pairs_per_question),
     ):
         rejected = _diverse(by_outcome[outcome], rules, stats, lambda response: None)
         taken = _choose(chosen, rejected, cap, rules, stats)
-        pairs += [_pair(right, other, rule, rate) for right, other in taken]
+        matches += [Match(right, other, rule, rate) for right, other in taken]
         stats.add(source, rule, len(taken))
         stats.add(source, "log length ratio", sum(_log_ratio(*pair) for pair in taken))
-    return pairs, None
+    return matches, None
 
 
 def _question(judged: list[Judged]) -> Question:
@@ -157,17 +174,23 @@ def _question(judged: list[Judged]) -> Question:
     )
 
 
-def _judge(response: Response, rules: PairRules) -> Judged:
-    style = STYLES.get(str(response.provenance.get("style", "")))
-    answer_format = rules.answer_format or (style.answer_format if style else "marker")
-    verdict = judge_response(
-        response.response,
-        response.answer or "",
-        answer_format=answer_format,
-        source=response.source,
-        question=response.question,
-    )
-    return Judged(response, verdict, math.log(max(1, len(response.response))))
+def _judge(responses: Iterable[Response], rules: PairRules) -> list[Judged]:
+    """Judge the responses to one prompt with one ground truth; equal answers are compared with it once."""
+    verdicts: dict[tuple[str, str], Verdict] = {}
+    judged = []
+    for response in responses:
+        style = STYLES.get(str(response.provenance.get("style", "")))
+        parsed = parse_answer(response.response, rules.answer_format or (style.answer_format if style else "marker"))
+        if parsed.answer is None:
+            verdict = Verdict(Outcome.UNPARSABLE, None, "parse", parsed.reason)
+        else:
+            verdict = verdicts.get((parsed.answer, response.source))
+            if verdict is None:
+                verdict = verdicts[parsed.answer, response.source] = compare_answers(
+                    parsed.answer, response.answer or "", source=response.source, question=response.question
+                )
+        judged.append(Judged(response, verdict, math.log(max(1, len(response.response)))))
+    return judged
 
 
 def _unfit(response: Response, rules: PairRules) -> str | None:
@@ -230,9 +253,10 @@ def _diverse(
     return [item for _, item in sorted(zip(turns, kept, strict=True), key=lambda turn: turn[0])]
 
 
-def _shingles(text: str) -> frozenset:
+def _shingles(text: str) -> frozenset[int]:
+    """The word triples of a text by their hashes, which compare faster than the words."""
     words = text.lower().split()
-    return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset(words)
+    return frozenset(map(hash, zip(words, words[1:], words[2:], strict=False))) or frozenset(map(hash, words))
 
 
 def _has_similar(mine: frozenset, others: list[frozenset], limit: float) -> bool:
@@ -252,6 +276,7 @@ def _choose(
 ) -> list[tuple[Judged, Judged]]:
     """Take up to `cap` pairs: every response is used once before one is used twice, and lengths are kept in balance."""
     waiting: list[tuple[Judged, Judged]] = []
+    ratios: list[float] = []  # of those waiting
     taken: list[tuple[Judged, Judged]] = []
     balance = 0.0
     candidates = _diagonal(chosen, rejected)
@@ -263,14 +288,15 @@ def _choose(
             reason = _unfit_pair(*pair, rules)
             if reason is None:
                 waiting.append(pair)
+                ratios.append(_log_ratio(*pair))
             else:
                 stats.add(pair[0].response.source, f"drop {reason}")
         if not waiting:
             break
-        distances = [abs(balance + _log_ratio(*pair)) for pair in waiting]
-        pair = waiting.pop(distances.index(min(distances)))
-        balance += _log_ratio(*pair)
-        taken.append(pair)
+        distances = [abs(balance + ratio) for ratio in ratios]
+        best = distances.index(min(distances))
+        balance += ratios.pop(best)
+        taken.append(waiting.pop(best))
     return taken
 
 
@@ -313,9 +339,12 @@ def _log_ratio(right: Judged, other: Judged) -> float:
     return right.log_length - other.log_length
 
 
+# Of a response's provenance, what a pair keeps.
+_KEPT = ("engine", "model", "revision", "style", "language", "temperature", "top_k", "top_p", "max_tiles")
+
+
 def _pair(right: Judged, other: Judged, rule: str, pass_rate: float) -> PreferencePair:
     response, made = right.response, right.response.provenance
-    kept = ("engine", "model", "revision", "style", "language", "temperature", "top_k", "top_p", "max_tiles")
     return PreferencePair(
         images=response.images,
         question=response.question,
@@ -325,12 +354,43 @@ def _pair(right: Judged, other: Judged, rule: str, pass_rate: float) -> Preferen
         source=response.source,
         rule=rule,
         provenance={
-            **{key: made[key] for key in kept if key in made},
+            **{key: made[key] for key in _KEPT if key in made},
             "pass_rate": round(pass_rate, 4),
             "chosen_response": _origin(right),
             "rejected_response": _origin(other),
         },
     )
+
+
+def pair_lines(matches: Sequence[Match]) -> Iterator[tuple[str, str, str]]:
+    """Yield (source, rule, line of JSON) of the pairs of one question.
+
+    The lines are `PreferencePair.to_line()` of the pairs `correctness_pairs` returns, made several times faster: the
+    question, and what a response adds to the pairs it stands in, are encoded once.
+    """
+    if not matches:
+        return
+    first = matches[0].right.response
+    lines = PairLines(first.images, first.question, first.answer)
+    pass_rate = f'"pass_rate": {to_json_text(round(matches[0].pass_rate, 4))}'
+    items = {item.response.id: item for match in matches for item in (match.right, match.other)}
+    encoded = {key: _encode(item) for key, item in items.items()}
+    for right, other, rule, _ in matches:
+        source = right.response.source
+        chosen, kept, origin = encoded[right.response.id]
+        rejected, _, other_origin = encoded[other.response.id]
+        provenance = f'{{{kept}{pass_rate}, "chosen_response": {origin}, "rejected_response": {other_origin}}}'
+        yield source, rule, lines.line(chosen, rejected, source, rule, provenance)
+
+
+def _encode(item: Judged) -> tuple[str, str, str]:
+    """What a response adds to a pair, as JSON: its text, the begin of the provenance, its origin."""
+    made = item.response.provenance
+    kept = "".join([f'"{key}": {to_json_text(made[key])}, ' for key in _KEPT if key in made])
+    answer, seed = to_json_text(item.verdict.answer), to_json_text(made["seed"]) if "seed" in made else None
+    origin = f'"id": {to_json_text(item.response.id)}, "answer": {answer}, "rule": "{item.verdict.rule}"'
+    origin += "" if seed is None else f', "seed": {seed}'
+    return to_json_text(item.response.response), kept, f"{{{origin}}}"
 
 
 def _origin(item: Judged) -> dict[str, Any]:

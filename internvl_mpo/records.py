@@ -36,13 +36,25 @@ class RowError(BadInputError):
         self.reason = reason
 
 
+def to_json_text(value: Any) -> str:
+    """Return `json.dumps(value, ensure_ascii=False)`; texts are kept, as one stands in many rows."""
+    kind = type(value)
+    if kind is str:
+        return _quoted(value)
+    if kind is int:
+        return repr(value)
+    return "null" if value is None else _PLAIN.encode(value)
+
+
 def content_id(*parts: Any) -> str:
     """Return a stable 16-digit hexadecimal id of JSON-able parts; equal parts give equal ids on every machine."""
-    text = ",".join([_quoted(part) if type(part) is str else _canonical(part) for part in parts])
+    text = ",".join(map(_canonical, parts))
     return hashlib.sha256(f"[{text}]".encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _canonical(part: Any) -> str:
+    if type(part) is str:
+        return _quoted(part)
     if type(part) is tuple and all(type(text) is str for text in part):
         return f"[{','.join(map(_quoted, part))}]"
     return _CANONICAL.encode(part)
@@ -111,9 +123,7 @@ class Row:
 
     def to_line(self) -> str:
         """Return the row as a line of JSON: `json.dumps(row.to_json(), ensure_ascii=False)`, quicker for many rows."""
-        values = self.to_json().items()
-        texts = [f'"{key}": {_quoted(text) if type(text) is str else _PLAIN.encode(text)}' for key, text in values]
-        return f"{{{', '.join(texts)}}}\n"
+        return f"{{{', '.join(f'{_quoted(key)}: {to_json_text(value)}' for key, value in self.to_json().items())}}}\n"
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as it is written; `from_json` of it gives an equal row."""
@@ -182,6 +192,31 @@ class PreferencePair(Row):
     def group_key(self) -> str:
         """Pairs with the same key share images and prompt."""
         return content_id(self.images, self.question)
+
+
+class PairLines:
+    """Makes the lines of pairs of one question as `PreferencePair.to_line` would, from pieces that were encoded once.
+
+    The caller answers for what `PreferencePair` checks: a known rule, two texts that differ, none of them empty.
+    """
+
+    def __init__(self, images: tuple[str, ...], question: str, answer: str | None):
+        """Encode and hash what the pairs share."""
+        shared = ",".join(map(_canonical, (images, question, answer)))
+        self._hash = hashlib.sha256(f"[{shared},".encode("utf-8", "surrogatepass"))
+        image = "" if not images else f', "image": {to_json_text(images[0] if len(images) == 1 else list(images))}'
+        self._head = f'{image}, "question": {to_json_text(question)}, "chosen": '
+        self._answer = "" if answer is None else f', "answer_gt": {to_json_text(answer)}'
+
+    def line(self, chosen: str, rejected: str, source: str, rule: str, provenance: str) -> str:
+        """Return the line of a pair; both responses and the provenance, not empty, are given as JSON."""
+        whole = self._hash.copy()
+        whole.update(f"{chosen},{rejected}]".encode("utf-8", "surrogatepass"))
+        named = f', "source": {to_json_text(source)}' if source else ""
+        return (
+            f'{{"id": "{whole.hexdigest()[:16]}"{self._head}{chosen}, "rejected": {rejected}{self._answer}{named}'
+            f', "rule": "{rule}", "provenance": {provenance}}}\n'
+        )
 
 
 R = TypeVar("R", bound=Row)
@@ -281,4 +316,6 @@ def _provenance(row: Mapping[str, Any]) -> dict[str, Any]:
     given = row.get("provenance") or {}
     if not isinstance(given, dict):
         raise RowError("key 'provenance' must be an object")
+    if row.keys() <= _KNOWN:
+        return given
     return {**given, **{key: value for key, value in row.items() if key not in _KNOWN}}

@@ -509,6 +509,23 @@ def test_killed_at_random_and_run_again_the_shards_have_the_same_bytes(world, tm
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+def test_training_finds_pictures_of_absolute_paths_in_unpacked_folders(world, tmp_path):
+    folder = damaged(world, tmp_path / "raw")
+    file = annotation(folder)
+    usual = list(iter_pairs(folder))
+    there = str(next(folder.rglob("CLEVR_digits")) / "00000.png")  # exists on this machine: stays as it is
+    for number, path in ((1, "/mnt/x/CLEVR_digits/00000.png"), (2, "s3://x/00000.png"), (3, there), (4, "/mnt/no.png")):
+        row = json.loads(file.read_text().splitlines()[number - 1])
+        line = json.dumps({**row, "image": path}).encode()
+        replace_line(file, number, lambda _, line=line: line)
+    rows = [row for row in iter_pairs(folder) if row.where.startswith(f"{file}:")]
+    names = [row.pair.images for row in rows[:4]]
+    assert names == [("00000.png",), ("00000.png",), (there,), ("/mnt/no.png",)]
+    assert [row.pair.images for row in rows[4:]] == [
+        row.pair.images for row in usual if row.where.startswith(f"{file}:")
+    ][4:]
+
+
 def test_training_sees_the_same_pairs_and_tiles_in_raw_and_in_parquet(world):
     from tiny import tiny_model, tiny_processor
 

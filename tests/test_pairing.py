@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,8 @@ from internvl_mpo.pairing import (
     entails,
     group_key,
     is_repetitive,
+    match_responses,
+    pair_lines,
     subset_name,
     without_images,
     write_meta,
@@ -44,6 +47,27 @@ def test_right_is_chosen_over_wrong_and_over_unparsable():
     assert [(pair.rule, "12" in pair.chosen) for pair in pairs] == [("correctness", True), ("format", True)]
     assert "Final answer: 13" in pairs[0].rejected
     assert "I do not know" in pairs[1].rejected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"images": ()},
+        {"images": ("a.png", '\u56fe "2".png')},
+        {"source": "", "question": 'Wie "viele"?\n\u2028'},
+        {"provenance": {"style": "cot", "seed": "s", "temperature": 0.7, "top_k": None, "top_p": True, "other": 1}},
+    ],
+)
+def test_lines_of_pairs_are_those_of_the_rows(changes):
+    rows = [response(str(12 + i % 3), way=f"{WAYS[i % 3]} \u00fc\\ {i}\ud800", seed=i) for i in range(9)]
+    rows += [response(None, way=WAYS[2], model="m", revision="\u00e9")]
+    rows = [replace(row, **({**changes, "id": ""} if changes else {})) for row in rows]
+    matches, _ = match_responses(rows, PairRules(), Statistics())
+    pairs = build(rows)
+    assert {pair.rule for pair in pairs} == {"correctness", "format"}
+    expected = [(pair.source, pair.rule, pair.to_line()) for pair in pairs]
+    assert list(pair_lines(matches)) == expected
 
 
 def test_order_of_responses_decides_nothing():

@@ -167,7 +167,7 @@ sys.exit(run_program(sample_responses.main))
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_in_the_same_file(world, tmp_path):
+def test_killed_at_any_moment_it_ends_in_the_same_file(world, tmp_path, monkeypatch):
     settings = {"num_samples": 30, "batch_size": 4, "max_new_tokens": 24}
     sample(world, tmp_path / "unbroken.jsonl", **settings)
     output = tmp_path / "out.jsonl"
@@ -194,7 +194,14 @@ def test_killed_at_any_moment_it_ends_in_the_same_file(world, tmp_path):
         kept.append(part.read_bytes().count(b"\n"))
     assert len(kept) > 1  # it was killed in the middle at least once
     assert kept == sorted(kept)
+    left = 180 - kept[-1]
+    asked: list[int] = []
+    answer = TransformersEngine._answer
+    monkeypatch.setattr(
+        TransformersEngine, "_answer", lambda self, batch: asked.append(len(batch)) or answer(self, batch)
+    )
     assert sample(world, output, **settings) == 0
+    assert sum(asked) <= left + 2 * 4  # nothing that was kept is paid for again, but for the batches in flight
     assert output.read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
 
 
