@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dataset_scripts import build_correctness_pairs, verify_pairs
+from dataset_scripts import build_correctness_pairs, convert_mmpr, verify_pairs
 from internvl_mpo.engines import Reply
 from internvl_mpo.errors import run_program
+from internvl_mpo.mmpr import iter_pairs
 from internvl_mpo.prompts import ask
 from internvl_mpo.records import PreferencePair, Question, Response, read_rows, write_rows
 
@@ -95,6 +96,16 @@ def test_a_folder_gets_the_mmpr_layout(tmp_path):
         rows += found
     expected = read_rows(tmp_path / "one.jsonl", PreferencePair)
     assert sorted(row.id for row in rows) == sorted(row.id for row in expected)
+
+
+def test_training_and_conversion_read_the_folder(tmp_path):
+    make_responses(tmp_path / "a.jsonl", num_questions=20)
+    assert build(tmp_path / "a.jsonl", tmp_path / "mmpr") == 0
+    assert run_program(convert_mmpr.main, [str(tmp_path / "mmpr"), "--output", str(tmp_path / "parquet")]) == 0
+    raw, converted = ([row.pair for row in iter_pairs(tmp_path / name)] for name in ("mmpr", "parquet"))
+    assert len(raw) > 20
+    assert sorted(pair.id for pair in converted) == sorted(pair.id for pair in raw)
+    assert {(pair.rule, pair.source) for pair in converted} == {(pair.rule, pair.source) for pair in raw}
 
 
 class Judge:
