@@ -2,6 +2,7 @@
 
     python bench/demo_speed.py --json outputs/demo_speed.json     # the mini models of the quickstart
     python bench/demo_speed.py --wide true                        # their architecture, 90 times the weights
+    python bench/demo_speed.py --prefill 0.5              # prompts that take as long as a large model's
     python bench/demo_speed.py --base OpenGVLab/InternVL2-8B --mpo OpenGVLab/InternVL2-8B-MPO
 
 Four ways to the same two answers alternate in one run, and the medians are compared:
@@ -14,6 +15,7 @@ Four ways to the same two answers alternate in one run, and the medians are comp
 `stream / both` is what streaming adds to the generation, `page / both` what a visitor waits longer.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -40,6 +42,7 @@ class Settings:
     mpo: str = setting("outputs/mini/model", help="the other one")
     wide: bool = setting(False, help="random weights in base's architecture on both sides, 1024 wide and 8 layers")
     adapter: str | None = setting(None, help="LoRA adapter on base: one mixed batch in place of two models")
+    prefill: float = setting(0.0, help="seconds a prompt waits in each model, as for a GPU that leaves the CPU free")
     tokens: int = setting(96, help="length of every answer; the end of a turn is not looked at")
     rounds: int = setting(7, help="rounds; the median counts")
     visitors: int = setting(10, help="visitors who ask at the same moment")
@@ -93,6 +96,8 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         model._stops = set()  # every answer has the same length, whatever the model says
         model.suppressed = model.suppressed.clone()
         model.suppressed[model.stop_ids] = True
+        if settings.prefill:
+            model.model.forward = slow_prompt(model.model.forward, settings.prefill)
     options = {"max_new_tokens": settings.tokens, "port": 0, "votes": f"{folder}/v", "shared": f"{folder}/s"}
     demo = build_settings(DemoSettings, {"base": base, "mpo": mpo, **options})
     examples = make_examples(folder / "examples")
@@ -150,6 +155,19 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         "num_weights": sum(p.numel() for p in models[0].model.parameters()),
         "device": str(models[0].device),
     }
+
+
+def slow_prompt(forward: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    """Let a forward over more than one position last longer by a wait that needs no CPU."""
+
+    @functools.wraps(forward)
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        if given.shape[1] > 1:
+            time.sleep(seconds)
+        return forward(*args, **kwargs)
+
+    return slow
 
 
 def run_bare(models: list[Any], number: int, question: Any, mixed: bool) -> tuple[float, float]:
