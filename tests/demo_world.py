@@ -103,7 +103,7 @@ def make_page(folder: Path, backend: ScriptedBackend, **changes):
     return Page(backend, votes, shelf, settings, make_examples(folder / "examples"), folder / "uploads")
 
 
-def wait_until(condition, seconds: float = 10.0) -> bool:
+def wait_until(condition, seconds: float = 60.0) -> bool:
     """Return whether a condition came true in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

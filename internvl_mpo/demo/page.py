@@ -274,6 +274,10 @@ class Page:
         turn = conversation.turns[-1] if conversation.turns else None
         for _ in self.service.answer(request.session_hash, conversation):
             yield self._view(conversation, running=not turn.is_finished)
+        now = self.service.current(request.session_hash)
+        if now is not None and now is not conversation:  # cleared; our last view may reach the page after the empty one
+            yield self._view(now, running=bool(now.turns) and not now.turns[-1].is_finished)
+            return
         if turn is not None and turn in conversation.turns:
             for error in dict.fromkeys(answer.error for answer in turn.answers.values() if answer.error):
                 gr.Warning(html.escape(error), title="No complete answer")

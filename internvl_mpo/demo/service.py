@@ -171,6 +171,10 @@ class Service:
         session.conversation.restart(blind)
         return session.conversation
 
+    def current(self, page: str) -> Conversation | None:
+        """Return the conversation a page is in now; None before its first question."""
+        return self._session(page).conversation
+
     def leave(self, page: str) -> None:
         """A page was closed: end its answers and forget what was said."""
         session = self._sessions.pop(page, None)
