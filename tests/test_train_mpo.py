@@ -3,6 +3,7 @@
 pytest tests/test_train_mpo.py
 """
 
+import gc
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from tiny_world import make_model_folder, make_training_pairs
 
 import train_mpo
 from internvl_mpo.errors import run_program
+from internvl_mpo.trainer import ConsoleCallback
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,6 +65,32 @@ def losses(output: Path) -> dict[int, float]:
 def write_pair(path: Path, **changes: object) -> None:
     row = {"question": "q", "chosen": "c", "rejected": "r", **changes}
     path.write_text(json.dumps({key: value for key, value in row.items() if value is not None}) + "\n")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "copies"),
+    [
+        ((), 4),  # weights, gradients, two moments of AdamW
+        (("--reference_sync_steps", "1"), 5),  # a moving reference is the one thing that costs a copy
+    ],
+)
+def test_no_second_copy_of_the_model_is_held(world, tmp_path, monkeypatch, more, copies):
+    counted = []
+
+    def count(self, args, state, control, model=None, **kwargs):
+        embedding = model.get_input_embeddings().weight
+        live = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.shape == embedding.shape]
+        live += [item.grad for item in live if item.is_leaf and item.grad is not None]
+        counted.append(len({item.data_ptr() for item in live}))
+        counted.append(copies * sum(weight.shape == embedding.shape for weight in model.parameters()))
+
+    monkeypatch.setattr(ConsoleCallback, "on_optimizer_step", count)
+    assert train(world, tmp_path / "run", "--max_steps", "2", *more) == 0
+    found, expected = counted[-2:]
+    assert found == expected
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
