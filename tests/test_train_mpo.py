@@ -6,10 +6,8 @@ pytest tests/test_train_mpo.py
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -352,28 +350,6 @@ def test_a_checkpoint_of_another_run_is_refused(world, unbroken, capsys, more, w
         more = ["--data", str(world / "other.jsonl")]
     assert train(world, unbroken, *more) == 2
     assert words in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds_into_training", [0.4, 0.9, 1.6])
-def test_kill_9_and_the_same_command_give_the_same_losses(world, tmp_path, seconds_into_training):
-    output = tmp_path / "killed"
-    # many small steps and a checkpoint after each, so that a kill falls into training or into saving
-    more = ("--max_steps", "30", "--save_steps", "1", "--num_train_epochs", "10")
-    command = [sys.executable, str(ROOT / "train_mpo.py"), *arguments(world, output, *more)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (output / "log.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(seconds_into_training)
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    # another process again: the number of threads decides how sums are rounded, and the tests themselves use one
-    whole = [sys.executable, str(ROOT / "train_mpo.py"), *arguments(world, tmp_path / "whole", *more)]
-    assert subprocess.run(whole, capture_output=True, check=False).returncode == 0
-    assert losses(output) == losses(tmp_path / "whole")
 
 
 # --- more than one process --------------------------------------------------------------------------------------------
