@@ -93,9 +93,7 @@ def main(argv: list[str]) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         buckets = partition(settings.responses, Path(folder), settings.bucket_mb * MEGABYTE)
-        built = tqdm(
-            _map(partial(build_bucket, rules=rules), buckets, settings.workers), total=len(buckets), unit="part"
-        )
+        built = _map(partial(build_bucket, rules=rules), buckets, settings.workers)
         with ExitStack() as files:
             wrong_out = files.enter_context(atomic_writer(all_wrong))
             outputs: dict[str, TextIO] = {}
