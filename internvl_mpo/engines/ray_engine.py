@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -62,10 +63,7 @@ class _Actor:
         self.engine = load_local_engine(settings)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        requests = [
-            Request(**{**row, "images": tuple(row["images"]), "sampling": Sampling(**row["sampling"])})
-            for row in table.to_pylist()
-        ]
+        requests = [_request(row) for row in table.to_pylist()]
         replies = [dataclasses.asdict(reply) for reply in self.engine.generate(requests)]
         return pa.Table.from_pylist(replies, schema=_REPLY_SCHEMA)
 
@@ -84,7 +82,16 @@ _REPLY_SCHEMA = pa.schema(
 
 def _table(requests: list[Request]) -> pa.Table:
     rows = [dataclasses.asdict(request) for request in requests]
+    for row in rows:
+        row.pop("draft")  # nobody looks into another process
     return pa.Table.from_pylist([{**row, "images": list(row["images"])} for row in rows])
+
+
+def _request(row: dict[str, Any]) -> Request:
+    """Undo `_table`: Arrow gives lists back for tuples."""
+    history = tuple((question, answer) for question, answer in row["history"])
+    sampling = Sampling(**row["sampling"])
+    return Request(**{**row, "images": tuple(row["images"]), "history": history, "sampling": sampling})
 
 
 def _identity(settings: EngineSettings) -> tuple[str, str | None]:
