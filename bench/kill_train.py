@@ -123,7 +123,7 @@ def torture(
             done = max(losses(output), default=0)
             gap = 2 * (steps - done) // (kills - turn + 1)
             # the first kill comes before the first step: reading, reference log-probs, start of the ranks
-            moment = min(done + rng.randint(1, max(gap, 1)), steps - 1) if turn else 0
+            moment = min(done + rng.randint(1, max(gap, 1)), steps - 6) if turn else 0
             victim, step = kill(process, output, moment, num_ranks, rng)
         elif process.wait():
             raise BadInputError(f"the run did not go on after a kill:\n{tail(log)}")
