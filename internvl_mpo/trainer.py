@@ -306,6 +306,13 @@ class MPOTrainer(Trainer):
             persistent_workers=self.args.dataloader_persistent_workers,
         )
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Micro], Tensor | None]:
+        """Return the packs of the next step; none for a run that was killed after its last checkpoint."""
+        if self.state.global_step >= self.state.max_steps:  # transformers looks only after a step
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def num_examples(self, dataloader: DataLoader) -> int:
         """Pairs of an epoch."""
         return sum(self.counts)

@@ -6,6 +6,7 @@ pytest tests/test_train_mpo.py
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -350,6 +351,17 @@ def test_a_checkpoint_of_another_run_is_refused(world, unbroken, capsys, more, w
         more = ["--data", str(world / "other.jsonl")]
     assert train(world, unbroken, *more) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(world, tmp_path):
+    assert train(world, tmp_path / "run") == 0
+    expected, model = losses(tmp_path / "run"), tmp_path / "run/model/model.safetensors"
+    before = load_file(model)
+    shutil.rmtree(model.parent)  # all steps were done, the folder was not yet written
+    assert train(world, tmp_path / "run") == 0
+    assert losses(tmp_path / "run") == expected
+    after = load_file(model)
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
 # --- more than one process --------------------------------------------------------------------------------------------
