@@ -563,8 +563,7 @@ def train(settings: Any, trainer: "MPOTrainer") -> None:
         write_settings(settings, Path(settings.output_dir) / "settings.yaml")
         for name in remove_half_written(settings.output_dir):
             print(f"{name} is half-written and was removed")
-        if checkpoint is not None:
-            print(f"going on from {checkpoint}")
+        print(f"going on from {checkpoint}" if checkpoint else "starting at step 0")
     if settings.device.type == "cpu":
         # several threads add gradients of one token in any order otherwise, and no two runs are equal to the last bit
         torch.use_deterministic_algorithms(True, warn_only=True)

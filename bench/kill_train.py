@@ -123,7 +123,7 @@ def torture(
             done = max(losses(output), default=0)
             gap = 2 * (steps - done) // (kills - turn + 1)
             # the first kill comes before the first step: reading, reference log-probs, start of the ranks
-            moment = min(done + rng.randint(1, max(gap, 1)), steps - 6) if turn else 0
+            moment = min(done + rng.randint(1, max(gap, 1)), steps - 2) if turn else 0
             victim, step = kill(process, output, moment, num_ranks, rng)
         elif process.wait():
             raise BadInputError(f"the run did not go on after a kill:\n{tail(log)}")
@@ -146,7 +146,7 @@ def start(num_ranks: int, arguments: list[str], log: Path) -> subprocess.Popen:
     log.parent.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     command = [sys.executable, *(launcher if num_ranks > 1 else []), str(ROOT / "train_mpo.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
     with open(log, "w", encoding="utf-8") as out:
         return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
 
@@ -190,11 +190,13 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def went_on_from(log: Path) -> str:
-    """What the program said it went on from."""
+    """What the program said it went on from, if it lived long enough to say it."""
     for line in log.read_text(encoding="utf-8").splitlines():
         if line.startswith("going on from "):
             return line.rsplit("/", 1)[-1]
-    return "the start"
+        if line == "starting at step 0":
+            return "the start"
+    return "killed sooner"
 
 
 def tail(log: Path) -> str:

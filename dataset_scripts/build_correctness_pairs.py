@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
 
@@ -33,6 +33,7 @@ from internvl_mpo.records import Response, atomic_writer, iter_json_lines
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 MEGABYTE = 1 << 20
+ROWS_AT_ONCE = 32  # written to a part together
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Settings:
     answer_format: str = setting("", help=f"where answers stand ({', '.join(FORMATS)}); empty is by prompt style")
     keep_truncated: bool = setting(False, help="let responses cut at the token limit be chosen")
     workers: int = setting(1, help="processes")
-    bucket_mb: int = setting(32, help="rows held in memory at a time per process, in MB of JSON")
+    bucket_mb: int = setting(8, help="rows held in memory at a time per process, in MB of JSON")
 
     def __post_init__(self) -> None:
         if self.answer_format and self.answer_format not in FORMATS:
@@ -119,8 +120,8 @@ def main(argv: list[str]) -> int:
 def partition(paths: list[str], folder: Path, bucket_bytes: int) -> list[Path]:
     """Spread rows over files by the hash of their question, so that each fits in memory and holds whole questions.
 
-    Such a file holds (key of the question, where the row comes from, row), each after its length, in the interpreter's
-    own format, which is read several times faster than JSON. The files live as long as the program and are its own.
+    Such a file holds lists of (key of the question, where the row comes from, row), each after its length, in the
+    interpreter's own format, which is read faster than JSON. The files live as long as the program and are its own.
 
     Returns:
         The files in hash order; concatenating what is built from them, each sorted, is sorted.
@@ -135,18 +136,36 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int) -> list[Path]:
     with ExitStack() as stack:
         files = [stack.enter_context(open(bucket, "wb")) for bucket in buckets]
         bar = stack.enter_context(tqdm(total=size, desc="sorting", unit="B", unit_scale=True))
+        waiting: list[list[tuple]] = [[] for _ in buckets]
         done = 0  # since the bar moved
         for path in paths:
             for where, line, row in iter_json_lines(path):
                 key = group_key(row)
-                entry = marshal.dumps((key, where, row))
-                files[int(key[:8], 16) * count >> 32].write(len(entry).to_bytes(4, "little") + entry)
+                number = int(key[:8], 16) * count >> 32
+                rows = waiting[number]
+                rows.append((key, where, row))
+                if len(rows) == ROWS_AT_ONCE:
+                    _write_rows(rows, files[number])
+                    rows.clear()
                 done += len(line)
                 if done >= MEGABYTE:
                     bar.update(done)
                     done = 0
         bar.update(done)
+        for rows, file in zip(waiting, files, strict=True):
+            _write_rows(rows, file)
     return buckets
+
+
+def _write_rows(rows: list[tuple], file: BinaryIO) -> None:
+    entry = marshal.dumps(rows)
+    file.write(len(entry).to_bytes(4, "little") + entry)
+
+
+def _read_rows(path: Path) -> Iterator[tuple[str, str, dict]]:
+    with open(path, "rb") as file:
+        while size := file.read(4):
+            yield from marshal.loads(file.read(int.from_bytes(size, "little")))
 
 
 def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str]], str, Statistics]:
@@ -165,14 +184,12 @@ def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str
 def _build(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str]], str, Statistics]:
     groups: dict[str, list[Response]] = {}
     stats = Statistics()
-    with open(path, "rb") as entries:
-        while size := entries.read(4):
-            key, where, row = marshal.loads(entries.read(int.from_bytes(size, "little")))
-            response = Response.from_json(row, where=where)
-            if response.answer and not response.answer.isspace():
-                groups.setdefault(key, []).append(response)
-            else:
-                stats.add(response.source, "drop responses without ground truth")
+    for key, where, row in _read_rows(path):
+        response = Response.from_json(row, where=where)
+        if response.answer and not response.answer.isspace():
+            groups.setdefault(key, []).append(response)
+        else:
+            stats.add(response.source, "drop responses without ground truth")
     pairs: list[tuple[str, str, str]] = []
     wrong: list[str] = []
     for key in sorted(groups):

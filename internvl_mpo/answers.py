@@ -121,9 +121,13 @@ def last_boxed(text: str) -> str | None:
 
 
 def _parse_marker(response: str) -> ParsedAnswer:
-    start = response.lower().find("final")  # most of a response is reasoning: the pattern is slow there
-    start = min((position for position in (start, response.find("答案")) if position >= 0), default=len(response))
-    markers = list(_MARKER.finditer(response, start))
+    lower = response.lower()  # most of a response is reasoning: the pattern is slow there
+    start, chinese = lower.find("final"), lower.find("答案")
+    if start < 0 or 0 <= chinese < start:
+        start = chinese
+    if len(lower) != len(response):
+        start = 0  # a few letters grow in lower case, and move what stands behind them
+    markers = list(_MARKER.finditer(response, start)) if start >= 0 else []
     if not markers:
         return ParsedAnswer(None, "no 'Final answer:'")
     if len(markers) > 2:
@@ -183,10 +187,22 @@ def compare_answers(prediction: str, gold: str, *, source: str = "", question: s
     if clean == wanted:
         return Verdict(Outcome.RIGHT, clean, "same", "same text")
     options = parse_options(question)
-    verdict = _apply_rules(clean, wanted, rules_of_source(source), options)
+    if not options:
+        return _compare_open(clean, wanted, rules_of_source(source))
+    return _compare(clean, wanted, rules_of_source(source), options)
+
+
+def _compare(clean: str, wanted: str, rules: Sequence[str], options: "Options") -> Verdict:
+    verdict = _apply_rules(clean, wanted, rules, options)
     if verdict.outcome is Outcome.WRONG and not (clean.isdecimal() and wanted.isdecimal()):
-        return _second_look(verdict, wanted, rules_of_source(source), options)
+        return _second_look(verdict, wanted, rules, options)
     return verdict
+
+
+@lru_cache(maxsize=65536)
+def _compare_open(clean: str, wanted: str, rules: Sequence[str]) -> Verdict:
+    """`_compare` without options, where the same short answers meet again and again."""
+    return _compare(clean, wanted, rules, {})
 
 
 def _apply_rules(clean: str, wanted: str, rules: Sequence[str], options: "Options") -> Verdict:

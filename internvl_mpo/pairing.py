@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +19,20 @@ from typing import Any, NamedTuple
 
 from internvl_mpo.answers import Outcome, Verdict, compare_answers, parse_answer
 from internvl_mpo.prompts import STYLES, language_of
-from internvl_mpo.records import PairLines, PreferencePair, Question, Response, atomic_writer, to_json_text
+from internvl_mpo.records import (
+    PairLines,
+    PreferencePair,
+    Question,
+    Response,
+    atomic_writer,
+    json_quoted,
+    to_json_text,
+)
 
 # How far ahead in the diverse order a pair may be preferred because its lengths balance the pairs taken before.
 BALANCE_WINDOW = 8
+# A text of at least so many words loops where less than this share of its runs of four words is distinct.
+LONG_WORDS, LOOP_SHARE = 24, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +45,8 @@ class PairRules:
         seed: of every draw.
         min_pass_rate, max_pass_rate: share of right answers a question must have; outside it is too hard or too easy.
         max_length_ratio: most a pair's longer text may exceed the shorter one; 0 is off.
-        max_similarity: two chosen (or two rejected) of one question that share this much of their word triples count as
-            one; 1 removes exact copies only.
+        max_similarity: two chosen of one question that share this much of their word triples count as one, and so do
+            two rejected with the same answer; 1 removes exact copies only.
         answer_format: where the final answer stands; empty takes it from the response's prompt style.
         keep_truncated: whether a response cut at the token limit may be chosen.
     """
@@ -132,9 +142,7 @@ def match_responses(
     judged = _judge(unique.values(), rules)
     first = judged[0].response
     source = first.source
-    by_outcome: dict[Outcome, list[Judged]] = {outcome: [] for outcome in Outcome}
-    for item in judged:
-        by_outcome[item.verdict.outcome].append(item)
+    by_outcome = {outcome: [item for item in judged if item.verdict.outcome is outcome] for outcome in Outcome}
     for outcome, items in by_outcome.items():
         stats.add(source, outcome.value, len(items))
     stats.add(source, "questions")
@@ -147,13 +155,13 @@ def match_responses(
     if not rules.min_pass_rate <= rate <= rules.max_pass_rate:
         stats.add(source, "drop questions outside the pass-rate band")
         return [], None
-    chosen = _diverse(rights, rules, stats, lambda response: _unfit(response, rules))
+    chosen = _diverse(rights, rules, stats, as_chosen=True)
     matches = []
     for rule, outcome, cap in (
         ("correctness", Outcome.WRONG, rules.pairs_per_question),
         ("format", Outcome.UNPARSABLE, rules.format_pairs_per_question),
     ):
-        rejected = _diverse(by_outcome[outcome], rules, stats, lambda response: None)
+        rejected = _diverse(by_outcome[outcome], rules, stats)
         taken = _choose(chosen, rejected, cap, rules, stats)
         matches += [Match(right, other, rule, rate) for right, other in taken]
         stats.add(source, rule, len(taken))
@@ -176,28 +184,34 @@ def _question(judged: list[Judged]) -> Question:
 
 def _judge(responses: Iterable[Response], rules: PairRules) -> list[Judged]:
     """Judge the responses to one prompt with one ground truth; equal answers are compared with it once."""
-    verdicts: dict[tuple[str, str], Verdict] = {}
+    of_texts: dict[tuple[str, str, str], Verdict] = {}
+    of_answers: dict[tuple[str, str], Verdict] = {}
     judged = []
     for response in responses:
-        style = STYLES.get(str(response.provenance.get("style", "")))
-        parsed = parse_answer(response.response, rules.answer_format or (style.answer_format if style else "marker"))
-        if parsed.answer is None:
-            verdict = Verdict(Outcome.UNPARSABLE, None, "parse", parsed.reason)
-        else:
-            verdict = verdicts.get((parsed.answer, response.source))
+        text, source, style = response.response, response.source, str(response.provenance.get("style", ""))
+        key = text, source, style
+        verdict = of_texts.get(key)
+        if verdict is None:
+            answer_format = STYLES[style].answer_format if style in STYLES else "marker"
+            answer, reason = parse_answer(text, rules.answer_format or answer_format)
+            if answer is None:
+                verdict = Verdict(Outcome.UNPARSABLE, None, "parse", reason)
+            else:
+                verdict = of_answers.get((answer, source))
             if verdict is None:
-                verdict = verdicts[parsed.answer, response.source] = compare_answers(
-                    parsed.answer, response.answer or "", source=response.source, question=response.question
+                verdict = of_answers[answer, source] = compare_answers(
+                    answer, response.answer or "", source=source, question=response.question
                 )
-        judged.append(Judged(response, verdict, math.log(max(1, len(response.response)))))
+            of_texts[key] = verdict
+        judged.append(Judged(response, verdict, math.log(len(text) or 1)))
     return judged
 
 
-def _unfit(response: Response, rules: PairRules) -> str | None:
+def _unfit(response: Response, rules: PairRules, is_varied: bool) -> str | None:
     """Why a response may not be chosen, or None."""
     if response.provenance.get("finish_reason") == "length" and not rules.keep_truncated:
         return "chosen cut at the token limit"
-    if is_repetitive(response.response):
+    if not is_varied and is_repetitive(response.response):
         return "chosen that repeat themselves"
     if language_of(response.response) != language_of(response.question):
         return "chosen in another language than the question"
@@ -207,55 +221,61 @@ def _unfit(response: Response, rules: PairRules) -> str | None:
 def is_repetitive(text: str) -> bool:
     """Return whether a text loops: fewer than half of its runs of four words (or of eight characters) are distinct."""
     words = text.split()
-    if len(words) >= 24:
-        if len(set(words)) - 3 >= 0.5 * len(words):
+    if len(words) >= LONG_WORDS:
+        if len(set(words)) - 3 >= LOOP_SHARE * len(words):
             return False  # every distinct word opens a distinct run
         runs = [*zip(words, words[1:], words[2:], words[3:], strict=False)]
-        return len(set(runs)) < 0.5 * len(runs)
+        return len(set(runs)) < LOOP_SHARE * len(runs)
     if len(text) >= 96:
         runs = [text[start : start + 8] for start in range(len(text) - 7)]
         return len(set(runs)) < 0.35 * len(runs)
     return False
 
 
-def _diverse(
-    items: list[Judged], rules: PairRules, stats: Statistics, unfit: Callable[[Response], str | None]
-) -> list[Judged]:
+def _diverse(items: list[Judged], rules: PairRules, stats: Statistics, as_chosen: bool = False) -> list[Judged]:
     """Usable responses without near copies, in a seeded order in which different answers come first."""
-    ordered = sorted(items, key=lambda item: _draw(rules.seed, item.response.response, item.response.id))
+    ordered = sorted(items, key=lambda item: _draw(rules.seed, item.response))
+    # rights come to the same answer however they write it; two wrongs with different answers are no copies
+    compared = ["" if as_chosen else item.verdict.answer for item in ordered]
+    like = Counter(compared)
     kept: list[Judged] = []
     texts: set[str] = set()
-    shingles: list[frozenset] = []
-    for item in ordered:
-        text = item.response.response
+    shingles: defaultdict[str | None, list[frozenset]] = defaultdict(list)
+    for item, answer in zip(ordered, compared, strict=True):
+        response = item.response
+        text = response.response
         if not text or text.isspace():
             continue
         if text in texts:
-            stats.add(item.response.source, "drop copies")
+            stats.add(response.source, "drop copies")
             continue
-        reason = unfit(item.response)
-        if reason is not None:
-            stats.add(item.response.source, f"drop {reason}")
-            continue
-        if rules.max_similarity < 1 and len(ordered) > 1:
-            mine = _shingles(text)
-            if _has_similar(mine, shingles, rules.max_similarity):
-                stats.add(item.response.source, "drop near copies")
+        compares = like[answer] > 1 and rules.max_similarity < 1
+        words = text.lower().split() if compares else []
+        mine = _shingles(words)
+        if as_chosen:
+            # every triple but the last begins another run of four words: most texts are seen not to loop from here
+            is_varied = len(words) >= LONG_WORDS and len(mine) - 1 >= LOOP_SHARE * len(words)
+            reason = _unfit(response, rules, is_varied)
+            if reason is not None:
+                stats.add(response.source, f"drop {reason}")
                 continue
-            shingles.append(mine)
+        if compares:
+            if _has_similar(mine, shingles[answer], rules.max_similarity):
+                stats.add(response.source, "drop near copies")
+                continue
+            shingles[answer].append(mine)
         texts.add(text)
         kept.append(item)
-    rank: Counter = Counter()
+    seen: dict[str | None, int] = {}
     turns = []
     for item in kept:
-        turns.append(rank[item.verdict.answer])
-        rank[item.verdict.answer] += 1
-    return [item for _, item in sorted(zip(turns, kept, strict=True), key=lambda turn: turn[0])]
+        turn = seen[item.verdict.answer] = seen.get(item.verdict.answer, -1) + 1
+        turns.append(turn)
+    return [kept[index] for index in sorted(range(len(kept)), key=turns.__getitem__)]
 
 
-def _shingles(text: str) -> frozenset[int]:
+def _shingles(words: list[str]) -> frozenset[int]:
     """The word triples of a text by their hashes, which compare faster than the words."""
-    words = text.lower().split()
     return frozenset(map(hash, zip(words, words[1:], words[2:], strict=False))) or frozenset(map(hash, words))
 
 
@@ -285,12 +305,13 @@ def _choose(
             pair = next(candidates, None)
             if pair is None:
                 break
-            reason = _unfit_pair(*pair, rules)
+            right, other = pair
+            reason = _unfit_pair(right, other, rules)
             if reason is None:
                 waiting.append(pair)
-                ratios.append(_log_ratio(*pair))
+                ratios.append(right.log_length - other.log_length)
             else:
-                stats.add(pair[0].response.source, f"drop {reason}")
+                stats.add(right.response.source, f"drop {reason}")
         if not waiting:
             break
         distances = [abs(balance + ratio) for ratio in ratios]
@@ -363,7 +384,7 @@ def _pair(right: Judged, other: Judged, rule: str, pass_rate: float) -> Preferen
 
 
 def pair_lines(matches: Sequence[Match]) -> Iterator[tuple[str, str, str]]:
-    """Yield (source, rule, line of JSON) of the pairs of one question.
+    """Yield (source, rule, lines of JSON) of the pairs of one question, those in a row with the same two together.
 
     The lines are `PreferencePair.to_line()` of the pairs `correctness_pairs` returns, made several times faster: the
     question, and what a response adds to the pairs it stands in, are encoded once.
@@ -373,24 +394,36 @@ def pair_lines(matches: Sequence[Match]) -> Iterator[tuple[str, str, str]]:
     first = matches[0].right.response
     lines = PairLines(first.images, first.question, first.answer)
     pass_rate = f'"pass_rate": {to_json_text(round(matches[0].pass_rate, 4))}'
-    items = {item.response.id: item for match in matches for item in (match.right, match.other)}
-    encoded = {key: _encode(item) for key, item in items.items()}
+    chosen_parts: dict[str, tuple[str, str]] = {}
+    rejected_parts: dict[str, tuple[str, str]] = {}
+    together: list[str] = []
+    before = (first.source, matches[0].rule)
     for right, other, rule, _ in matches:
-        source = right.response.source
-        chosen, kept, origin = encoded[right.response.id]
-        rejected, _, other_origin = encoded[other.response.id]
-        provenance = f'{{{kept}{pass_rate}, "chosen_response": {origin}, "rejected_response": {other_origin}}}'
-        yield source, rule, lines.line(chosen, rejected, source, rule, provenance)
+        response, made = right.response, right.response.provenance
+        chosen = chosen_parts.get(response.id)
+        if chosen is None:
+            kept = "".join([f'"{key}": {to_json_text(made[key])}, ' for key in _KEPT if key in made])
+            text, origin = _encode(right)
+            chosen = chosen_parts[response.id] = text, f'{{{kept}{pass_rate}, "chosen_response": {origin}'
+        rejected = rejected_parts.get(other.response.id)
+        if rejected is None:
+            text, origin = _encode(other)
+            rejected = rejected_parts[other.response.id] = text, f', "rejected_response": {origin}}}'
+        if (response.source, rule) != before:
+            yield *before, "".join(together)
+            together = []
+            before = (response.source, rule)
+        together.append(lines.line(chosen[0], rejected[0], response.source, rule, chosen[1] + rejected[1]))
+    yield *before, "".join(together)
 
 
-def _encode(item: Judged) -> tuple[str, str, str]:
-    """What a response adds to a pair, as JSON: its text, the begin of the provenance, its origin."""
-    made = item.response.provenance
-    kept = "".join([f'"{key}": {to_json_text(made[key])}, ' for key in _KEPT if key in made])
-    answer, seed = to_json_text(item.verdict.answer), to_json_text(made["seed"]) if "seed" in made else None
-    origin = f'"id": {to_json_text(item.response.id)}, "answer": {answer}, "rule": "{item.verdict.rule}"'
-    origin += "" if seed is None else f', "seed": {seed}'
-    return to_json_text(item.response.response), kept, f"{{{origin}}}"
+def _encode(item: Judged) -> tuple[str, str]:
+    """The text of a response, and where it comes from, as JSON."""
+    response, verdict = item.response, item.verdict
+    origin = f'"id": {json_quoted(response.id)}, "answer": {to_json_text(verdict.answer)}, "rule": "{verdict.rule}"'
+    if "seed" in response.provenance:
+        origin += f', "seed": {to_json_text(response.provenance["seed"])}'
+    return json_quoted(response.response), f"{{{origin}}}"
 
 
 def _origin(item: Judged) -> dict[str, Any]:
@@ -400,16 +433,18 @@ def _origin(item: Judged) -> dict[str, Any]:
     return origin
 
 
-def _draw(seed: int, *parts: str) -> bytes:
-    return hashlib.blake2b("\x1f".join([str(seed), *parts]).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _draw(seed: int, response: Response) -> bytes:
+    text = f"{seed}\x1f{response.response}\x1f{response.id}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def group_key(row: Mapping[str, Any]) -> str:
     """Return the key of a Response row as read: pictures, prompt and ground truth, hashed to 16 digits."""
     images = row.get("image", row.get("images")) or ""
-    parts = [images] if isinstance(images, str) else list(images)
-    parts += ["", str(row.get("question")), str(row.get("answer_gt", row.get("answer")))]
-    return hashlib.blake2b("\x1f".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    names = images if type(images) is str else "\x1f".join(images)
+    answer = row["answer_gt"] if "answer_gt" in row else row.get("answer")
+    text = f"{names}\x1f\x1f{row.get('question')}\x1f{answer}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- Dropout-NTP

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, ClassVar, Self, TypeVar
+from typing import IO, Any, ClassVar, NoReturn, Self, TypeVar
 
 from internvl_mpo.errors import BadInputError
 
@@ -25,7 +25,9 @@ RULES = ("correctness", "format", "direct", "dropout_ntp", "prefix_with_image", 
 
 _CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 _PLAIN = json.JSONEncoder(ensure_ascii=False)
-_quoted = lru_cache(maxsize=4096)(json.encoder.encode_basestring)  # a question and a response stand in many pairs
+_decode = json.JSONDecoder().raw_decode
+json_quoted = json.encoder.encode_basestring
+_quoted = lru_cache(maxsize=4096)(json_quoted)  # a question and a response stand in many pairs
 
 
 class RowError(BadInputError):
@@ -81,6 +83,7 @@ class Row:
     id: str = ""
 
     _text_keys: ClassVar[tuple[str, ...]] = ()
+    _required: ClassVar[tuple[str, ...]] = ("question",)
 
     def __post_init__(self) -> None:
         if type(self.images) is not tuple:
@@ -106,18 +109,22 @@ class Row:
         values: dict[str, Any] = {"source": row.get("source") or source}
         try:
             values["images"] = _images(row)
-            values["question"] = _text(row, "question")
             answer = row.get("answer_gt", row.get("answer"))
             values["answer"] = None if answer is None else str(answer)
             values["id"] = str(row.get("id") or "")
             values["provenance"] = _provenance(row)
-            for key in cls._text_keys:
-                values[key] = _text(row, key)
-            if "rule" in cls.__dataclass_fields__ and row.get("rule"):
-                values["rule"] = _text(row, "rule")
-            if "question_id" in cls.__dataclass_fields__:
-                values["question_id"] = _text(row, "question_id")
-            return cls(**values)
+            for key in cls._required:
+                value = values[key] = row.get(key)
+                if type(value) is not str:
+                    _refuse(row, key)
+            if row.get("rule") and "rule" in cls.__dataclass_fields__:
+                values["rule"] = row["rule"]
+                if type(row["rule"]) is not str:
+                    _refuse(row, "rule")
+            built = cls.__new__(cls)  # as cls(**values), which goes through object.__setattr__ for every field
+            built.__dict__.update(values)
+            built.__post_init__()
+            return built
         except RowError as error:
             raise RowError(error.reason, where) from error
 
@@ -157,6 +164,7 @@ class Response(Row):
     question_id: str
     response: str
     _text_keys: ClassVar[tuple[str, ...]] = ("response",)
+    _required: ClassVar[tuple[str, ...]] = ("question", "response", "question_id")
 
     def __post_init__(self) -> None:
         if not self.id:  # equal texts drawn with different seeds are different samples
@@ -177,6 +185,7 @@ class PreferencePair(Row):
     rejected: str
     rule: str = "other"
     _text_keys: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+    _required: ClassVar[tuple[str, ...]] = ("question", "chosen", "rejected")
 
     def __post_init__(self) -> None:
         for key in ("chosen", "rejected"):
@@ -207,16 +216,17 @@ class PairLines:
         image = "" if not images else f', "image": {to_json_text(images[0] if len(images) == 1 else list(images))}'
         self._head = f'{image}, "question": {to_json_text(question)}, "chosen": '
         self._answer = "" if answer is None else f', "answer_gt": {to_json_text(answer)}'
+        self._ends: dict[tuple[str, str], str] = {}
 
     def line(self, chosen: str, rejected: str, source: str, rule: str, provenance: str) -> str:
         """Return the line of a pair; both responses and the provenance, not empty, are given as JSON."""
         whole = self._hash.copy()
         whole.update(f"{chosen},{rejected}]".encode("utf-8", "surrogatepass"))
-        named = f', "source": {to_json_text(source)}' if source else ""
-        return (
-            f'{{"id": "{whole.hexdigest()[:16]}"{self._head}{chosen}, "rejected": {rejected}{self._answer}{named}'
-            f', "rule": "{rule}", "provenance": {provenance}}}\n'
-        )
+        end = self._ends.get((source, rule))
+        if end is None:
+            named = f', "source": {to_json_text(source)}' if source else ""
+            end = self._ends[source, rule] = f'{self._answer}{named}, "rule": "{rule}", "provenance": '
+        return f'{{"id": "{whole.hexdigest()[:16]}"{self._head}{chosen}, "rejected": {rejected}{end}{provenance}}}\n'
 
 
 R = TypeVar("R", bound=Row)
@@ -235,14 +245,15 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def iter_json_lines(path: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield (`file:line`, the line as it stands, object); see `iter_jsonl`."""
+    name = str(path)
     try:
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.strip():
+                if line.isspace():
                     continue
-                where = f"{path}:{number}"
+                where = f"{name}:{number}"
                 try:
-                    row = json.loads(line)
+                    row = _loads(line)
                 except json.JSONDecodeError as error:
                     raise RowError(f"not valid JSON ({error.msg} at column {error.colno})", where) from error
                 if not isinstance(row, dict):
@@ -285,16 +296,23 @@ def atomic_writer(path: str | Path) -> Iterator[IO[str]]:
         temporary.unlink(missing_ok=True)
 
 
+def _loads(line: str) -> Any:
+    """`json.loads` of a line, without its search for white space at both ends, which takes half as long again."""
+    try:
+        value, end = _decode(line)
+    except json.JSONDecodeError:
+        end = 0
+    return value if line[end:] in ("\n", "") else json.loads(line)
+
+
 def _is_blank(text: str) -> bool:
     return not text or text.isspace()
 
 
-def _text(row: Mapping[str, Any], key: str) -> str:
+def _refuse(row: Mapping[str, Any], key: str) -> NoReturn:
     if key not in row:
         raise RowError(f"key '{key}' is missing")
-    if not isinstance(row[key], str):
-        raise RowError(f"key '{key}' must be text, found {type(row[key]).__name__}")
-    return row[key]
+    raise RowError(f"key '{key}' must be text, found {type(row[key]).__name__}")
 
 
 def _images(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -159,6 +159,7 @@ def test_ambiguous_date_equals_only_itself():
         ("We add. **Final Answer:** 12", "marker", "12"),
         ("先相加。\n答案: 12", "marker", "12"),
         ("先相加。\n答案：12", "marker", "12"),
+        ("İİİİİİİİİİİİ are added.\nFinal answer: 12", "marker", "12"),  # letters that grow in lower case
         ("Final answer: 12", "marker", None),  # no reasoning
         ("We add.", "marker", None),
         ("We add.\nFinal answer:", "marker", None),

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 
@@ -66,8 +67,8 @@ def test_lines_of_pairs_are_those_of_the_rows(changes):
     matches, _ = match_responses(rows, PairRules(), Statistics())
     pairs = build(rows)
     assert {pair.rule for pair in pairs} == {"correctness", "format"}
-    expected = [(pair.source, pair.rule, pair.to_line()) for pair in pairs]
-    assert list(pair_lines(matches)) == expected
+    runs = groupby(pairs, key=lambda pair: (pair.source, pair.rule))
+    assert list(pair_lines(matches)) == [(*key, "".join(pair.to_line() for pair in run)) for key, run in runs]
 
 
 def test_order_of_responses_decides_nothing():
@@ -117,6 +118,14 @@ def test_copies_and_near_copies_count_once():
     assert len(build([*responses, response("13")])) == 1
 
 
+def test_wrong_texts_with_different_answers_are_no_copies_of_one_another():
+    long = " ".join(f"word{i}" for i in range(60))
+    wrong = [response(answer, way=long) for answer in ("13", "14", "15")]
+    assert len(build([response("12"), *wrong])) == 3
+    again = [response("13", way=long + " end")]
+    assert len(build([response("12"), *wrong, *again])) == 3
+
+
 def test_truncated_repetitive_and_foreign_texts_are_not_chosen():
     assert is_repetitive("the same thing again " * 30)
     assert not is_repetitive(" ".join(f"word{i}" for i in range(60)))
@@ -126,6 +135,8 @@ def test_truncated_repetitive_and_foreign_texts_are_not_chosen():
         response("12", way="我数了一下图中的物体，左边有五个，右边有七个，所以一共是十二个。"),
     ):
         assert build([bad, response("13", way=WAYS[1])]) == []
+        pairs = build([bad, response("12"), response("13", way=WAYS[1])])
+        assert [pair.chosen for pair in pairs] == [response("12").response]
     assert len(build([response("12", finish_reason="length"), response("13", way=WAYS[1])], keep_truncated=True)) == 1
 
 

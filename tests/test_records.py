@@ -80,6 +80,16 @@ def test_bad_row_is_refused_with_file_and_line(tmp_path, line, message):
     assert message in str(caught.value)
 
 
+def test_white_space_around_a_line_and_a_line_without_its_end_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = '{"question": "q", "chosen": "c", "rejected": "r"}'
+    path.write_bytes(f" {row} \r\n\n  \n\t{row}\n{row}".encode())
+    assert len(read_rows(path, PreferencePair)) == 3
+    path.write_text(row + row + "\n")
+    with pytest.raises(RowError, match=r"1: not valid JSON \(Extra data"):
+        read_rows(path, PreferencePair)
+
+
 def test_missing_file_is_bad_input(tmp_path):
     with pytest.raises(BadInputError, match="cannot read"):
         read_rows(tmp_path / "none.jsonl", Question)
