@@ -13,6 +13,7 @@ options below.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mmpr import PairRow, Resample, iter_pairs, mixture_table, repeats
 from internvl_mpo.records import RowError, atomic_writer, content_id
-from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
+from internvl_mpo.settings import need_package, parse_settings, setting, show_settings, write_settings
 
 if TYPE_CHECKING:
     from internvl_mpo.packing import PairSize
@@ -48,9 +49,10 @@ def main(argv: list[str]) -> int:
     if is_main:
         print(show_settings(settings, f"{PROGRAM}: settings"), flush=True)
 
-    rows, held_out, rejects = read_pairs(settings)
+    rows, rejects = read_pairs(settings)
     processor = load_processor(settings)
-    rows, sizes, held_out, held_out_sizes = check_pairs(settings, processor, rows, held_out, rejects)
+    rows, sizes = check_pairs(settings, processor, rows, rejects)
+    rows, sizes, held_out, held_out_sizes = hold_out(settings, rows, sizes)
     settings, rows, counts, sizes = plan(settings, rows, sizes)
     if is_main:
         show_memory(settings, sizes)
@@ -74,7 +76,7 @@ def read_settings(argv: list[str]) -> Any:
     """Return the checked settings; without arguments, or with --help, only the usage is printed."""
     if argv and not {"-h", "--help"} & set(argv):
         _check_paths_cheaply(argv)
-    from internvl_mpo.distributed import take_local_rank
+    from internvl_mpo.distributed import take_launchers_deepspeed, take_local_rank
     from internvl_mpo.policy import Part
     from internvl_mpo.trainer import MPOArguments  # imports transformers, some seconds
 
@@ -89,7 +91,9 @@ def read_settings(argv: list[str]) -> Any:
         output_dir: str = setting(help="run folder: settings, log, checkpoints")
         model_dir: str | None = setting(None, help="folder of the trained model; none = model/ in output_dir")
         image_root: str | None = setting(None, help="folder of the images of a JSONL file; none = that of the file")
-        held_out_share: float = setting(0.0, help="share of the questions kept apart to measure reward accuracy")
+        held_out_share: float = setting(
+            0.0, help="share of the questions kept apart to measure reward accuracy; above 0 at least one"
+        )
         reference_cache: str | None = setting(None, help="folder of reference log-probs; none = inside output_dir")
         resample: Resample = setting("none", help="sqrt evens out subsets by the square root of their size")
         preflight_workers: int | None = setting(None, help="processes that check pairs; none = one per core, 0 = none")
@@ -114,14 +118,45 @@ def read_settings(argv: list[str]) -> Any:
         freeze_language_layers: int = setting(0, help="do not train embeddings and so many first language layers")
 
         def __post_init__(self) -> None:
+            take_launchers_deepspeed(self)
+            if self.deepspeed:
+                need_package("deepspeed", "setting 'deepspeed'")
             super().__post_init__()
             if self.preflight_workers is not None and self.preflight_workers < 0:
                 raise BadInputError(f"preflight_workers is {self.preflight_workers}, expected 0 or more, or none")
             if not 0 <= self.held_out_share < 1:
                 raise BadInputError(f"held_out_share is {self.held_out_share}, expected 0 or more and below 1")
+            if not self.held_out_share and (self.eval_strategy != "no" or self.eval_on_start):
+                raise BadInputError(
+                    "an evaluation is asked for (eval_steps, eval_strategy or eval_on_start), but held_out_share is 0: "
+                    "give --held_out_share 0.01, or --eval_steps none --eval_strategy no --eval_on_start false"
+                )
+            check_trackers(self.report_to)
             check_lora_settings(self)
 
     return parse_settings(TrainSettings, take_local_rank(argv), program=PROGRAM, about=__doc__)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that transformers does not know or that are not installed; the Trainer would, but only later.
+
+    Raises:
+        BadInputError: naming the tracker.
+    """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise BadInputError(
+                f"report_to names '{name}', which is no tracker; expected none, or of: "
+                + ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            way_out = "" if "pip install" in reason else f"; pip install {name}"
+            raise BadInputError(f"report_to names '{name}': {reason}{way_out}, or leave it out") from error
 
 
 def check_lora_settings(settings: Any) -> None:
@@ -140,8 +175,12 @@ def check_lora_settings(settings: Any) -> None:
             raise BadInputError("reference adapter_off needs adapters; set lora_rank above 0, or use reference cache")
         if not settings.save_merged:
             raise BadInputError("save_merged is false and there are no adapters, so nothing would be saved")
-    elif not settings.save_merged and not settings.save_adapter:
-        raise BadInputError("save_merged and save_adapter are both false, so nothing would be saved")
+    else:
+        need_package("peft", "lora_rank")
+        if settings.load_in_4bit:
+            need_package("bitsandbytes", "load_in_4bit")
+        if not settings.save_merged and not settings.save_adapter:
+            raise BadInputError("save_merged and save_adapter are both false, so nothing would be saved")
     if settings.reference == "adapter_off" and settings.reference_sync_steps:
         raise BadInputError("reference adapter_off is the start model and cannot move; use reference cache")
     from internvl_mpo.distributed import zero_stage
@@ -157,7 +196,9 @@ def _check_paths_cheaply(argv: list[str]) -> None:
         path = word.partition("=")[2] or (argv[position + 1] if position + 1 < len(argv) else "")
         if word.split("=")[0] == "--config" and not Path(path).is_file():
             raise BadInputError(f"config file '{path}' does not exist")
-        if word.split("=")[0] == "--deepspeed" and not path.lstrip().startswith("{") and not Path(path).is_file():
+        # none leaves out what a run file names
+        is_file_name = path.lower() not in ("", "none", "null") and not path.lstrip().startswith("{")
+        if word.split("=")[0] == "--deepspeed" and is_file_name and not Path(path).is_file():
             raise BadInputError(
                 f"DeepSpeed file '{path}' does not exist; configs/deepspeed/ holds zero1, zero2, zero3 and offload"
             )
@@ -166,28 +207,21 @@ def _check_paths_cheaply(argv: list[str]) -> None:
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def read_pairs(settings: Any) -> tuple[list[PairRow], list[PairRow], list[RowError]]:
-    """Return training rows, held-out rows and the rows that could not be read."""
+def read_pairs(settings: Any) -> tuple[list[PairRow], list[RowError]]:
+    """Return the rows and those that could not be read."""
     rows, rejects = [], []
     for path in settings.data:
         for row in iter_pairs(path, settings.image_root):
             (rejects if isinstance(row, RowError) else rows).append(row)
     if not rows and not rejects:
         raise BadInputError(f"{', '.join(settings.data)} holds no preference pair")
-    held_out = [row for row in rows if _share_of(row.pair.group_key) < settings.held_out_share]
-    kept = [row for row in rows if _share_of(row.pair.group_key) >= settings.held_out_share]
-    return kept, held_out, rejects
-
-
-def _share_of(key: str) -> float:
-    """A number in [0, 1) that depends on the question only, so that its pairs stay on one side."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
+    return rows, rejects
 
 
 def check_pairs(
-    settings: Any, processor: Any, rows: list[PairRow], held_out: list[PairRow], rejects: list[RowError]
-) -> tuple[list[PairRow], list["PairSize"], list[PairRow], list["PairSize"]]:
-    """Look at every row; return usable training rows, their sizes, usable held-out rows, and theirs.
+    settings: Any, processor: Any, rows: list[PairRow], rejects: list[RowError]
+) -> tuple[list[PairRow], list["PairSize"]]:
+    """Look at every row; return the usable ones and their sizes.
 
     The first rank does the work, the others wait for what it leaves on disk.
 
@@ -205,35 +239,62 @@ def check_pairs(
         verify_images=settings.verify_images,
         num_workers=settings.preflight_workers,
     )
-    everything = rows + held_out
     is_main = settings.process_index == 0
     if is_main:
         preflight.reopen()
     wait_for_everyone(settings)
     if is_main:
-        results = preflight.run(everything)
+        results = preflight.run(rows)
         preflight.finish()
     else:
-        results = preflight.wait(everything)
-    clashes = same_id_twice(everything)
-    for index, reason in clashes.items():
-        results[index] = RowError(reason, everything[index].where)
+        results = preflight.wait(rows)
+    for index, reason in same_id_twice(rows).items():
+        results[index] = RowError(reason, rows[index].where)
     for index, size in enumerate(results):
         if not isinstance(size, RowError) and size.num_tokens > settings.max_tokens_per_pack:
             limit = f"more than max_tokens_per_pack {settings.max_tokens_per_pack}"
-            results[index] = RowError(f"the pair has {size.num_tokens} tokens, {limit}", everything[index].where)
+            results[index] = RowError(f"the pair has {size.num_tokens} tokens, {limit}", rows[index].where)
 
     bad = [result for result in results if isinstance(result, RowError)]
-    good = [(row, size) for row, size in zip(everything, results, strict=True) if not isinstance(size, RowError)]
+    good = [(row, size) for row, size in zip(rows, results, strict=True) if not isinstance(size, RowError)]
     stop_on_rejects(settings, rejects + bad, num_good=len(good))
+    kept, sizes = [row for row, _ in good], [size for _, size in good]
     if is_main:
-        report = length_report([size for _, size in good])
+        report = length_report(sizes)
         print(show_lengths(report), flush=True)
         with atomic_writer(f"{beside}.preflight.json") as out:
             json.dump({**report, "num_rejected": len(rejects) + len(bad), "data": settings.data}, out, indent=2)
-    num_usable = sum(not isinstance(result, RowError) for result in results[: len(rows)])
-    kept, sizes = [row for row, _ in good], [size for _, size in good]
-    return kept[:num_usable], sizes[:num_usable], kept[num_usable:], sizes[num_usable:]
+    return kept, sizes
+
+
+def hold_out(
+    settings: Any, rows: list[PairRow], sizes: list["PairSize"]
+) -> tuple[list[PairRow], list["PairSize"], list[PairRow], list["PairSize"]]:
+    """Return training rows, their sizes, held-out rows, and theirs.
+
+    A question is held out by a number that depends on it alone, so that all its pairs stay on one side and other data
+    beside it change nothing. Where the share comes to no question, the one with the smallest number is held out: an
+    evaluation that was asked for needs one.
+
+    Raises:
+        BadInputError: that would be the only one.
+    """
+    if not settings.held_out_share:
+        return rows, sizes, [], []
+    shares = [_share_of(row.pair.group_key) for row in rows]
+    border = max(settings.held_out_share, math.nextafter(min(shares), 1))
+    kept = [index for index, share in enumerate(shares) if share >= border]
+    held_out = [index for index, share in enumerate(shares) if share < border]
+    if not kept:
+        raise BadInputError(
+            f"held_out_share {settings.held_out_share} leaves no question to train on; lower it, or give more data"
+        )
+    return (*([values[index] for index in part] for part in (kept, held_out) for values in (rows, sizes)),)
+
+
+def _share_of(key: str) -> float:
+    """A number in [0, 1) that depends on the question only, so that its pairs stay on one side."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
 
 
 def wait_for_everyone(settings: Any) -> None:

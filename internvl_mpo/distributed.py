@@ -33,6 +33,36 @@ def take_local_rank(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def take_launchers_deepspeed(args: Any) -> None:
+    """Make the DeepSpeed file of `accelerate launch` the setting `deepspeed`, before TrainingArguments look at it.
+
+    transformers would let the setting win without a word; and a file that only the launcher knows would take another
+    path through transformers, on which ZeRO-3 has no engine for the reference pass.
+
+    Args:
+        args: TrainingArguments; `deepspeed` is set.
+
+    Raises:
+        BadInputError: the setting names another file, or the launcher none.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        same = isinstance(args.deepspeed, str) and Path(args.deepspeed).resolve() == Path(file).resolve()
+        if args.deepspeed and not same:
+            raise BadInputError(
+                f"accelerate launch brings the DeepSpeed file {file}, and setting 'deepspeed' is {args.deepspeed}; "
+                "give --deepspeed none to take the launcher's, or launch without DeepSpeed"
+            )
+        args.deepspeed = file
+    elif "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ:
+        raise BadInputError(
+            "accelerate launch asks for DeepSpeed without a file; give it a deepspeed_config_file, as those in "
+            "configs/accelerate do"
+        )
+
+
 def zero_stage(args: Any) -> int | None:
     """Return the ZeRO stage of TrainingArguments, from `deepspeed` or from `accelerate launch`; None without it."""
     plugin = getattr(args, "deepspeed_plugin", None)
@@ -76,10 +106,8 @@ def start_ranks(args: Any) -> None:
     """
     if zero_stage(args) is None:
         return
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise BadInputError("setting 'deepspeed' needs DeepSpeed; pip install deepspeed, or leave it out") from error
+    import deepspeed
+
     for lock in release_stale_locks():
         print(f"{lock} was left by a killed process and was removed", flush=True)
 

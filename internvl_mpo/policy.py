@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.settings import need_package
 
 _LEFT_ALONE = "the folder was not put in its place, and the last checkpoint is untouched"
 
@@ -59,10 +60,7 @@ def load_model(source: str, dtype: torch.dtype, *, in_4bit: bool = False) -> nn.
                 setattr(part, rate, 0.0)
     options: dict[str, Any] = {"dtype": dtype, "config": config}
     if in_4bit:
-        try:
-            import bitsandbytes  # noqa: F401 - transformers would name the package less clearly
-        except ImportError as error:
-            raise BadInputError("load_in_4bit needs bitsandbytes; pip install bitsandbytes, or leave it out") from error
+        need_package("bitsandbytes", "load_in_4bit")  # transformers would name it less clearly
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import difflib
 import enum
+import importlib.util
 import os
 import sys
 import types
@@ -145,8 +146,8 @@ def write_settings(settings: Any, path: str | Path) -> None:
     """Save a settings dataclass as YAML, so that the run can be repeated with `--config`."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # A token works from the environment again, and a saved one ends up where it should not be.
-    plain = {name: _plain(getattr(settings, name)) for name in _fields(type(settings)) if not _is_secret(name)}
-    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    values = {name: plain(getattr(settings, name)) for name in _fields(type(settings)) if not _is_secret(name)}
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def show_settings(settings: Any, title: str) -> str:
@@ -155,12 +156,41 @@ def show_settings(settings: Any, title: str) -> str:
     Inherited fields (transformers has some 120 of them) appear where they differ from their default.
     """
     rows = [
-        (name, "(not shown)" if _is_secret(name) and getattr(settings, name) else _plain(getattr(settings, name)))
+        (name, "(not shown)" if _is_secret(name) and getattr(settings, name) else plain(getattr(settings, name)))
         for name, field in _fields(type(settings)).items()
-        if field.metadata.get(_OWN) or _plain(getattr(settings, name)) != _plain(_default(field))
+        if field.metadata.get(_OWN) or plain(getattr(settings, name)) != plain(_default(field))
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join([title] + [f"  {name:<{width}}  {'-' if value is None else value}" for name, value in rows])
+
+
+def plain(value: Any) -> Any:
+    """Return a setting as YAML and JSON hold it, so that it can be read back."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if dataclasses.is_dataclass(value):  # transformers makes one of the dict it is given for accelerator_config
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def need_package(package: str, asker: str) -> None:
+    """Refuse a setting whose package is not installed.
+
+    Args:
+        package: its name, for Python and for pip.
+        asker: the setting, for the message.
+
+    Raises:
+        BadInputError: naming both.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise BadInputError(f"{asker} needs the package {package}; pip install {package}, or leave it out")
 
 
 def _is_secret(name: str) -> bool:
@@ -294,13 +324,3 @@ def _spell(hint: Any) -> str:
         else:
             spelled.append(names.get(option, getattr(option, "__name__", str(option))))
     return " or ".join(spelled)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)

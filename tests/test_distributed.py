@@ -9,9 +9,11 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_train_mpo import ROOT, arguments, losses, train, world  # noqa: F401 - world is a fixture
 
@@ -154,6 +156,69 @@ def test_the_local_rank_that_the_deepspeed_launcher_adds_is_taken(monkeypatch):
     assert os.environ.pop("LOCAL_RANK") == "3"
     assert take_local_rank(["--beta", "0.1", "--local-rank", "1"]) == ["--beta", "0.1"]
     assert os.environ.pop("LOCAL_RANK") == "1"
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_the_deepspeed_file_of_accelerate_launch_counts_or_is_refused(monkeypatch, name):
+    from internvl_mpo.distributed import take_launchers_deepspeed
+    from internvl_mpo.errors import BadInputError
+
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "configs/accelerate" / f"{name}.yaml").read_text()
+    file = yaml.safe_load(text)["deepspeed_config"]["deepspeed_config_file"]
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", file)
+    assert "--deepspeed none" in text or "zero1" in text  # the command in its header; the recipe itself says ZeRO-1
+    other = f"configs/deepspeed/{'zero3' if name == 'zero1' else 'zero1'}.json"
+    with pytest.raises(BadInputError, match=f"{file}, and setting 'deepspeed' is {other}; give --deepspeed none"):
+        take_launchers_deepspeed(SimpleNamespace(deepspeed=other))
+    for given in (None, file):
+        settings = SimpleNamespace(deepspeed=given)
+        take_launchers_deepspeed(settings)
+        assert settings.deepspeed == file
+
+
+def test_deepspeed_without_a_file_from_accelerate_launch_is_refused(monkeypatch):
+    from internvl_mpo.distributed import take_launchers_deepspeed
+    from internvl_mpo.errors import BadInputError
+
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    with pytest.raises(BadInputError, match="give it a deepspeed_config_file"):
+        take_launchers_deepspeed(SimpleNamespace(deepspeed="configs/deepspeed/zero1.json"))
+
+
+def test_a_stage_that_the_run_file_contradicts_stops_the_program(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "configs/deepspeed/zero2.json")
+    assert train(world, tmp_path / "run", "--deepspeed", "configs/deepspeed/zero1.json") == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "configs/deepspeed/zero2.json" in message
+    assert "configs/deepspeed/zero1.json" in message
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_with_its_own_stage(world, alone, tmp_path):  # noqa: F811
+    """The run file says ZeRO-1, `--deepspeed none` drops it, and the launcher's ZeRO-3 trains to the end."""
+    config = json.loads((ROOT / "configs/deepspeed/zero3.json").read_text())
+    config["zero_force_ds_cpu_optimizer"] = False
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    (tmp_path / "run.yaml").write_text("deepspeed: configs/deepspeed/zero1.json\n")
+    launcher = yaml.safe_load((ROOT / "configs/accelerate/zero3.yaml").read_text())
+    launcher["deepspeed_config"]["deepspeed_config_file"] = str(tmp_path / "zero3.json")
+    (tmp_path / "launcher.yaml").write_text(yaml.safe_dump({**launcher, "num_processes": 2}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launcher.yaml"),
+               "--main_process_port", "0", str(ROOT / "train_mpo.py"), "--config", str(tmp_path / "run.yaml"),
+               "--deepspeed", "none", *arguments(world, tmp_path / "run")]  # fmt: skip
+    result = subprocess.run(
+        command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "ZeRO-3, 2 devices" in result.stdout
+    assert json.loads((tmp_path / "run/checkpoint-4/mpo_state.json").read_text())["engine"] == "ZeRO-3"
+    expected, found = losses(alone / "full"), losses(tmp_path / "run")
+    assert [found[step] for step in expected] == pytest.approx(list(expected.values()), rel=1e-5)
 
 
 def test_a_lock_that_a_killed_compiler_left_does_not_stop_the_next_run(tmp_path, monkeypatch):

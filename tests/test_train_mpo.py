@@ -3,7 +3,9 @@
 pytest tests/test_train_mpo.py
 """
 
+import dataclasses
 import gc
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ from tiny_world import make_model_folder, make_training_pairs
 
 import train_mpo
 from internvl_mpo.errors import run_program
+from internvl_mpo.settings import write_settings
 from internvl_mpo.trainer import ConsoleCallback
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +127,78 @@ def test_bad_settings_stop_with_one_sentence_and_leave_nothing(world, tmp_path, 
     assert message.startswith("error: ")
     assert words in message
     assert not output.exists()
+
+
+def without(monkeypatch, package: str) -> None:
+    """Let a package look as if it were not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fail when the program gets as far as reading pairs."""
+    monkeypatch.setattr(train_mpo, "read_pairs", lambda settings: pytest.fail("the refusal came after the settings"))
+
+
+@pytest.mark.parametrize(
+    ("package", "more"),
+    [
+        ("peft", ["--lora_rank", "2"]),
+        ("bitsandbytes", ["--lora_rank", "2", "--load_in_4bit"]),
+        ("deepspeed", ["--deepspeed", str(ROOT / "configs/deepspeed/zero1.json")]),
+    ],
+)
+def test_a_package_that_is_missing_is_named_before_any_work(
+    world, tmp_path, capsys, monkeypatch, no_work, package, more
+):
+    without(monkeypatch, package)
+    assert train(world, tmp_path / "run", *more) == 2
+    assert f"needs the package {package}; pip install {package}" in capsys.readouterr().err
+
+
+def test_a_tracker_that_is_unknown_or_not_installed_is_named_before_any_work(
+    world, tmp_path, capsys, monkeypatch, no_work
+):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(integration_utils, "has_tensorboard", lambda: False, raising=False)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
+    for name, words in {
+        "foo": "which is no tracker",
+        "wandb": "pip install wandb",
+        "tensorboard": "pip install",
+    }.items():
+        assert train(world, tmp_path / "run", "--report_to", name) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"report_to names '{name}'" in message
+        assert words in message
+
+
+@pytest.mark.parametrize("more", [["--eval_steps", "200"], ["--eval_strategy", "epoch"], ["--eval_on_start"]])
+def test_an_evaluation_without_held_out_questions_is_refused_before_any_work(world, tmp_path, capsys, no_work, more):
+    assert train(world, tmp_path / "run", *more) == 2
+    assert "held_out_share is 0: give --held_out_share" in capsys.readouterr().err
+
+
+def test_the_way_out_of_that_refusal_is_one(world, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("held_out_share: 0.001\neval_steps: 200\n")
+    off = ("--held_out_share", "0", "--eval_steps", "none", "--eval_strategy", "no", "--eval_on_start", "false")
+    settings = train_mpo.read_settings([*arguments(world, tmp_path / "run", *off), "--config", str(config)])
+    assert settings.eval_strategy == "no"
+
+
+def test_settings_of_a_run_are_taken_back_and_equal(world, tmp_path):
+    """transformers replaces some settings by objects of its own; their repr was saved, and read as a file name."""
+    more = ("--accelerator_config", "{even_batches: false}", "--lr_scheduler_kwargs", "{num_cycles: 1}")
+    more += ("--held_out_share", "0.1", "--eval_steps", "3", "--report_to", "tensorboard", "--save_total_limit", "none")
+    first = train_mpo.read_settings(arguments(world, tmp_path / "run", *more))
+    write_settings(first, tmp_path / "settings.yaml")
+    again = train_mpo.read_settings(["--config", str(tmp_path / "settings.yaml")])
+    names = [field.name for field in dataclasses.fields(first)]
+    assert {name: getattr(again, name) for name in names} == {name: getattr(first, name) for name in names}
 
 
 def test_a_missing_setting_is_named(world, capsys):
@@ -273,6 +348,21 @@ def test_held_out_questions_are_evaluated_and_not_trained_on(world, tmp_path):
     accuracy = [row["eval_rewards/accuracy"] for row in rows if "eval_rewards/accuracy" in row]
     assert len(accuracy) == 1
     assert 0 <= accuracy[0] <= 1
+
+
+def test_a_held_out_share_that_comes_to_no_question_holds_out_one(world, tmp_path, capsys):
+    output = tmp_path / "run"
+    more = ("--held_out_share", "1e-9", "--eval_steps", "1", "--num_eval_samples", "0", "--max_steps", "1")
+    assert train(world, output, *more) == 0
+    assert "9 pairs (9 a pass)" in capsys.readouterr().out  # a question has three
+    assert "eval_rewards/accuracy" in (output / "log.jsonl").read_text()
+
+
+def test_a_held_out_question_that_would_be_the_only_one_is_refused(world, tmp_path, capsys):
+    write_pair(world / "single.jsonl")
+    more = ("--data", str(world / "single.jsonl"), "--held_out_share", "0.01")
+    assert train(world, tmp_path / "run", *more) == 2
+    assert "held_out_share 0.01 leaves no question to train on" in capsys.readouterr().err
 
 
 def test_lora_trains_adapters_and_saves_a_merged_folder(world, tmp_path):
