@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mmpr import PairRow, Resample, iter_pairs, mixture_table, repeats
 from internvl_mpo.records import RowError, atomic_writer, content_id
-from internvl_mpo.settings import need_package, parse_settings, setting, show_settings, write_settings
+from internvl_mpo.settings import need_package, parse_settings, plain, setting, show_settings, write_settings
 
 if TYPE_CHECKING:
     from internvl_mpo.packing import PairSize
@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     from internvl_mpo.trainer import MPOTrainer
 
 PROGRAM = "train_mpo.py"
-# Settings that decide what a step computes: a run cannot go on exactly with another value.
+# Settings that decide what a step computes: a run cannot go on exactly with another value. Those of optimizer and
+# schedule are among them because a checkpoint brings their states, and with them the old values.
 EXACT = (
     *("pairs_per_step", "pairs_per_group", "seed", "data_seed", "beta", "preference", "quality", "generation"),
     *("preference_weight", "quality_weight", "generation_weight", "label_smoothing", "reward_shift"),
     *("reward_shift_momentum", "reference", "reference_sync_steps", "reference_mixup_alpha", "lora_rank", "lora_alpha"),
     *("lora_dropout", "lora_on", "freeze_vision", "freeze_projector", "freeze_language", "freeze_language_layers"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 
 
@@ -49,6 +52,7 @@ def main(argv: list[str]) -> int:
     if is_main:
         print(show_settings(settings, f"{PROGRAM}: settings"), flush=True)
 
+    checkpoint = choose_checkpoint(settings)
     rows, rejects = read_pairs(settings)
     processor = load_processor(settings)
     rows, sizes = check_pairs(settings, processor, rows, rejects)
@@ -64,7 +68,7 @@ def main(argv: list[str]) -> int:
     trainer = build_trainer(
         settings, identity, model, processor, rows, counts, sizes, held_out, held_out_sizes, reference
     )
-    train(settings, trainer)
+    train(settings, trainer, checkpoint)
     save(settings, trainer, processor)
     return 0
 
@@ -202,6 +206,33 @@ def _check_paths_cheaply(argv: list[str]) -> None:
             raise BadInputError(
                 f"DeepSpeed file '{path}' does not exist; configs/deepspeed/ holds zero1, zero2, zero3 and offload"
             )
+
+
+def choose_checkpoint(settings: Any) -> str | None:
+    """Return the checkpoint to go on from, the same on all ranks; None starts at step 0.
+
+    Raises:
+        BadInputError: there is none where one was named, or it was made with other settings.
+    """
+    from internvl_mpo.checkpoint import check_fingerprint, find_checkpoint
+    from internvl_mpo.distributed import agree
+
+    found = find_checkpoint(settings.resume, settings.output_dir)
+    checkpoint = agree(None if found is None else str(found), settings)
+    if checkpoint is None:
+        return None
+    unknown = check_fingerprint(checkpoint, exact_settings(settings))
+    if unknown and settings.process_index == 0:
+        print(
+            f"note: {checkpoint} was written by an earlier version and does not say its {', '.join(unknown)}; the "
+            "optimizer and the schedule go on as they were saved, whatever is given now"
+        )
+    return checkpoint
+
+
+def exact_settings(settings: Any) -> dict[str, Any]:
+    """Return the settings that a checkpoint is compared by."""
+    return {name: plain(getattr(settings, name)) for name in EXACT}
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -430,6 +461,11 @@ def load_processor(settings: Any) -> Any:
     source = settings.model
     if Path(source).is_dir():
         config_path = Path(source) / "config.json"
+        if (Path(source) / "adapter_config.json").is_file() and not config_path.is_file():
+            raise BadInputError(
+                f"model folder '{source}' holds LoRA adapters alone; give the merged model folder of that run "
+                "(save_merged), or the model it started from"
+            )
         if not config_path.is_file():
             raise BadInputError(f"model folder '{source}' has no config.json")
         try:
@@ -604,18 +640,17 @@ def build_trainer(
         reference=reference,
         held_out=held_out,
         held_out_sizes=held_out_sizes,
-        fingerprint={"data": data.hexdigest()[:16], **identity, **{name: getattr(settings, name) for name in EXACT}},
+        fingerprint={"data": data.hexdigest()[:16], **identity, **exact_settings(settings)},
         callbacks=[ConsoleCallback(settings.output_dir)],
     )
 
 
-def train(settings: Any, trainer: "MPOTrainer") -> None:
-    """Train to the end, from the last whole checkpoint if there is one."""
+def train(settings: Any, trainer: "MPOTrainer", checkpoint: str | None) -> None:
+    """Train to the end, from a checkpoint if there is one."""
     import torch
 
-    from internvl_mpo.checkpoint import find_checkpoint, remove_half_written
+    from internvl_mpo.checkpoint import remove_half_written
 
-    checkpoint = find_checkpoint(settings.resume, settings.output_dir)
     if checkpoint is not None:
         trainer.check_resumable(checkpoint)
     if settings.world_size > 1:
@@ -628,7 +663,7 @@ def train(settings: Any, trainer: "MPOTrainer") -> None:
     if settings.device.type == "cpu":
         # several threads add gradients of one token in any order otherwise, and no two runs are equal to the last bit
         torch.use_deterministic_algorithms(True, warn_only=True)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     evaluations = [row for row in trainer.state.log_history if "eval_rewards/accuracy" in row]
     if evaluations and settings.process_index == 0:
         print(f"held-out pairs: reward accuracy {evaluations[-1]['eval_rewards/accuracy']:.3f}")

@@ -89,6 +89,29 @@ def find_checkpoint(resume: str, output_dir: str | Path) -> Path | None:
     return Path(resume)
 
 
+def check_fingerprint(checkpoint: str | Path, fingerprint: Mapping[str, Any]) -> list[str]:
+    """Refuse a checkpoint that was made with other settings, data or weights.
+
+    Args:
+        checkpoint: a whole checkpoint.
+        fingerprint: what this run depends on, or a part of it.
+
+    Returns:
+        The names that the checkpoint does not hold, since an earlier version of the program wrote it.
+
+    Raises:
+        BadInputError: naming the first difference.
+    """
+    saved = read_state(checkpoint)["fingerprint"]
+    for name, value in fingerprint.items():
+        if name in saved and saved[name] != value:
+            raise BadInputError(
+                f"{checkpoint} was made with another {name} ({saved[name]}, now {value}); "
+                "restore it, or start anew with another output_dir"
+            )
+    return [name for name in fingerprint if name not in saved]
+
+
 def check_resumable(checkpoint: str | Path, state: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that a run cannot go on from exactly.
 
@@ -99,15 +122,14 @@ def check_resumable(checkpoint: str | Path, state: Mapping[str, Any]) -> None:
     Raises:
         BadInputError: naming what differs.
     """
+    check_fingerprint(checkpoint, state["fingerprint"])
     saved = read_state(checkpoint)
-    for name, value in state["fingerprint"].items():
-        other = saved["fingerprint"].get(name)
-        if other != value:
-            raise BadInputError(
-                f"{checkpoint} was made with another {name} ({other}, now {value}); "
-                "restore it, or start anew with another output_dir"
-            )
     way_out = f"go on as before, or start a new run from its weights with --model {checkpoint} and another output_dir"
+    if (Path(checkpoint) / "adapter_config.json").is_file():
+        way_out = (
+            "go on as before (a new run cannot start from adapters alone; the merged model folder that this run "
+            "writes at its end can be the --model of one)"
+        )
     if saved["engine"] != state["engine"]:
         raise BadInputError(
             f"{checkpoint} was made with {saved['engine']}, now it is {state['engine']}, which cannot read its "

@@ -282,6 +282,13 @@ def test_aot_says_that_it_sorts_within_a_pack(world, tmp_path, capsys):  # noqa:
         (["--max_tiles", "3"], "another max_tiles"),
         (["--seed", "7"], "another seed"),
         (["--freeze_vision", "true"], "another freeze_vision"),
+        # the states of optimizer and schedule bring the old values back, so that a new one would be without effect
+        (["--learning_rate", "1e-4"], "another learning_rate (0.001, now 0.0001)"),
+        (["--weight_decay", "0.1"], "another weight_decay"),
+        (["--lr_scheduler_type", "constant"], "another lr_scheduler_type (cosine, now constant)"),
+        (["--optim", "adamw_torch"], "another optim (adamw_torch_fused, now adamw_torch)"),
+        (["--adam_beta2", "0.95"], "another adam_beta2"),
+        (["--max_grad_norm", "2"], "another max_grad_norm"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused_by_name(world, tmp_path_factory, capsys, more, words):  # noqa: F811

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from tiny_world import make_model_folder, make_training_pairs
 
 import train_mpo
-from internvl_mpo.errors import run_program
+from internvl_mpo.checkpoint import check_resumable, read_state
+from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.settings import write_settings
 from internvl_mpo.trainer import ConsoleCallback
 
@@ -441,6 +442,36 @@ def test_a_checkpoint_of_another_run_is_refused(world, unbroken, capsys, more, w
         more = ["--data", str(world / "other.jsonl")]
     assert train(world, unbroken, *more) == 2
     assert words in capsys.readouterr().err
+
+
+def test_other_settings_are_refused_before_any_work(world, unbroken, capsys, no_work):
+    assert train(world, unbroken, "--learning_rate", "1e-4") == 2
+    assert "another learning_rate (0.001, now 0.0001)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_it_cannot_compare(world, unbroken, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(unbroken, output)
+    path = output / "checkpoint-2" / "mpo_state.json"
+    state = json.loads(path.read_text())
+    del state["fingerprint"]["learning_rate"]
+    path.write_text(json.dumps(state))
+    more = ("--learning_rate", "1e-4", "--resume", str(path.parent))
+    assert train(world, output, *more) == 0
+    assert "does not say its learning_rate" in capsys.readouterr().out
+    assert losses(output) == losses(unbroken)  # the old learning rate, as the note says
+
+
+def test_the_way_out_of_a_lora_checkpoint_is_one(world, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(world, output, "--lora_rank", "2", "--max_steps", "2") == 0
+    checkpoint = output / "checkpoint-2"
+    state = read_state(checkpoint)
+    with pytest.raises(BadInputError, match="the merged model folder that this run writes"):
+        check_resumable(checkpoint, {**state, "engine": "ZeRO-2"})
+    assert train(world, tmp_path / "new", "--model", str(checkpoint)) == 2
+    assert "holds LoRA adapters alone; give the merged model folder" in capsys.readouterr().err
+    assert train(world, tmp_path / "new", "--model", str(output / "model"), "--max_steps", "1") == 0
 
 
 def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(world, tmp_path):
