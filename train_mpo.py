@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mmpr import PairRow, Resample, iter_pairs, mixture_table, repeats
@@ -43,6 +43,17 @@ EXACT = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
+# Settings of TrainingArguments that packs leave without effect, and what to set instead. (dataloader_pin_memory is not
+# among them: packs are never pinned, but transformers itself sets it to false on a CPU.)
+WITHOUT_EFFECT = {
+    "gradient_accumulation_steps": "pairs_per_step and max_tokens_per_pack decide how many packs a step has",
+    "per_device_train_batch_size": "pairs_per_step counts over all ranks, max_tokens_per_pack limits a forward pass",
+    "per_device_eval_batch_size": "max_tokens_per_pack limits a forward pass",
+    "dataloader_drop_last": "every step holds exactly pairs_per_step pairs",
+    "dataloader_prefetch_factor": "packs are loaded by dataloader_num_workers processes, two ahead each",
+}
+# Found by `plan`, so that a saved run does not give it back.
+FOUND = ("gradient_accumulation_steps",)
 
 
 def main(argv: list[str]) -> int:
@@ -123,6 +134,8 @@ def read_settings(argv: list[str]) -> Any:
 
         def __post_init__(self) -> None:
             take_launchers_deepspeed(self)
+            if self.per_device_train_batch_size not in (1, TrainSettings.per_device_train_batch_size):
+                refuse_without_effect(self, "per_device_train_batch_size")  # MPOArguments sets it to 1
             if self.deepspeed:
                 need_package("deepspeed", "setting 'deepspeed'")
             super().__post_init__()
@@ -138,7 +151,16 @@ def read_settings(argv: list[str]) -> Any:
             check_trackers(self.report_to)
             check_lora_settings(self)
 
-    return parse_settings(TrainSettings, take_local_rank(argv), program=PROGRAM, about=__doc__)
+    settings = parse_settings(TrainSettings, take_local_rank(argv), program=PROGRAM, about=__doc__)
+    for name in WITHOUT_EFFECT:
+        if name != "per_device_train_batch_size" and getattr(settings, name) != getattr(TrainSettings, name):
+            refuse_without_effect(settings, name)
+    return settings
+
+
+def refuse_without_effect(settings: Any, name: str) -> NoReturn:
+    """Raise a `BadInputError` that says what to set instead."""
+    raise BadInputError(f"{name} is {getattr(settings, name)}, which has no effect here: {WITHOUT_EFFECT[name]}")
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -171,6 +193,14 @@ def check_lora_settings(settings: Any) -> None:
     """
     if settings.lora_rank < 0 or not 0 <= settings.lora_dropout < 1 or settings.freeze_language_layers < 0:
         raise BadInputError("lora_rank and freeze_language_layers must be 0 or more, lora_dropout from 0 to below 1")
+    if settings.lora_alpha is not None and settings.lora_alpha <= 0:
+        raise BadInputError(f"lora_alpha is {settings.lora_alpha}, expected more than 0, or none for twice the rank")
+    frozen = [name for name in EXACT if name.startswith("freeze_") and getattr(settings, name)]
+    if settings.lora_rank and frozen:
+        raise BadInputError(
+            f"{frozen[0]} has no effect with lora_rank, since only adapters are trained; leave it out, and say with "
+            "lora_on which tower gets them"
+        )
     if not settings.lora_rank:
         for name in ("load_in_4bit", "save_adapter"):
             if getattr(settings, name):
@@ -231,8 +261,9 @@ def choose_checkpoint(settings: Any) -> str | None:
 
 
 def exact_settings(settings: Any) -> dict[str, Any]:
-    """Return the settings that a checkpoint is compared by."""
-    return {name: plain(getattr(settings, name)) for name in EXACT}
+    """Return the settings that a checkpoint is compared by; adapters leave nothing to freeze."""
+    names = [name for name in EXACT if not (settings.lora_rank and name.startswith("freeze_"))]
+    return {name: plain(getattr(settings, name)) for name in names}
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -656,7 +687,7 @@ def train(settings: Any, trainer: "MPOTrainer", checkpoint: str | None) -> None:
     if settings.world_size > 1:
         torch.distributed.barrier()  # all ranks have looked before anything is removed
     if settings.process_index == 0:
-        write_settings(settings, Path(settings.output_dir) / "settings.yaml")
+        write_settings(settings, Path(settings.output_dir) / "settings.yaml", leave_out=FOUND)
         for name in remove_half_written(settings.output_dir):
             print(f"{name} is half-written and was removed")
         print(f"going on from {checkpoint}" if checkpoint else "starting at step 0")
@@ -681,14 +712,14 @@ def save(settings: Any, trainer: "MPOTrainer", processor: Any) -> None:
             write_adapter(model, processor, folder, keep=is_main)
             if is_main:
                 check_saved_weights(folder, {})
-                write_settings(settings, folder / "training_settings.yaml")
+                write_settings(settings, folder / "training_settings.yaml", leave_out=FOUND)
     if settings.save_merged:
         weights = whole_weights(model, keep=is_main)
         with whole_folder(Path(settings.model_dir or Path(settings.output_dir) / "model"), is_main) as folder:
             if is_main:
                 write_model_folder(plain_base(model), processor, folder, weights=weights)
                 check_saved_weights(folder, weights)
-                write_settings(settings, folder / "training_settings.yaml")
+                write_settings(settings, folder / "training_settings.yaml", leave_out=FOUND)
 
 
 @contextlib.contextmanager

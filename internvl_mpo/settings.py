@@ -22,7 +22,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -142,11 +142,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def write_settings(settings: Any, path: str | Path) -> None:
-    """Save a settings dataclass as YAML, so that the run can be repeated with `--config`."""
+def write_settings(settings: Any, path: str | Path, leave_out: Collection[str] = ()) -> None:
+    """Save a settings dataclass as YAML, so that the run can be repeated with `--config`.
+
+    Args:
+        settings: the dataclass.
+        path: the file; its folder is made.
+        leave_out: fields that the program found itself and would not take from a user.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # A token works from the environment again, and a saved one ends up where it should not be.
-    values = {name: plain(getattr(settings, name)) for name in _fields(type(settings)) if not _is_secret(name)}
+    names = [name for name in _fields(type(settings)) if not _is_secret(name) and name not in leave_out]
+    values = {name: plain(getattr(settings, name)) for name in names}
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

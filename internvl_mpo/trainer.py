@@ -114,8 +114,20 @@ class MPOArguments(TrainingArguments):
             raise BadInputError(f"beta is {self.beta}, expected more than 0")
         if self.preference == self.quality == self.generation == "none":
             raise BadInputError("preference, quality and generation are all 'none', so there is nothing to train on")
-        if self.preference == "robust_dpo" and not 0 <= self.label_smoothing < 0.5:
-            raise BadInputError(f"label_smoothing is {self.label_smoothing}; robust_dpo needs 0 or more and below 0.5")
+        kinds = (self.preference, self.quality, self.generation)
+        if not all(0 <= weight < math.inf for weight in self.weights) or not any(
+            weight for kind, weight in zip(kinds, self.weights, strict=True) if kind != "none"
+        ):
+            raise BadInputError(
+                "preference_weight, quality_weight and generation_weight are {}, {} and {}, expected 0 or more, and "
+                "above 0 for a term that is not none".format(*self.weights)
+            )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise BadInputError(f"label_smoothing is {self.label_smoothing}, expected 0 or more and below 0.5")
+        if not 0 <= self.reward_shift_momentum < 1:
+            raise BadInputError(
+                f"reward_shift_momentum is {self.reward_shift_momentum}, expected 0 or more and below 1"
+            )
         if self.num_eval_samples < 0 or self.eval_sample_tokens < 1:
             raise BadInputError(
                 f"num_eval_samples is {self.num_eval_samples} and eval_sample_tokens {self.eval_sample_tokens}, "

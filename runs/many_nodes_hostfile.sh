@@ -10,5 +10,6 @@ CONFIG=${CONFIG:-configs/internvl2_76b.yaml}
 PYTHON=${PYTHON:-python}
 PORT=${PORT:-29500}
 
-exec "$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "$PORT" \
+# pdsh -k ends with the first node that fails, instead of when the last of the others has waited out its collectives.
+exec "$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "$PORT" --launcher_args=-k \
   train_mpo.py --config "$CONFIG" "$@"

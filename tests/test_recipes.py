@@ -99,6 +99,23 @@ def test_one_node_trains_on_two_ranks(world, tmp_path):  # noqa: F811
     assert len(losses(tmp_path / "run")) == 2
 
 
+def test_a_slurm_job_has_a_log_on_a_fresh_clone_and_all_its_cores():
+    text = (ROOT / "runs/many_nodes.slurm").read_text()
+    log = re.search(r"^#SBATCH --output=(.*)", text, re.MULTILINE).group(1)
+    assert "/" not in log  # Slurm makes no folder, and outputs/ is not in the repository
+    assert "export SRUN_CPUS_PER_TASK=" in text.partition("\nsrun ")[0]
+
+
+def test_the_nodes_of_a_hostfile_fail_fast(tmp_path, monkeypatch):
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    text = (ROOT / "runs/many_nodes_hostfile.sh").read_text()
+    words = re.search(r"launcher\.runner (.*) \\", text).group(1).replace('"', "").replace("$PORT", "29500").split()
+    args = runner.parse_args([*words, "train_mpo.py"])
+    pdsh = runner.PDSHRunner(args, "world")
+    command = pdsh.get_cmd({}, {"node1": [0], "node2": [0]})[0]
+    assert command[: command.index("cd " + os.path.abspath(".") + ";")].count("-k") == 1
+
+
 def test_an_unknown_launcher_is_refused():
     environment = {**os.environ, "LAUNCHER": "mpirun"}
     result = subprocess.run(

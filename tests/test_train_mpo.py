@@ -119,6 +119,33 @@ def test_no_arguments_print_how_to_use_it(capsys):
         (["--pairs_per_step", "99"], "one epoch has 12 pairs, fewer than the 99"),
         (["--max_tokens_per_pack", "100"], "more than max_tokens_per_pack 100"),
         (["--preference", "none", "--quality", "none", "--generation", "none"], "nothing to train on"),
+        (
+            ["--preference_weight", "-1"],
+            "preference_weight, quality_weight and generation_weight are -1.0, 0.2 and 1.0",
+        ),
+        (
+            ["--generation_weight", "0", "--preference", "none", "--quality", "none"],
+            "above 0 for a term that is not none",
+        ),
+        (["--reward_shift_momentum", "1"], "reward_shift_momentum is 1.0, expected 0 or more and below 1"),
+        (["--label_smoothing", "0.5"], "label_smoothing is 0.5, expected 0 or more and below 0.5"),
+        (["--lora_rank", "2", "--lora_alpha", "0"], "lora_alpha is 0, expected more than 0"),
+        (["--lora_rank", "2", "--freeze_language", "true"], "freeze_language has no effect with lora_rank"),
+        (["--lora_rank", "2", "--freeze_language_layers", "1"], "freeze_language_layers has no effect with lora_rank"),
+        (
+            ["--gradient_accumulation_steps", "2"],
+            "gradient_accumulation_steps is 2, which has no effect here: pairs_per_",
+        ),
+        (
+            ["--per_device_train_batch_size", "4"],
+            "per_device_train_batch_size is 4, which has no effect here: pairs_per_",
+        ),
+        (["--per_device_eval_batch_size", "4"], "per_device_eval_batch_size is 4, which has no effect"),
+        (["--dataloader_drop_last"], "dataloader_drop_last is True, which has no effect"),
+        (
+            ["--dataloader_num_workers", "1", "--dataloader_prefetch_factor", "4"],
+            "dataloader_prefetch_factor is 4, which has no effect",
+        ),
     ],
 )
 def test_bad_settings_stop_with_one_sentence_and_leave_nothing(world, tmp_path, capsys, more, words):
@@ -200,6 +227,14 @@ def test_settings_of_a_run_are_taken_back_and_equal(world, tmp_path):
     again = train_mpo.read_settings(["--config", str(tmp_path / "settings.yaml")])
     names = [field.name for field in dataclasses.fields(first)]
     assert {name: getattr(again, name) for name in names} == {name: getattr(first, name) for name in names}
+
+
+def test_what_a_run_saved_is_taken_back(unbroken):
+    """`gradient_accumulation_steps`, which the program finds and refuses, is not in the file."""
+    settings = train_mpo.read_settings(["--config", str(unbroken / "settings.yaml")])
+    assert (settings.output_dir, settings.max_steps) == (str(unbroken), 4)
+    again = train_mpo.read_settings(["--config", str(unbroken / "model" / "training_settings.yaml")])
+    assert again.learning_rate == 1e-3
 
 
 def test_a_missing_setting_is_named(world, capsys):
