@@ -93,6 +93,7 @@ def read_settings(argv: list[str]) -> Any:
         _check_paths_cheaply(argv)
     from internvl_mpo.distributed import take_launchers_deepspeed, take_local_rank
     from internvl_mpo.policy import Part
+    from internvl_mpo.preflight import VerifyImages
     from internvl_mpo.trainer import MPOArguments  # imports transformers, some seconds
 
     @dataclass(kw_only=True)
@@ -113,7 +114,7 @@ def read_settings(argv: list[str]) -> Any:
         resample: Resample = setting("none", help="sqrt evens out subsets by the square root of their size")
         preflight_workers: int | None = setting(None, help="processes that check pairs; none = one per core, 0 = none")
         preflight_cache: str | None = setting(None, help="folder of what the check found; none = beside output_dir")
-        verify_images: Literal["header", "full"] = setting("header", help="full decodes every image before training")
+        verify_images: VerifyImages = setting("header", help="full decodes every image before training")
         on_bad_row: Literal["stop", "skip"] = setting("stop", help="what to do when rows are unusable: stop or skip")
         resume: str = setting("auto", help="go on from: auto (the last whole checkpoint), never, a checkpoint folder")
         dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", help="type of the weights")
@@ -271,10 +272,14 @@ def exact_settings(settings: Any) -> dict[str, Any]:
 
 def read_pairs(settings: Any) -> tuple[list[PairRow], list[RowError]]:
     """Return the rows and those that could not be read."""
+    from tqdm import tqdm
+
     rows, rejects = [], []
-    for path in settings.data:
-        for row in iter_pairs(path, settings.image_root):
-            (rejects if isinstance(row, RowError) else rows).append(row)
+    with tqdm(desc="reading pairs", unit="pair", delay=1, disable=settings.process_index != 0) as bar:
+        for path in settings.data:
+            for row in iter_pairs(path, settings.image_root):
+                (rejects if isinstance(row, RowError) else rows).append(row)
+                bar.update()
     if not rows and not rejects:
         raise BadInputError(f"{', '.join(settings.data)} holds no preference pair")
     return rows, rejects
@@ -290,6 +295,7 @@ def check_pairs(
     Raises:
         BadInputError: rows are unusable and may not be skipped.
     """
+    from internvl_mpo.distributed import agree
     from internvl_mpo.preflight import Preflight, length_report, same_id_twice, show_lengths
 
     beside = settings.output_dir.rstrip("/")
@@ -302,14 +308,12 @@ def check_pairs(
         num_workers=settings.preflight_workers,
     )
     is_main = settings.process_index == 0
-    if is_main:
-        preflight.reopen()
-    wait_for_everyone(settings)
+    token = agree(preflight.reopen() if is_main else None, settings)
     if is_main:
         results = preflight.run(rows)
         preflight.finish()
     else:
-        results = preflight.wait(rows)
+        results = preflight.wait(rows, token)
     for index, reason in same_id_twice(rows).items():
         results[index] = RowError(reason, rows[index].where)
     for index, size in enumerate(results):
@@ -357,14 +361,6 @@ def hold_out(
 def _share_of(key: str) -> float:
     """A number in [0, 1) that depends on the question only, so that its pairs stay on one side."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
-
-
-def wait_for_everyone(settings: Any) -> None:
-    """A barrier where there are several ranks."""
-    if settings.world_size > 1:
-        import torch
-
-        torch.distributed.barrier()
 
 
 def stop_on_rejects(settings: Any, rejects: list[RowError], num_good: int) -> None:

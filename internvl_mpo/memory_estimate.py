@@ -275,19 +275,28 @@ def _ways_out(setup: Setup, longest_pair: int) -> Iterator[tuple[str, Setup]]:
     if setup.load_in_4bit:  # DeepSpeed does not partition 4-bit weights
         return
     for stage in range(setup.zero + 1, 4) if setup.num_gpus > 1 else ():
+        if stage == 3 and setup.reference_sync_steps:
+            break
         file = f"deepspeed configs/deepspeed/zero{stage}.json"
         yield ", ".join([*words, file]), replace(setup, zero=stage)
-    words.append("deepspeed configs/deepspeed/zero3_offload.json")
-    yield ", ".join(words), replace(setup, zero=3, offload_optimizer=True, offload_weights=True)
+    if setup.reference_sync_steps:  # ZeRO-3 and 4 bits, which is all that is left, come without a moving reference
+        words.append("reference_sync_steps 0")
+        setup = replace(setup, reference_sync_steps=0)
+        yield ", ".join(words), setup
+        if setup.num_gpus > 1 and setup.zero < 3:
+            yield ", ".join([*words, "deepspeed configs/deepspeed/zero3.json"]), replace(setup, zero=3)
+    offload = "deepspeed configs/deepspeed/zero3_offload.json"
+    yield ", ".join([*words, offload]), replace(setup, zero=3, offload_optimizer=True, offload_weights=True)
+    full = setup
     if not setup.lora_rank:
-        adapters = replace(setup, lora_rank=16, freeze_vision=True, freeze_projector=True)
-        yield ", ".join([*words[:-1], "lora_rank 16"]), adapters
-        setup = adapters
-    yield ", ".join([*words[:-1], "lora_rank 16, load_in_4bit true"]), replace(setup, load_in_4bit=True, zero=0)
+        setup = replace(setup, lora_rank=16, freeze_vision=True, freeze_projector=True)
+        yield ", ".join([*words, "lora_rank 16"]), setup
+    adapters = "lora_rank 16, load_in_4bit true" + ", deepspeed none" * (setup.zero > 0)
+    yield ", ".join([*words, adapters]), replace(setup, load_in_4bit=True, zero=0)
     for num_gpus in (8, 16, 32, 64, 128, 256, 512):
         if num_gpus > setup.num_gpus:
-            more = replace(setup, num_gpus=num_gpus, zero=3, lora_rank=0, freeze_vision=False, freeze_projector=False)
-            yield f"zero3.json on {num_gpus} devices", more
+            more = replace(full, num_gpus=num_gpus, zero=3)
+            yield ", ".join([*words, f"zero3.json on {num_gpus} devices"]), more
 
 
 def _size(num_bytes: float) -> str:

@@ -2,6 +2,7 @@
 
     folder/3f0c.../part-*.parquet    one row per pair: digest of its content, size and time of change of its images, its
                                      tokens, or the reason why it is unusable
+    folder/3f0c.../started           token of the run whose first rank works here, so that others know a shared folder
     folder/3f0c.../done              written when a pass is through; other ranks wait for it
 
 3f0c... is a digest of tokenizer, template, tiling, length limit and columns. A second start reads no image again; a row
@@ -14,8 +15,10 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -37,6 +40,7 @@ VerifyImages = Literal["header", "full"]
 
 _CHUNK = 64  # pairs handed to a worker at a time
 _SHARD = 20_000  # pairs after which what was found reaches the disk
+_PATIENCE = 120.0  # seconds until a folder without the first rank's mark is not shared; network disks show files late
 _WORTH_WORKERS = 2_000  # below this many pairs, starting processes takes longer than the work
 
 
@@ -93,21 +97,37 @@ class Preflight:
             self._write(found)  # an interrupted pass goes on from here
         return self._results(rows, digests, known)
 
-    def reopen(self) -> None:
-        """Forget that an earlier pass was completed; called by the first rank before the others `wait`."""
+    def reopen(self) -> str:
+        """Forget that an earlier pass was completed, and return the token of a mark that the others `wait` for."""
         (self.folder / "done").unlink(missing_ok=True)
+        token = uuid.uuid4().hex
+        with atomic_writer(self.folder / "started") as out:
+            out.write(token)
+        return token
 
     def finish(self) -> None:
         """Let the other ranks go on."""
         with atomic_writer(self.folder / "done") as out:
             out.write("ok\n")
 
-    def wait(self, rows: Sequence[PairRow]) -> list[PairSize | RowError]:
+    def wait(self, rows: Sequence[PairRow], token: str) -> list[PairSize | RowError]:
         """Return what `run` on the first rank finds; a file is awaited, as collectives would time out on long passes.
 
+        Args:
+            rows: those of the first rank.
+            token: what `reopen` gave the first rank.
+
         Raises:
-            BadInputError: the first rank was here but its findings are not: the folder is not shared.
+            BadInputError: this process does not see the folder of the first rank, or other pairs in it.
         """
+        deadline = time.monotonic() + _PATIENCE
+        while not self._is_marked(token):
+            if time.monotonic() > deadline:
+                raise BadInputError(
+                    f"{self.folder} on {platform.node()} is not the folder the first rank works in; give "
+                    "--preflight_cache, --output_dir and --reference_cache folders that all nodes share"
+                )
+            time.sleep(0.2)
         while not (self.folder / "done").exists():
             time.sleep(0.2)
         try:
@@ -117,6 +137,12 @@ class Preflight:
                 f"{self.folder} lacks pairs that the first rank has checked; give --preflight_cache a folder that all "
                 "nodes share, and the same data"
             ) from error
+
+    def _is_marked(self, token: str) -> bool:
+        try:
+            return (self.folder / "started").read_text(encoding="utf-8") == token
+        except OSError:
+            return False
 
     def _measure(self, rows: Sequence[PairRow]) -> Iterator[PairSize | str]:
         """Yield a size or a reason for each row, in order, whatever the number of workers."""

@@ -16,7 +16,7 @@ from tiny import tiny_config, tiny_model
 
 from internvl_mpo import memory_estimate as module
 from internvl_mpo.errors import run_program
-from internvl_mpo.memory_estimate import SHAPES, Setup, advise, estimate_memory, read_shape, setup_of_run
+from internvl_mpo.memory_estimate import SHAPES, Setup, _ways_out, advise, estimate_memory, read_shape, setup_of_run
 from internvl_mpo.policy import add_adapters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,6 +170,17 @@ def test_the_advice_is_tried_before_it_is_given():
     assert "gradient_checkpointing true it would need" in sentence
     assert "zero" not in sentence
     assert "take a smaller model" in advise(config, setup, 10)
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_the_advice_is_no_combination_that_the_program_refuses(zero):
+    setup = Setup(**{**SMALL, "num_gpus": 8, "zero": zero, "reference_sync_steps": 5})
+    ways = list(_ways_out(setup, longest_pair=1000))
+    assert any(way.zero == 3 for _, way in ways)
+    for words, way in ways:
+        assert ("reference_sync_steps 0" in words) == (way.reference_sync_steps == 0)
+        assert not (way.zero == 3 and (way.reference_sync_steps or way.load_in_4bit))
+        assert ("load_in_4bit" in words and zero > 0) == ("deepspeed none" in words)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tiny import tiny_processor
 
 from internvl_mpo import preflight as module
 from internvl_mpo.encoding import encode_group
+from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr import PairRow, iter_pairs
 from internvl_mpo.packing import PairSize
 from internvl_mpo.preflight import Preflight, length_report, same_id_twice, show_lengths
@@ -149,12 +150,24 @@ def test_a_picture_cut_off_behind_its_header_is_found_when_asked_for(rows, tmp_p
 
 def test_other_ranks_get_the_first_ranks_findings(rows, tmp_path, measured):
     first, other = new(tmp_path / "cache"), new(tmp_path / "cache")
-    first.reopen()
+    token = first.reopen()
     results = first.run(rows)
     first.finish()
     measured.clear()
-    assert plain(other.wait(rows)) == plain(results)
+    assert plain(other.wait(rows, token)) == plain(results)
     assert measured == []
+
+
+def test_a_folder_that_is_not_shared_is_named_instead_of_waited_for(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE", 0.3)
+    first, other = new(tmp_path / "one_node"), new(tmp_path / "other_node")
+    token = first.reopen()
+    with pytest.raises(BadInputError, match=r"other_node.* is not the folder the first rank works in"):
+        other.wait(rows, token)
+    other.reopen()  # an earlier run, which this node was the first rank of
+    other.finish()
+    with pytest.raises(BadInputError, match=r"other_node.* is not the folder the first rank works in"):
+        other.wait(rows, token)
 
 
 def test_one_id_for_two_contents_is_refused(rows):
