@@ -619,13 +619,13 @@ def reference_logps(
         return None
     import torch
 
-    from internvl_mpo.reference_cache import ReferenceCache, pair_digest
+    from internvl_mpo.reference_cache import ReferenceCache
     from internvl_mpo.reference_pass import fill_cache
 
     cache = ReferenceCache(
         settings.reference_cache or Path(settings.output_dir) / "reference",
         identity,
-        {row.pair.id: pair_digest(row.pair, row.max_tiles) for row in rows},
+        {row.pair.id: row.digest for row in rows},
     )
     missing = set(cache.missing())
     if settings.world_size > 1:  # nobody writes before all have read, so that all agree on what is missing
@@ -651,12 +651,11 @@ def build_trainer(
     reference: "ReferenceCache | None",
 ) -> "MPOTrainer":
     """Return the trainer; this is the first thing that touches the run folder."""
-    from internvl_mpo.reference_cache import pair_digest
     from internvl_mpo.trainer import ConsoleCallback, MPOTrainer
 
     data = hashlib.sha256()
     for row, count in zip(rows, counts, strict=True):
-        data.update(f"{row.pair.id} {pair_digest(row.pair, row.max_tiles)} {count}\n".encode())
+        data.update(f"{row.digest} {count}\n".encode())
     return MPOTrainer(
         model,
         settings,

@@ -12,6 +12,7 @@ every row twice and a seeded half of the rows a third time.
 
 import json
 import math
+import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,6 +108,16 @@ class PairRow:
     def key(self) -> tuple[str, str, int | None]:
         """Rows with the same key share pictures, prompt and tiling."""
         return self.pair.group_key, str(self.image_root), self.max_tiles
+
+    @property
+    def digest(self) -> str:
+        """A digest of what the log-probs depend on: it goes with the data to another place, so no bytes of pictures.
+
+        Two folders may both hold a `1.png`. Of the folder only the name counts, since all above it changes when the
+        data moves; folders of one name are told apart by the ids, which no two pairs of a run share.
+        """
+        pair, folder = self.pair, os.path.basename(os.path.abspath(str(self.image_root)))
+        return content_id(pair.id, folder, pair.images, pair.question, pair.chosen, pair.rejected, self.max_tiles)
 
 
 def split_subset_name(name: str) -> tuple[str, str]:

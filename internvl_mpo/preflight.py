@@ -237,8 +237,8 @@ def _measure_row(row: PairRow, processor: Any, options: dict[str, Any]) -> PairS
 
 
 def _digest(row: PairRow) -> str:
-    pair = row.pair
-    return content_id(pair.images, pair.question, pair.chosen, pair.rejected, str(row.image_root), row.max_tiles)
+    """Other than `PairRow.digest` it names the place: files are looked at again where they were moved to."""
+    return content_id(row.digest, str(row.image_root))
 
 
 class _ImageStats:

@@ -5,8 +5,9 @@
         part-00000-1b9d4f7e.parquet digest, chosen_logps, rejected_logps; one row per pair
 
 Shards appear whole or not at all, and each process writes its own, so an interrupted fill goes on where it stopped and
-ranks need not talk. A row is found by a digest of the pair's content: editing a pair, or giving another pair its id,
-makes it missing again. Image files are told apart by their paths; pixels changed in place go unnoticed.
+ranks need not talk. A row is found by a digest of the pair's content (`PairRow.digest`): editing a pair, or giving
+another pair its id, makes it missing again. Image files are told apart by their paths in a folder, and folders by their
+names; pixels changed in place go unnoticed.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.records import PreferencePair, atomic_writer, content_id
+from internvl_mpo.records import atomic_writer, content_id
 
 _NUM_NAMED = 3  # missing ids spelled out in a message
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt")
@@ -47,7 +48,7 @@ class ReferenceCache:
             folder: home of all caches.
             settings: all else the numbers depend on, JSON-able: digest or revision of the start model, template, image
                 size and tiling, length limit, dtype, ...
-            digests: `pair_digest` of every pair of the run, by pair id.
+            digests: `PairRow.digest` of every pair of the run, by pair id.
             shard_size: pairs that are collected before a shard is written.
             command: what fills a gap, for messages.
 
@@ -163,16 +164,6 @@ def write_parquet(table: pyarrow.Table, path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def pair_digest(pair: PreferencePair, max_tiles: int | None = None) -> str:
-    """Return a digest of what a pair's log-probs depend on.
-
-    Args:
-        pair: the pair.
-        max_tiles: its own cap on tiles where it differs from that of the run.
-    """
-    return content_id(pair.images, pair.question, pair.chosen, pair.rejected, max_tiles)
 
 
 def model_digest(folder: str | Path) -> str:

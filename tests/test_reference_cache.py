@@ -1,6 +1,7 @@
 """Reference log-probs in folders under tmp_path. Run: pytest tests/test_reference_cache.py"""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from tiny import tiny_model
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.logps import attach_scoring, pair_logps
+from internvl_mpo.mmpr import PairRow, iter_pairs
 from internvl_mpo.packing import Group, pack_groups
 from internvl_mpo.records import PreferencePair
-from internvl_mpo.reference_cache import ReferenceCache, model_digest, pair_digest
+from internvl_mpo.reference_cache import ReferenceCache, model_digest
 
 SETTINGS = {"model": "0123abcd", "template": "internlm2-chat", "max_tiles": 12, "max_length": 6144, "dtype": "float32"}
 
@@ -20,7 +22,7 @@ def pair(chosen: str = "two", **changes) -> PreferencePair:
 
 
 def digests(*pairs: PreferencePair) -> dict[str, str]:
-    return {row.id: pair_digest(row) for row in pairs}
+    return {row.id: PairRow(row, Path("images"), None, "", "").digest for row in pairs}
 
 
 def test_what_was_added_is_found_by_another_process(tmp_path):
@@ -64,7 +66,41 @@ def test_an_edited_pair_that_kept_its_id_is_missing(tmp_path, change):
 
 
 def test_another_cap_on_tiles_is_another_pair():
-    assert pair_digest(pair()) != pair_digest(pair(), max_tiles=6)
+    one, other = (PairRow(pair(), Path("images"), max_tiles, "", "").digest for max_tiles in (None, 6))
+    assert one != other
+
+
+def two_subsets(folder: Path, **ids: str) -> Path:
+    """Two subsets with one and the same row, each with a `1.png` of its own; return the meta.json."""
+    meta = {}
+    for name in ("left", "right"):
+        row = {"image": "1.png", "question": "Which colour?", "chosen": "It is red.", "rejected": "None."}
+        (folder / "images" / name).mkdir(parents=True)
+        (folder / "images" / name / "1.png").write_bytes(name.encode())
+        (folder / f"{name}.jsonl").write_text(json.dumps(row | ({"id": ids[name]} if ids else {})) + "\n")
+        meta[name] = {"root": f"images/{name}", "annotation": f"{name}.jsonl", "repeat_time": 1}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder / "meta.json"
+
+
+@pytest.mark.parametrize("ids", [{}, {"left": "7", "right": "8"}])
+def test_the_same_words_about_a_picture_of_the_same_name_in_another_folder_are_another_pair(tmp_path, ids):
+    left, right = iter_pairs(two_subsets(tmp_path / "data", **ids))
+    with ReferenceCache(tmp_path, SETTINGS, {left.pair.id: left.digest}) as cache:
+        cache.add([left.pair.id], torch.tensor([-1.0]), torch.tensor([-2.0]))
+    assert ReferenceCache(tmp_path, SETTINGS, {right.pair.id: right.digest}).missing() == [right.pair.id]
+
+
+def test_folders_of_one_name_are_told_apart_by_the_ids(tmp_path):
+    roots = (tmp_path / "train" / "images", tmp_path / "more" / "images")
+    one, other = (PairRow(pair(id=str(n)), root, None, "", "").digest for n, root in enumerate(roots))
+    assert one != other
+
+
+def test_data_that_was_moved_is_still_known(tmp_path):
+    here = [row.digest for row in iter_pairs(two_subsets(tmp_path / "here"))]
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert [row.digest for row in iter_pairs(tmp_path / "there" / "meta.json")] == here
 
 
 def test_a_gap_names_the_first_ids_and_the_way_out(tmp_path):
