@@ -146,3 +146,12 @@ def agree(value: Any, args: Any) -> Any:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_all_ranks(value: Any, args: Any) -> list[Any]:
+    """Return the values of all ranks, in their order; a barrier as well. JSON-able values of this run only."""
+    if args.world_size == 1:
+        return [value]
+    values = [None] * args.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values

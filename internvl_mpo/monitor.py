@@ -7,16 +7,19 @@ Each warning is given once, with the window and the threshold it comes from. Los
 not warnings: they stop the run, see `dump_step` and `internvl_mpo.replay`.
 """
 
+import hashlib
 import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from internvl_mpo.mmpr import PairRow
 from internvl_mpo.packing import Group
 from internvl_mpo.records import atomic_writer
 
@@ -183,19 +186,46 @@ def send_samples(callbacks: Sequence[Any], samples: Sequence[Mapping[str, Any]],
 # --- a step that is not finite ----------------------------------------------------------------------------------------
 
 
-def dump_step(path: Path, header: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], model: nn.Module) -> list[str]:
-    """Write what `internvl_mpo.replay` needs to repeat a step; return the weights that are not finite any more.
+def weights_not_finite(model: nn.Module, rank: int) -> list[str]:
+    """Return the names of the weights that are not finite any more; under ZeRO-3, where this rank's share is not.
+
+    Args:
+        model: the policy as it is now.
+        rank: this rank.
+    """
+    broken = []
+    for name, weight in model.named_parameters():
+        own = weight.detach()
+        if hasattr(weight, "ds_tensor"):  # the parameter itself is an empty placeholder; the last share is padded
+            share = weight.ds_tensor.numel()
+            own = weight.ds_tensor[: max(0, weight.ds_numel - rank * share)]
+        if not bool(torch.isfinite(own).all()):
+            broken.append(name)
+    return broken
+
+
+def dump_step(path: Path, header: Mapping[str, Any], rows: Sequence[PairRow], logps: Mapping[str, Any]) -> None:
+    """Write what `internvl_mpo.replay` needs to repeat a step.
+
+    Pictures in archives or Parquet rows are copied beside the file, so that the dump needs nothing else; `image` then
+    names the copies.
 
     Args:
         path: file to write.
         header: settings of the run that the numbers depend on.
-        pairs: rows with their image root and reference log-probs.
-        model: the policy as it is now.
+        rows: the pairs.
+        logps: reference log-probs of the chosen and of the rejected response, by pair id.
     """
-    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    pairs = []
+    for row in rows:
+        pair, root = row.pair, row.image_root
+        if not isinstance(root, (str, Path)):
+            root = path.with_suffix("")
+            pair = replace(pair, images=tuple(_copy(row.image_root.read(name), name, root) for name in pair.images))
+        place = {"where": row.where, "image_root": str(Path(root).resolve()), "max_tiles": row.max_tiles}
+        pairs.append({**pair.to_json(), **place, "reference_logps": logps[pair.id]})
     with atomic_writer(path) as out:
-        json.dump({**header, "weights_not_finite": broken, "pairs": list(pairs)}, out, indent=1, ensure_ascii=False)
-    return broken
+        json.dump({**header, "pairs": pairs}, out, indent=1, ensure_ascii=False)
 
 
 def expected_first_loss(args: Any, generation: float) -> tuple[float | None, str]:

@@ -129,7 +129,7 @@ def replay_pair(model: nn.Module, processor: Any, dump: Mapping[str, Any], row: 
     return Replayed(pair.id, numbers, next(iter(outputs), None), next(iter(gradients), None))
 
 
-_EXTRA = ("image_root", "max_tiles", "reference_logps")
+_EXTRA = ("where", "image_root", "max_tiles", "reference_logps")
 
 
 @contextmanager

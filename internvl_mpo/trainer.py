@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from internvl_mpo import checkpoint
-from internvl_mpo.distributed import engine_name
+from internvl_mpo.distributed import engine_name, from_all_ranks
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.live_reference import AdapterOff, MovingReference
@@ -35,6 +35,7 @@ from internvl_mpo.monitor import (
     repetition,
     send_samples,
     sequence_kl,
+    weights_not_finite,
 )
 from internvl_mpo.objective import Generation, Preference, Quality, RewardShift, ShiftMode, mpo_loss, needs_reference
 from internvl_mpo.packed_attention import PackedAttention
@@ -258,7 +259,7 @@ class MPOTrainer(Trainer):
             callbacks = [*callbacks, MoveReference(self.live)]
         self.shift = RewardShift(args.reward_shift, args.reward_shift_momentum)
         self.step_rewards: list[Tensor] = []
-        self.step_packs: list[tuple[list[str], Tensor, Tensor]] = []  # ids and reference log-probs, for a dump
+        self.step_packs: list[tuple[list[str], Tensor, Tensor, Tensor]] = []  # ids, reference log-probs, loss
         self.sums = MeanMeter()
         self.last_log = time.perf_counter()
         super().__init__(
@@ -386,9 +387,9 @@ class MPOTrainer(Trainer):
             num_pairs=num_items_in_batch[0],
             num_chosen_tokens=num_items_in_batch[1],
         )
-        self.step_packs.append((pack.pair_ids, reference_chosen, reference_rejected))
-        if not torch.isfinite(out.loss):
-            raise self._not_finite("loss", pack.pair_ids)
+        self.step_packs.append((pack.pair_ids, reference_chosen, reference_rejected, out.loss.detach()))
+        if self.accelerator.sync_gradients:  # the last pack of the step
+            self._check_losses()
         self.step_rewards += [out.chosen_rewards, out.rejected_rewards]
         self.sums.add(
             pack.num_pairs,
@@ -430,57 +431,71 @@ class MPOTrainer(Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient; stop before the optimizer acts on one that is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # float16 with a loss scale meets infinite gradients on purpose and skips the step
-        if norm is not None and not math.isfinite(norm) and not self.args.fp16:
+        # DeepSpeed says -1 for a norm that is not finite; float16 with a loss scale meets infinite gradients on purpose
+        # and skips the step
+        if norm is not None and not 0 <= norm < math.inf and not self.args.fp16:
             raise self._not_finite("gradient", [pair_id for ids, *_ in self.step_packs for pair_id in ids])
         self.step_packs = []
         return norm
 
+    def _check_losses(self) -> None:
+        """Stop all ranks if the loss of any pack of the step is not finite.
+
+        The ranks ask each other before the last backward pass: one that stopped by itself would leave the others in a
+        collective. No optimizer step has seen the earlier packs.
+        """
+        is_bad = ~torch.isfinite(torch.stack([loss for *_, loss in self.step_packs]))
+        if not self.accelerator.reduce(is_bad.sum(), reduction="sum").item():
+            return
+        bad = [ids for (ids, *_), is_bad_pack in zip(self.step_packs, is_bad.tolist(), strict=True) if is_bad_pack]
+        raise self._not_finite("loss", [pair_id for ids in bad for pair_id in ids])
+
     def _not_finite(self, what: str, pair_ids: Sequence[str]) -> BadInputError:
-        """Write down the step so far and return the error to raise.
+        """Write down the step so far and return the error to raise, the same on all ranks; a collective.
 
         Args:
             what: "loss" or "gradient".
-            pair_ids: pairs it may come from, of this rank.
+            pair_ids: pairs of this rank that it may come from.
         """
-        step = self.state.global_step + 1
-        path = Path(self.args.output_dir) / f"not_finite_step{step}_rank{self.args.process_index}.json"
+        args, step = self.args, self.state.global_step + 1
+        model = self.accelerator.unwrap_model(self.model)
+        found = from_all_ranks((list(pair_ids), weights_not_finite(model, args.process_index)), args)
+        broken = list(dict.fromkeys(name for _, names in found for name in names))
+        paths = {
+            rank: Path(args.output_dir) / f"not_finite_step{step}_rank{rank}.json"
+            for rank, (ids, _) in enumerate(found)
+            if ids
+        }
         references = {
             pair_id: (chosen, rejected)
-            for ids, *logps in self.step_packs
+            for ids, *logps, _ in self.step_packs
             for pair_id, chosen, rejected in zip(ids, *(values.tolist() for values in logps), strict=True)
         }
-        pairs = [
-            {
-                **row.pair.to_json(),
-                "image_root": str(Path(row.image_root).resolve()),
-                "max_tiles": row.max_tiles,
-                "reference_logps": references[row.pair.id],
-            }
-            for row in self.rows
-            if row.pair.id in references
-        ]
-        args = self.args
         names = ("max_tiles", "max_length", "beta", "preference", "quality", "generation", "label_smoothing")
         header = {
             "what": what,
             "step": step,
             "model": getattr(args, "model", None),
             "output_dir": args.output_dir,
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
             "weights": list(args.weights),
             "reward_shift": self.shift.value,
             **{name: getattr(args, name) for name in names},
             "pair_ids": list(pair_ids),
             "packs": [ids for ids, *_ in self.step_packs],
+            "weights_not_finite": broken,
         }
-        broken = dump_step(path, header, pairs, self.accelerator.unwrap_model(self.model))
-        shown = ", ".join(pair_ids[:5]) + (", ..." if len(pair_ids) > 5 else "")
+        if pair_ids:
+            dump_step(paths[args.process_index], header, [r for r in self.rows if r.pair.id in references], references)
+        from_all_ranks(None, args)  # a launcher kills the others when the first one ends: all dumps must be written
+        suspects = [pair_id for ids, _ in found for pair_id in ids]
+        shown = ", ".join(suspects[:5]) + (", ..." if len(suspects) > 5 else "")
         weights = f"{len(broken)} tensors of weights are not finite, the step before broke them; " if broken else ""
+        first, files = next(iter(paths.values())), ", ".join(map(str, paths.values()))
         return BadInputError(
-            f"the {what} is not finite at step {step}; the pairs are {shown} (all in {path}); {weights}look at "
-            f"them with python -m internvl_mpo.replay --dump {path}, then lower learning_rate or leave pairs out"
+            f"the {what} is not finite at step {step}; the pairs are {shown} (all in {files}); {weights}look at "
+            f"them with python -m internvl_mpo.replay --dump {first}, then lower learning_rate or leave pairs out"
         )
 
     # --- numbers ------------------------------------------------------------------------------------------------------

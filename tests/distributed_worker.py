@@ -2,12 +2,16 @@
 
     torchrun --nproc_per_node 2 tests/distributed_worker.py CASES.json
 
-CASES.json is a list of argument lists; exit codes go to CASES.json.done, one line per case, from rank 0.
+CASES.json is a list of [arguments, poison]; the exit codes of all ranks go to CASES.json.done, one line per case.
+A poison is null, or ["loss" or "gradient", pair id]: what that pair makes not finite, on the rank that has it.
 """
 
 import gc
 import json
+import os
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,17 +20,36 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_mpo  # noqa: E402
+from internvl_mpo import logps, trainer  # noqa: E402
+from internvl_mpo.distributed import from_all_ranks  # noqa: E402
 from internvl_mpo.errors import run_program  # noqa: E402
+from internvl_mpo.packing import Pack  # noqa: E402
 
 
 def main(path: str) -> None:
     torch.set_num_threads(1)
-    for arguments in json.loads(Path(path).read_text()):
-        code = run_program(train_mpo.main, arguments)
+    plain = trainer.response_logps
+    for arguments, poison in json.loads(Path(path).read_text()):
+        trainer.response_logps = _poisoned(*poison) if poison else plain
+        codes = from_all_ranks(
+            run_program(train_mpo.main, arguments), Namespace(world_size=int(os.environ["WORLD_SIZE"]))
+        )
         _forget_deepspeed()
         if torch.distributed.get_rank() == 0:
             with open(f"{path}.done", "a") as out:
-                out.write(f"{code}\n")
+                out.write(",".join(map(str, codes)) + "\n")
+
+
+def _poisoned(what: str, pair_id: str) -> Callable:
+    plain = logps.response_logps
+
+    def response_logps(model: torch.nn.Module, pack: Pack) -> torch.Tensor:
+        found = plain(model, pack)
+        if pair_id not in pack.pair_ids:
+            return found
+        return found * torch.nan if what == "loss" else found + ((found - found.detach()) ** 2).sqrt()  # + 0, with 0/0
+
+    return response_logps
 
 
 def _forget_deepspeed() -> None:

@@ -6,6 +6,7 @@ pytest tests/test_distributed.py
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from test_train_mpo import ROOT, arguments, losses, train, world  # noqa: F401 -
 
 sys.path.insert(0, str(ROOT / "bench"))
 from kill_train import tiny_world, torture
+
+from internvl_mpo.mmpr import iter_pairs
 
 pytest.importorskip("deepspeed")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -60,6 +63,18 @@ def alone(world, tmp_path_factory) -> Path:  # noqa: F811
 def together(world, tmp_path_factory) -> Path:  # noqa: F811
     """The same on two ranks, all cases in one process group."""
     folder = tmp_path_factory.mktemp("together")
+    configs = small_configs(folder)
+    cases = []
+    for name, (twin, more) in CASES.items():
+        more = [str(configs.get(word, word)) for word in (*more, *ALONE[twin])]
+        cases.append((arguments(world, folder / name, *more), None))
+    codes, errors = run_on_two_ranks(folder, cases)
+    assert codes == ["0,0"] * len(CASES), errors[-3000:]
+    return folder
+
+
+def small_configs(folder: Path) -> dict[str, Path]:
+    """DeepSpeed's configurations by name, as they fit a test."""
     configs = {}
     for path in (ROOT / "configs/deepspeed").glob("*.json"):
         config = json.loads(path.read_text())
@@ -68,16 +83,15 @@ def together(world, tmp_path_factory) -> Path:  # noqa: F811
             config["zero_optimization"][bucket] = 1_000_000
         configs[path.stem] = folder / path.name
         configs[path.stem].write_text(json.dumps(config))
-    cases = []
-    for name, (twin, more) in CASES.items():
-        more = [str(configs.get(word, word)) for word in (*more, *ALONE[twin])]
-        cases.append(arguments(world, folder / name, *more))
+    return configs
+
+
+def run_on_two_ranks(folder: Path, cases: list[tuple[list[str], list[str] | None]]) -> tuple[list[str], str]:
+    """Run cases of `distributed_worker.py` in one process group; return their exit codes and what was said."""
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [*TORCHRUN, str(ROOT / "tests/distributed_worker.py"), str(folder / "cases.json")]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=900)
-    codes = (folder / "cases.json.done").read_text().split()
-    assert codes == ["0"] * len(CASES), result.stderr[-3000:]
-    return folder
+    return (folder / "cases.json.done").read_text().split(), result.stderr
 
 
 @pytest.mark.slow
@@ -98,8 +112,36 @@ def test_two_ranks_give_the_losses_and_the_folder_of_one_process(alone, together
 
 
 @pytest.mark.slow
+def test_a_pair_that_is_not_finite_on_one_rank_stops_both_with_its_name(world, tmp_path):  # noqa: F811
+    zero = {name: ("--deepspeed", str(path)) for name, path in small_configs(tmp_path).items()}
+    several = ("--max_tokens_per_pack", "650")  # the pack is not the last one of the step everywhere
+    runs = {
+        "ddp": ("loss", several), "zero2": ("loss", zero["zero2"]), "zero3": ("loss", (*zero["zero3"], *several)),
+        "zero2, gradient": ("gradient", zero["zero2"]),
+    }  # fmt: skip
+    pair_id = list(iter_pairs(world / "pairs.jsonl"))[7].pair.id
+    # the poison must not meet the pass for the reference
+    assert train(world, tmp_path / "alone", "--reference_cache", str(tmp_path / "cache")) == 0
+    more = ("--reference_cache", str(tmp_path / "cache"))
+    cases = [
+        (arguments(world, tmp_path / name, *more, *words), [what, pair_id]) for name, (what, words) in runs.items()
+    ]
+    codes, errors = run_on_two_ranks(tmp_path, cases)
+    assert codes == ["2,2"] * len(cases), errors[-3000:]
+    for name, (what, _) in runs.items():
+        sentences = re.findall(rf"error: the {what} is not finite [^\n]*?--dump {tmp_path / name}/\S+", errors)
+        assert len(sentences) == 2, (name, errors[-3000:])
+        assert sentences[0] == sentences[1]
+        assert pair_id in sentences[0]
+        dumps = {path: json.loads(path.read_text()) for path in (tmp_path / name).glob("not_finite_*.json")}
+        assert all(str(path) in sentences[0] for path in dumps)
+        assert len(dumps) == (1 if what == "loss" else 2)  # a gradient is the sum over the ranks
+        assert any(pair_id in dump["pair_ids"] for dump in dumps.values())
+        assert [dump["weights_not_finite"] for dump in dumps.values()] == [[]] * len(dumps)
+
+
+@pytest.mark.slow
 def test_a_rank_without_any_picture_was_among_the_steps(world):  # noqa: F811
-    from internvl_mpo.mmpr import iter_pairs
     from internvl_mpo.steps import plan_steps
 
     rows = list(iter_pairs(world / "pairs.jsonl"))

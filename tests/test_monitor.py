@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,10 +16,13 @@ from test_train_mpo import arguments, train, world  # noqa: F401 - `world` is a 
 from tiny import tiny_model, tiny_processor
 from torch.utils.flop_counter import FlopCounterMode
 
-from internvl_mpo import replay, throughput
+from internvl_mpo import replay, throughput, trainer
 from internvl_mpo.errors import run_program
 from internvl_mpo.logps import attach_scoring, response_logps
-from internvl_mpo.monitor import Watch, expected_first_loss, repetition, sequence_kl
+from internvl_mpo.mini_mmpr import MMPRSettings, make_release
+from internvl_mpo.mmpr import iter_pairs
+from internvl_mpo.mmpr_convert import Options, convert
+from internvl_mpo.monitor import Watch, expected_first_loss, repetition, sequence_kl, weights_not_finite
 from internvl_mpo.packing import Group, pack_groups
 from internvl_mpo.records import PreferencePair
 from internvl_mpo.throughput import FlopModel, device_peak, num_visible, peak_tflops
@@ -300,6 +304,60 @@ def test_a_replay_gives_the_losses_of_the_run_and_names_the_module(world, tmp_pa
     shown = capsys.readouterr().out
     assert "language_model.model.layers.1.mlp.down_proj" in shown
     assert "pairs are not finite with these weights" in shown
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    """Pairs with pictures in the zip archives of a release (`v1.2`), and the same in Parquet rows (`parquet`)."""
+    folder = tmp_path_factory.mktemp("release")
+    make_release(MMPRSettings(output=str(folder / "v1.2"), num_pictures=4, pairs_per_picture=1))
+    convert(Options(str(folder / "v1.2")), folder / "parquet")
+    return folder
+
+
+@pytest.mark.parametrize("data", ["v1.2", "parquet"])
+def test_pictures_in_archives_and_parquet_rows_are_kept_for_the_replay(
+    world,  # noqa: F811
+    release,
+    tmp_path,
+    monkeypatch,
+    capsys,
+    data,
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    plain, poisoned = trainer.response_logps, []
+
+    def response_logps(model, pack):
+        found = [pair_id for pair_id in pack.pair_ids if pair_id in with_picture]
+        poisoned.extend(pack.pair_ids if found else ())
+        return plain(model, pack) * (torch.nan if found else 1)
+
+    rows = {row.pair.id: row for row in iter_pairs(release / data)}
+    with_picture = [pair_id for pair_id, row in rows.items() if row.pair.images]
+    assert all(not isinstance(row.image_root, Path) for row in rows.values())
+    monkeypatch.setattr(trainer, "response_logps", response_logps)
+    assert train(world, tmp_path / "run", "--data", str(release / data), "--save_strategy", "no") == 2
+    (path,) = (tmp_path / "run").glob("not_finite_*.json")
+    sentence = capsys.readouterr().err.strip().split("\n")[-1]
+    assert f"error: the loss is not finite at step 1; the pairs are {poisoned[0]}" in sentence
+
+    dump = replay.read_dump(path)
+    assert [pair["where"] for pair in dump["pairs"]] == [rows[pair["id"]].where for pair in dump["pairs"]]
+    model, processor = replay.load_policy(world / "start", dump["model"], torch.float32)
+    attach_scoring(model)
+    for pair in dump["pairs"]:  # the very pictures: with the start model's weights, the log-probs are the reference's
+        found = replay.replay_pair(model, processor, dump, pair)
+        assert [found.numbers["chosen logp"], found.numbers["rejected logp"]] == pytest.approx(pair["reference_logps"])
+    assert run_program(replay.main, ["--dump", str(path)]) == 0
+
+
+def test_weights_that_zero3_has_cut_in_pieces_are_looked_at_where_they_are():
+    model = torch.nn.Linear(1, 3, bias=False)
+    model.weight = torch.nn.Parameter(torch.empty(0))
+    model.weight.ds_numel = 3
+    model.weight.ds_tensor = torch.tensor([1.0, torch.nan])
+    assert weights_not_finite(model, rank=0) == ["weight"]
+    assert weights_not_finite(model, rank=1) == []  # its second number only fills the last share up
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ ROOMS = {
         *("torch", "liger_kernel", METHOD + "errors", METHOD + "logps", METHOD + "packed_attention"),
     },
     "internvl_mpo/encoding.py": {"torch", "PIL", METHOD + "packing", METHOD + "records"},
-    "internvl_mpo/monitor.py": {"torch", "pandas", METHOD + "packing", METHOD + "records"},
+    "internvl_mpo/monitor.py": {"torch", "pandas", METHOD + "mmpr", METHOD + "packing", METHOD + "records"},
     "internvl_mpo/throughput.py": {"torch", "psutil", METHOD + "last_layer", METHOD + "packing"},
     "internvl_mpo/memory_estimate.py": {
         *("torch", "transformers", "modeling_internvl_mpo"),
