@@ -32,7 +32,7 @@ class Watch:
         *,
         window: int = 50,
         falling: float = -0.05,
-        spread_factor: float = 3.0,
+        noise: float = 0.001,
         repetition_rise: float = 0.2,
     ):
         """Set the thresholds.
@@ -41,15 +41,15 @@ class Watch:
             window: log lines that are averaged.
             falling: nats a token; chosen log-probs count as falling when their mean change against the reference is
                 below this over a window, and below that of the window before.
-            spread_factor: rewards count as equal when, after a whole window, their standard deviation is still below
-                this times that of the first line (where it is rounding noise: policy and reference are one model).
+            noise: rewards count as equal when their standard deviation has not been above this in the first window;
+                see `rounding_noise`.
             repetition_rise: greedy answers count as repetitive when the share of repeated 4-grams has risen by this
                 since the first samples.
         """
         self.window, self.falling = window, falling
-        self.spread_factor, self.repetition_rise = spread_factor, repetition_rise
+        self.noise, self.repetition_rise = noise, repetition_rise
         self.changes: deque[float] = deque(maxlen=2 * window)
-        self.spreads: list[float] = []
+        self.largest_spread, self.num_spreads = 0.0, 0
         self.first_repetition: float | None = None
         self.given: set[str] = set()
 
@@ -81,16 +81,17 @@ class Watch:
         )
 
     def _equal(self, logs: Mapping[str, float]) -> str | None:
-        if "rewards/std" not in logs or len(self.spreads) > self.window:
+        if "rewards/std" not in logs or self.num_spreads == self.window:
             return None
-        self.spreads.append(logs["rewards/std"])
-        noise, largest = self.spreads[0], max(self.spreads[1:], default=0.0)
-        if len(self.spreads) <= self.window or largest > self.spread_factor * noise:
+        self.num_spreads += 1
+        self.largest_spread = max(self.largest_spread, logs["rewards/std"])
+        if self.num_spreads < self.window or self.largest_spread > self.noise:
             return None
         return (
             f"the rewards of all pairs are still equal after {self.window} lines (standard deviation at most "
-            f"{largest:.1e}, {noise:.1e} at the start), so nothing is learnt; check learning_rate and warm-up, what is "
-            "frozen, and that weights trained without DeepSpeed are not bfloat16, which loses small updates"
+            f"{self.largest_spread:.1e}, up to {self.noise:.1e} may be rounding), so nothing is learnt; check "
+            "learning_rate and warm-up, what is frozen, and that weights trained without DeepSpeed are not bfloat16, "
+            "which loses small updates"
         )
 
     def _repetition(self, logs: Mapping[str, float]) -> str | None:
@@ -105,6 +106,19 @@ class Watch:
             f"greedy answers repeat themselves: {value:.0%} of their 4-grams, {self.first_repetition:.0%} in the first "
             "samples; read samples.jsonl, and lower learning_rate or raise generation_weight"
         )
+
+
+def rounding_noise(args: Any) -> float:
+    """Return the standard deviation of rewards that is put down to rounding, where policy and reference are equal.
+
+    Allowances for the errors of some hundred log-probs in a sum: half a nat in half precision, a hundredth of a nat in
+    float32. Rewards are beta times that.
+
+    Args:
+        args: `MPOArguments`; `dtype` is that of the weights.
+    """
+    half = args.bf16 or args.fp16 or getattr(args, "dtype", "float32") != "float32"
+    return args.beta * (0.5 if half else 0.01)
 
 
 def sequence_kl(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ number of pairs however they are split, reference log-probs from a cache, the re
 whole or passed over, and numbers a user needs.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -33,6 +34,7 @@ from internvl_mpo.monitor import (
     expected_first_loss,
     greedy_answers,
     repetition,
+    rounding_noise,
     send_samples,
     sequence_kl,
     weights_not_finite,
@@ -724,10 +726,10 @@ class EvaluateAtTheEnd(TrainerCallback):
 class ConsoleCallback(TrainerCallback):
     """A progress bar with rate and time left, the first loss explained, and a JSON line per log entry."""
 
-    def __init__(self, output_dir: str | Path, watch: Watch | None = None):
-        """Write to `log.jsonl` in `output_dir`; `watch` decides on warnings."""
+    def __init__(self, output_dir: str | Path):
+        """Write to `log.jsonl` in `output_dir`."""
         self.path = Path(output_dir) / "log.jsonl"
-        self.watch = watch or Watch()
+        self.watch = Watch()
         self.bar: Any = None
 
     def on_train_begin(self, args: MPOArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -737,8 +739,10 @@ class ConsoleCallback(TrainerCallback):
         from tqdm import tqdm
 
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-        for path in (self.path, self.path.with_name("samples.jsonl")):
-            _keep_until(path, state.global_step)
+        _keep_until(self.path.with_name("samples.jsonl"), state.global_step)
+        self.watch = Watch(noise=rounding_noise(args))
+        for row in _keep_until(self.path, state.global_step):
+            self.watch.look(row["step"], row)  # what was seen before counts on, and what was said is not said again
 
     def on_log(self, args: MPOArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Write the line; explain the first one."""
@@ -772,15 +776,23 @@ class ConsoleCallback(TrainerCallback):
             self.bar = None
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop lines of later steps, which a resumed run repeats; step 0 drops all."""
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop lines of later steps, which a resumed run repeats, and what a kill left half-written; step 0 drops all.
+
+    Returns:
+        What is kept.
+    """
     kept = []
     if path.exists() and step:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        for line in path.read_bytes().split(b"\n"):  # splitlines would also cut at U+2028 inside a text
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if row["step"] <= step:
+                    kept.append(row)
     if path.exists() or path.name == "log.jsonl":
         with atomic_writer(path) as out:
-            out.writelines(line + "\n" for line in kept)
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    return kept
 
 
 def first_loss_line(args: MPOArguments, logs: Mapping[str, float]) -> str:

@@ -22,11 +22,18 @@ from internvl_mpo.logps import attach_scoring, response_logps
 from internvl_mpo.mini_mmpr import MMPRSettings, make_release
 from internvl_mpo.mmpr import iter_pairs
 from internvl_mpo.mmpr_convert import Options, convert
-from internvl_mpo.monitor import Watch, expected_first_loss, repetition, sequence_kl, weights_not_finite
+from internvl_mpo.monitor import (
+    Watch,
+    expected_first_loss,
+    repetition,
+    rounding_noise,
+    sequence_kl,
+    weights_not_finite,
+)
 from internvl_mpo.packing import Group, pack_groups
 from internvl_mpo.records import PreferencePair
 from internvl_mpo.throughput import FlopModel, device_peak, num_visible, peak_tflops
-from internvl_mpo.trainer import MPOTrainer
+from internvl_mpo.trainer import ConsoleCallback, MPOTrainer
 
 
 def lines(folder: Path, name: str = "log.jsonl") -> list[dict]:
@@ -65,13 +72,61 @@ def test_log_probs_that_rise_or_only_swing_are_not(values):
     [
         ([0.0] * 30, True),  # learning rate 0 or everything frozen
         ([1e-5] + [1.5e-5] * 30, True),  # rounding noise stays rounding noise
-        ([1e-5] * 8 + [1e-3] * 30, False),
-        ([0.02] + [0.03] * 5 + [0.2] * 30, False),  # bfloat16 noise, then learning
+        ([0.0] + [1e-5] * 30, True),  # also where the first packs were those of the reference pass
+        ([1e-5] * 8 + [2e-3] * 30, False),
+        ([0.9] * 30, False),  # a resumed run whose log was lost, or dropout
         ([0.0] * 9, False),  # too early to tell
     ],
 )
 def test_rewards_that_stay_equal_are_told(values, warned):
     assert bool(feed(Watch(window=10), "rewards/std", values)) is warned
+
+
+@pytest.mark.parametrize(
+    ("settings", "noise"),
+    [
+        ({}, 0.001),
+        ({"bf16": True}, 0.05),
+        ({"dtype": "bfloat16"}, 0.05),
+        ({"beta": 0.01}, 0.0001),  # rewards are beta times a log-ratio
+    ],
+)
+def test_what_counts_as_equal_follows_precision_and_beta(settings, noise):
+    args = SimpleNamespace(**{"beta": 0.1, "bf16": False, "fp16": False, "dtype": "float32", **settings})
+    assert rounding_noise(args) == pytest.approx(noise)
+
+
+def resumed(folder: Path, rows: list[dict], step: int) -> ConsoleCallback:
+    """A console that goes on after `step` of a run that has logged `rows`."""
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = SimpleNamespace(beta=0.1, bf16=False, fp16=False)
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=999, global_step=step)
+    console = ConsoleCallback(folder)
+    console.on_train_begin(args, state, None)
+    return console
+
+
+def test_a_resumed_run_remembers_what_it_has_seen_and_said(tmp_path):
+    learning = [{"step": step, "rewards/std": 0.02 * step, "logps/chosen_change": 0.0} for step in range(1, 46)]
+    console = resumed(tmp_path, learning, 45)
+    assert feed(console.watch, "rewards/std", [1e-5] * 60) == []  # it has learnt before
+    falling = feed(console.watch, "logps/chosen_change", [-0.2] * 60)
+    assert [text.split(":")[0] for text in falling] == ["step 55"]  # the 45 lines before belong to the two windows
+
+    still = [{"step": step, "rewards/std": 1e-6} for step in range(1, 51)]
+    still.append({"step": 50, "warning": "step 50: the rewards of all pairs are still equal"})
+    console = resumed(tmp_path, still, 50)
+    assert feed(console.watch, "rewards/std", [1e-6] * 60) == []
+
+
+def test_lines_cut_off_by_a_kill_or_with_a_line_separator_in_a_text_do_not_stop_a_resume(tmp_path):
+    samples = [{"step": 1, "answer": "one\u2028two\u2029three\u0085four"}, {"step": 2, "answer": "later"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples) + '{"step": 1, "answer": "{é}'
+    path = tmp_path / "samples.jsonl"
+    for cut in (0, 1, 2):  # also inside a letter of two bytes
+        path.write_bytes(text.encode()[: -1 - cut] if cut else text.encode())
+        resumed(tmp_path, [{"step": 1, "loss": 1.0}], 1)
+        assert path.read_text(encoding="utf-8") == json.dumps(samples[0], ensure_ascii=False) + "\n"
 
 
 @pytest.mark.parametrize(
