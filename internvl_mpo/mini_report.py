@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.records import Question, read_rows
+from internvl_mpo.records import Question, iter_jsonl, read_rows
 
 NAMES = {"start": "start model", "sft": "SFT on chosen", "dpo": "DPO", "bco": "BCO", "mpo": "MPO"}
 COLORS = {"start": "#8a8f98", "sft": "#4c78a8", "dpo": "#e4a11b", "bco": "#7b5ea7", "mpo": "#1a9850"}
@@ -154,7 +154,7 @@ def _cards(folder: Path) -> str:
 
 def _answers(run: Path) -> dict[str, tuple[str, bool]]:
     """Chain of thought and verdict of every question of an evaluation run."""
-    rows = map(json.loads, (run / "verdicts.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = [row for _, row in iter_jsonl(run / "verdicts.jsonl")]
     return {row["id"]: (row["answer"] or "", row["value"] == 1) for row in rows if row["mode"] == "cot"}
 
 

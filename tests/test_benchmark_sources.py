@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from internvl_mpo.benchmarks import load_benchmark
 from internvl_mpo.benchmarks.common import open_image
+from internvl_mpo.benchmarks.sources import read_json_file
 
 datasets = pytest.importorskip("datasets", reason="the extra 'data' is not installed")
 
@@ -128,3 +130,10 @@ def test_vlmevalkit_table(name, tmp_path):
     if name in ("pope", "mathvista", "mathvision", "crpe"):
         assert benchmark.score(examples[0], examples[0].answer).value == 1.0
         assert benchmark.score(examples[0], "something else").value == 0.0
+
+
+def test_a_line_separator_inside_a_text_ends_no_row(tmp_path):
+    rows = [{"question": "one\u2028two\u0085three"}, {"question": "four"}]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.json").write_text(text, encoding="utf-8")
+    assert read_json_file(tmp_path / "rows.json") == rows

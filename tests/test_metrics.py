@@ -74,6 +74,14 @@ def test_space_computes_what_the_metric_does(name):
     assert demo.fn(*lines, "ours") == compute_metric(name, given["predictions"], given["references"])
 
 
+def test_a_line_separator_inside_an_answer_of_a_space_ends_no_line():
+    pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
+    name, rows = "crpe", [{"question_id": "1", "text": "?", "category": "subject", "correct_option": "A"}]
+    answers = ["The answer is\u2028A"]
+    lines = (json.dumps(values, ensure_ascii=False)[1:-1] for values in (answers, rows))
+    assert build_demo(name).fn(*lines, "ours") == compute_metric(name, answers, rows)
+
+
 @pytest.mark.slow
 def test_space_starts_and_answers_over_http():
     gradio = pytest.importorskip("gradio", reason="the extra 'demo' is not installed")

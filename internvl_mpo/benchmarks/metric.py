@@ -68,8 +68,8 @@ def build_demo(name: str) -> Any:
 
     def run(predictions: str, references: str, rule: Rule) -> dict[str, Any]:
         try:
-            rows = [json.loads(line) for line in references.splitlines() if line.strip()]
-            answers = [json.loads(line) for line in predictions.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in references.split("\n") if line.strip()]
+            answers = [json.loads(line) for line in predictions.split("\n") if line.strip()]
             return compute_metric(name, answers, rows, rule)
         except (BadInputError, ValueError) as error:
             raise gr.Error(str(error)) from error

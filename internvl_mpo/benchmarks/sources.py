@@ -72,7 +72,7 @@ def read_json_file(path: Path) -> Any:
     except json.JSONDecodeError:
         pass
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
