@@ -56,10 +56,19 @@ def make_way(checkpoint: str | Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def rotate(output_dir: str | Path, limit: int | None) -> None:
-    """Delete all but the `limit` checkpoints written last; None keeps all."""
+def rotate(output_dir: str | Path, limit: int | None, best: str | Path | None = None) -> None:
+    """Delete all but `limit` checkpoints: the last, the best, and those written last; None keeps all.
+
+    Args:
+        output_dir: folder of the run.
+        limit: checkpoints to keep; the last and the best are kept even if that is one more.
+        best: the checkpoint to load at the end, if one is the best so far.
+    """
     written = sorted(whole_checkpoints(output_dir), key=lambda folder: (folder / STATE_FILE).stat().st_mtime_ns)
-    for folder in written[: -limit if limit else 0]:
+    needed = {folder.name for folder in (*written[-1:], *([Path(best)] if best else []))}
+    others = [folder for folder in written if folder.name not in needed]
+    num_kept = len(others) if not limit else max(0, limit - (len(written) - len(others)))
+    for folder in others[: len(others) - num_kept]:
         make_way(folder)
 
 

@@ -148,6 +148,7 @@ class MPOArguments(TrainingArguments):
                 f"reference_sync_steps moves a reference that preference '{self.preference}' with quality "
                 f"'{self.quality}' does not use; leave it out"
             )
+        self._choose_metric()
         self.remove_unused_columns = False  # packs are not columns
         self.logging_nan_inf_filter = False  # a non-finite loss stops the run instead of being averaged away
         self.per_device_train_batch_size = 1  # a batch is a pack
@@ -155,6 +156,18 @@ class MPOArguments(TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise BadInputError(f"the training settings do not fit together: {error}") from error
+
+    def _choose_metric(self) -> None:
+        """Know which checkpoint is the best one; transformers' own choice would be a loss that is not measured."""
+        if not self.load_best_model_at_end and self.save_strategy != "best" and self.metric_for_best_model is None:
+            return
+        better = {"rewards/accuracy": True, "rewards/margin": True, "nll": False}
+        name = (self.metric_for_best_model or "rewards/accuracy").removeprefix("eval_")
+        if name not in better:
+            raise BadInputError(f"metric_for_best_model is '{name}', expected one of {', '.join(better)}")
+        self.metric_for_best_model = name
+        if self.greater_is_better is None:
+            self.greater_is_better = better[name]
 
     @property
     def weights(self) -> tuple[float, float, float]:
@@ -633,7 +646,7 @@ class MPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint.write_state(folder, self._checkpoint_state())
-            checkpoint.rotate(self.args.output_dir, limit)
+            checkpoint.rotate(self.args.output_dir, limit, best=self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _checkpoint_state(self) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from tiny_world import make_model_folder, make_training_pairs
 
 import train_mpo
-from internvl_mpo.checkpoint import check_resumable, read_state
+from internvl_mpo.checkpoint import STATE_FILE, check_resumable, read_state, rotate, whole_checkpoints, write_state
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.settings import write_settings
-from internvl_mpo.trainer import ConsoleCallback
+from internvl_mpo.trainer import ConsoleCallback, MPOArguments, MPOTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -518,6 +518,57 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(world, tmp_p
     assert losses(tmp_path / "run") == expected
     after = load_file(model)
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def write_checkpoints(folder: Path, count: int) -> None:
+    """Checkpoints 1 to `count`, one after the other."""
+    for step in range(1, count + 1):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        write_state(folder / f"checkpoint-{step}", {})
+        os.utime(folder / f"checkpoint-{step}" / STATE_FILE, ns=(step, step))
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [
+        (2, None, (3, 4)),
+        (2, 1, (1, 4)),
+        (3, 1, (1, 3, 4)),
+        (1, 1, (1, 4)),  # the last is needed to go on, the best at the end
+        (1, 4, (4,)),
+        (None, 1, (1, 2, 3, 4)),
+    ],
+)
+def test_rotation_keeps_the_best_and_the_last_checkpoint(tmp_path, limit, best, kept):
+    write_checkpoints(tmp_path, 4)
+    rotate(tmp_path, limit, best=best and tmp_path / f"checkpoint-{best}")
+    assert [folder.name for folder in whole_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
+
+
+def test_the_best_checkpoint_outlives_rotation_and_is_loaded_at_the_end(world, tmp_path, monkeypatch):
+    measured = iter([0.1, 0.9, 0.2, 0.3, 0.4])
+    plain = MPOTrainer._answer_some
+    monkeypatch.setattr(
+        MPOTrainer,
+        "_answer_some",
+        lambda self, prefix: plain(self, prefix) | {f"{prefix}_rewards/margin": next(measured)},
+    )
+    more = ("--held_out_share", "0.4", "--pairs_per_step", "2", "--save_steps", "1", "--eval_steps", "1",
+            "--save_total_limit", "1", "--num_eval_samples", "0", "--load_best_model_at_end", "true",
+            "--metric_for_best_model", "rewards/margin")  # fmt: skip
+    assert train(world, tmp_path / "run", *more) == 0
+    best = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    final = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(weight, final[name]) for name, weight in best.items())
+
+
+def test_a_metric_that_is_not_measured_is_refused_and_nll_is_better_when_small(world, tmp_path, capsys):
+    more = ("--held_out_share", "0.4", "--eval_steps", "2", "--load_best_model_at_end", "true")
+    assert train(world, tmp_path / "run", *more, "--metric_for_best_model", "loss") == 2
+    assert "metric_for_best_model is 'loss', expected one of rewards/accuracy" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    args = MPOArguments(output_dir=str(tmp_path), use_cpu=True, metric_for_best_model="eval_nll")
+    assert args.greater_is_better is False
 
 
 # --- more than one process --------------------------------------------------------------------------------------------
