@@ -268,7 +268,7 @@ class RewardShift:
         """
         if self.mode == "none":
             return 0.0
-        rewards = rewards.detach().double()
+        rewards = to_float64(rewards)
         if self.mode == "inclusive":
             sums = torch.stack([rewards.mean(), rewards.new_ones(())])
         else:
@@ -301,6 +301,12 @@ class RewardShift:
         if state["mode"] != self.mode:
             raise ValueError(f"the saved reward shift is of mode '{state['mode']}', this run uses '{self.mode}'")
         self.momentum, self.total, self.count = state["momentum"], state["total"], state["count"]
+
+
+def to_float64(values: Tensor) -> Tensor:
+    """Return values for sums, detached, on their device; on the CPU where that is MPS, which has no float64."""
+    values = values.detach()
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def _wide(values: Tensor) -> Tensor:

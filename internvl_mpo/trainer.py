@@ -39,7 +39,16 @@ from internvl_mpo.monitor import (
     sequence_kl,
     weights_not_finite,
 )
-from internvl_mpo.objective import Generation, Preference, Quality, RewardShift, ShiftMode, mpo_loss, needs_reference
+from internvl_mpo.objective import (
+    Generation,
+    Preference,
+    Quality,
+    RewardShift,
+    ShiftMode,
+    mpo_loss,
+    needs_reference,
+    to_float64,
+)
 from internvl_mpo.packed_attention import PackedAttention
 from internvl_mpo.packing import Group, Pack, PairSize, fill_packs, pack_groups
 from internvl_mpo.records import atomic_writer
@@ -415,7 +424,7 @@ class MPOTrainer(Trainer):
                 "rewards/chosen": out.chosen_rewards,
                 "rewards/rejected": out.rejected_rewards,
                 "rewards/margin": out.chosen_rewards - out.rejected_rewards,
-                "rewards/accuracy": (out.chosen_rewards > out.rejected_rewards).double(),
+                "rewards/accuracy": out.chosen_rewards > out.rejected_rewards,
                 "logps/chosen": policy_chosen,
                 "logps/rejected": policy_rejected,
                 "logps/chosen_change": (policy_chosen - reference_chosen) / pack.chosen_lengths_P,
@@ -568,7 +577,7 @@ class MPOTrainer(Trainer):
                 chosen_rewards = self.args.beta * (chosen - reference_chosen)
                 rejected_rewards = self.args.beta * (rejected - reference_rejected)
                 values = {
-                    f"{metric_key_prefix}_rewards/accuracy": (chosen_rewards > rejected_rewards).double(),
+                    f"{metric_key_prefix}_rewards/accuracy": chosen_rewards > rejected_rewards,
                     f"{metric_key_prefix}_rewards/margin": chosen_rewards - rejected_rewards,
                     f"{metric_key_prefix}_nll": -chosen / micro.pack.chosen_lengths_P,
                 }
@@ -700,7 +709,7 @@ class MoveReference(TrainerCallback):
 
 
 class MeanMeter:
-    """Sums per-pair values without leaving the device; `reduce` turns them into global means."""
+    """Sums per-pair values without waiting for the device; `reduce` turns them into global means."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -713,12 +722,12 @@ class MeanMeter:
         """Add values of `count` pairs. Each value has shape (count,)."""
         self.count += count
         for name, value in values.items():
-            total = value.detach().double().sum()
+            total = to_float64(value).sum()
             self.totals[name] = self.totals[name] + total if name in self.totals else total
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
         """Return the mean of every value over all ranks, with sums `num_pairs`, `num_tokens`, `flop`; a collective."""
-        device = accelerator.device
+        device = accelerator.device if accelerator.device.type != "mps" else "cpu"  # see `to_float64`
         values = [total.to(device) for total in self.totals.values()]
         counts = torch.tensor([self.count, self.tokens, self.flop], dtype=torch.float64, device=device)
         sums = accelerator.reduce(torch.cat([torch.stack(values), counts]), reduction="sum").tolist()

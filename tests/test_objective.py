@@ -6,11 +6,13 @@ pytest tests/test_objective.py
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from internvl_mpo.objective import RewardShift, mpo_loss, preference_term
+from internvl_mpo.trainer import MeanMeter
 
 GOLDENS = Path(__file__).resolve().parent.parent.parent / "shared" / "oracle" / "mpo" / "mpo_losses.json"
 
@@ -290,3 +292,25 @@ def test_losses_and_gradients_of_other_trainers(name, key, mode, tolerance):
                 assert tensor.grad.tolist() == pytest.approx(expected["grad"]["total"][side], rel=1e-5, abs=1e-9)
         if mode == "previous":
             shift.update(torch.cat(rewards))
+
+
+class OnMPS(torch.Tensor):
+    """A tensor that behaves as on a device of type mps: float64 is refused, `cpu` leads away from there."""
+
+    device = torch.device("mps")
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_rewards_and_means_are_summed_in_float64_off_a_device_that_has_none():
+    rewards = torch.tensor([0.1, 0.3]).as_subclass(OnMPS)
+    assert RewardShift("previous").update(rewards) == pytest.approx(0.2)
+    meter = MeanMeter()
+    meter.add(2, {"rewards/chosen": rewards, "rewards/accuracy": rewards > 0.2})
+    means = meter.reduce(SimpleNamespace(device=torch.device("mps"), reduce=lambda values, reduction: values))
+    assert means["rewards/chosen"] == pytest.approx(0.2)
+    assert means["rewards/accuracy"] == 0.5
