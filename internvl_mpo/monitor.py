@@ -242,15 +242,23 @@ def dump_step(path: Path, header: Mapping[str, Any], rows: Sequence[PairRow], lo
         json.dump({**header, "pairs": pairs}, out, indent=1, ensure_ascii=False)
 
 
-def expected_first_loss(args: Any, generation: float) -> tuple[float | None, str]:
-    """Return what the loss of the first step should be, where policy and reference are one model, and how it adds up.
+def _copy(picture: bytes, name: str, folder: Path) -> str:
+    """Write a picture under a name of its content, since pictures of several folders meet here, and return it."""
+    copy = hashlib.sha256(picture).hexdigest()[:16] + PurePosixPath(name).suffix
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / copy).write_bytes(picture)
+    return copy
+
+
+def expected_first_terms(args: Any) -> dict[str, tuple[float, str]]:
+    """Return what terms of the first step should be, where policy and reference are one model, and that in words.
 
     Args:
         args: `MPOArguments`.
-        generation: the generation term as it was logged; it depends on the start model alone.
 
     Returns:
-        The loss, or None where a term has no fixed value (ORPO), and the sum in words.
+        By the name in the log; only terms that are used and have a fixed value. The generation term has none, nor has
+        ORPO, which compares nothing with the reference.
     """
     log2, beta = math.log(2), args.beta
     fixed = {
@@ -262,16 +270,31 @@ def expected_first_loss(args: Any, generation: float) -> tuple[float | None, str
         "ipo": (1 / (2 * beta) ** 2, "1/(2 beta)^2"),
         "sppo": (2 / (2 * beta) ** 2, "2/(2 beta)^2"),
     }
-    total, words = 0.0, []
+    terms = {}
     if args.preference in fixed:
-        value, spelled = fixed[args.preference]
-        total += args.preference_weight * value
-        words.append(f"{args.preference_weight:g} * {spelled}")
-    elif args.preference == "orpo":
-        return None, "the odds ratio of the start model has no fixed value"
+        terms["loss_preference"] = fixed[args.preference]
     if args.quality == "bco":
-        total += args.quality_weight * 2 * log2
-        words.append(f"{args.quality_weight:g} * 2 ln 2")
+        terms["loss_quality"] = (2 * log2, "2 ln 2")
+    return terms
+
+
+def expected_first_loss(args: Any, generation: float) -> tuple[float | None, str]:
+    """Return what the loss of the first step should be, where policy and reference are one model, and how it adds up.
+
+    Args:
+        args: `MPOArguments`.
+        generation: the generation term as it was logged; it depends on the start model alone.
+
+    Returns:
+        The loss, or None where a term has no fixed value (ORPO), and the sum in words.
+    """
+    if args.preference == "orpo":
+        return None, "the odds ratio of the start model has no fixed value"
+    weights = {"loss_preference": args.preference_weight, "loss_quality": args.quality_weight}
+    total, words = 0.0, []
+    for name, (value, spelled) in expected_first_terms(args).items():
+        total += weights[name] * value
+        words.append(f"{weights[name]:g} * {spelled}")
     if args.generation != "none":
         total += args.generation_weight * generation
         words.append(f"{args.generation_weight:g} * NLL of the chosen responses ({generation:.4f})")

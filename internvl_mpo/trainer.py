@@ -32,6 +32,7 @@ from internvl_mpo.monitor import (
     Watch,
     dump_step,
     expected_first_loss,
+    expected_first_terms,
     greedy_answers,
     repetition,
     rounding_noise,
@@ -818,15 +819,19 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def first_loss_line(args: MPOArguments, logs: Mapping[str, float]) -> str:
-    """Return a sentence that says whether the first loss is normal: policy and reference are still the same model."""
+    """Return text that says whether the first loss and its terms are normal: policy and reference are one model yet."""
     expected, words = expected_first_loss(args, logs["loss_generation"])
     line = f"step 1: loss {logs['loss']:.4f}"
+    terms = {name: value for name, (value, _) in expected_first_terms(args).items()}
+    if terms:
+        terms |= dict.fromkeys(("rewards/chosen", "rewards/rejected", "reward_shift"), 0.0)
+    shown = "".join(f"\n  {name} {logs[name]:.4f}, expected {value:.4f}" for name, value in terms.items())
     if expected is None:
-        return f"{line}; {words}"
+        return f"{line}; {words}{shown}"
     line += f", expected {expected:.4f} = {words} (policy = reference)"
     if abs(logs["loss"] - expected) > 0.02 * max(1.0, expected):
         line += (
             f"; they differ by {logs['loss'] - expected:+.4f}, so policy and reference are not the same model here: "
             "check dropout, adapters, and the precision of the reference log-probs"
         )
-    return line
+    return line + shown

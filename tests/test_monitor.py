@@ -25,6 +25,7 @@ from internvl_mpo.mmpr_convert import Options, convert
 from internvl_mpo.monitor import (
     Watch,
     expected_first_loss,
+    expected_first_terms,
     repetition,
     rounding_noise,
     sequence_kl,
@@ -175,6 +176,11 @@ def test_the_first_loss_is_the_expected_one_for_every_variant(world, tmp_path, p
     )  # fmt: skip
     expected, words = expected_first_loss(args, first["loss_generation"])
     shown = "".join(capsys.readouterr())
+    terms = {name: value for name, (value, _) in expected_first_terms(args).items()}
+    assert terms.keys() == ({"loss_preference", "loss_quality"} if quality == "bco" else set())
+    for name, value in {**terms, **dict.fromkeys(("rewards/chosen", "rewards/rejected", "reward_shift"), 0.0)}.items():
+        assert first[name] == pytest.approx(value, rel=1e-3, abs=1e-3)
+        assert (f"{name} {first[name]:.4f}, expected {value:.4f}" in shown) is bool(terms)
     if preference == "orpo":
         assert expected is None
         assert "no fixed value" in shown
