@@ -394,7 +394,8 @@ class MPOTrainer(Trainer):
         policy_chosen, policy_rejected = logps_R[pack.chosen_index_P], logps_R[pack.rejected_index_P]
         if self.shift.mode == "inclusive":
             ratios = (policy_chosen - reference_chosen, policy_rejected - reference_rejected)
-            self.shift.update(self.args.beta * torch.cat(ratios).detach())
+            # what is not finite stops this step below; in the shift it would put the blame on all packs of all ranks
+            self.shift.update(self.args.beta * torch.cat(ratios).detach().nan_to_num(0.0, 0.0, 0.0))
         out = mpo_loss(
             policy_chosen,
             policy_rejected,
