@@ -116,9 +116,11 @@ def test_a_pair_that_is_not_finite_on_one_rank_stops_both_with_its_name(world, t
     zero = {name: ("--deepspeed", str(path)) for name, path in small_configs(tmp_path).items()}
     several = ("--max_tokens_per_pack", "650")  # the pack is not the last one of the step everywhere
     runs = {
-        "ddp": ("loss", (*several, "--reward_shift", "inclusive")), "zero2": ("loss", zero["zero2"]), "zero3": ("loss", (*zero["zero3"], *several)),
+        "ddp": ("loss", (*several, "--reward_shift", "inclusive")),
+        "zero2": ("loss", zero["zero2"]),
+        "zero3": ("loss", (*zero["zero3"], *several)),
         "zero2, gradient": ("gradient", zero["zero2"]),
-    }  # fmt: skip
+    }
     pair_id = list(iter_pairs(world / "pairs.jsonl"))[7].pair.id
     # the poison must not meet the pass for the reference
     assert train(world, tmp_path / "alone", "--reference_cache", str(tmp_path / "cache")) == 0
