@@ -118,6 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body must not wait for the client's acknowledgement of the head, 40 ms
     server: BatchServer
 
     def do_GET(self) -> None:
