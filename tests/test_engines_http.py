@@ -67,6 +67,7 @@ def misbehaving(behave):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each answer waits 40 ms for the client's acknowledgement of its head
 
         def send(self, status: int, body: bytes, **headers: str) -> None:
             self.send_response(status)
@@ -199,6 +200,186 @@ def test_a_dripping_server_is_cut_off(serve):
     (reply,) = HttpEngine(server.url, timeout=0.3, max_attempts=1).generate(questions(1))
     assert "no complete answer in 0.3 s" in reply.error
     assert time.monotonic() - start < 0.9
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"choices": [null]}',
+        b'{"choices": ["text"]}',
+        b'{"choices": [{"message": null, "finish_reason": "stop"}]}',
+        b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}',
+        b'{"choices": [{"message": {"content": "half"}, "finish_reason": "abort"}]}',
+        b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}], "usage": [1]}',
+        b"null",
+        b"[" * 100_000,
+    ],
+)
+def test_json_of_another_shape_is_asked_again_and_ends_no_run(serve, body):
+    server = serve(misbehaving(lambda handler, number: handler.send(200, body) or True if number < 3 else None))
+    engine = HttpEngine(server.url, concurrency=1, backoff=0.0, max_attempts=2)
+    first, second = engine.generate(questions(2))
+    assert "ValueError" in first.error
+    assert (first.text, second.text, second.error) == ("", "q1", None)
+
+
+def test_half_a_character_is_replaced(serve):
+    answer = json.dumps(ANSWER).replace(" 42 ", "4\\ud83d2\\ud83d\\ude00").encode()
+    server = serve(misbehaving(lambda handler, number: handler.send(200, answer) or True))
+    (reply,) = HttpEngine(server.url).generate(questions(1))
+    assert reply.text == "4\ufffd2\U0001f600"
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 524, 529])
+def test_a_passing_fault_is_asked_again(serve, status):
+    server = serve(misbehaving(lambda handler, number: handler.send(status, b"later") or True if number < 3 else None))
+    (reply,) = HttpEngine(server.url, backoff=0.0, max_attempts=3).generate(questions(1))
+    assert reply.text == "q0"
+
+
+def test_retry_after_is_waited_for(serve):
+    def behave(handler, number):
+        return handler.send(429, b"slow down", Retry_After="1") or True if number == 1 else None
+
+    server = serve(misbehaving(behave))
+    start = time.monotonic()
+    (reply,) = HttpEngine(server.url, backoff=0.0).generate(questions(1))
+    assert reply.text == "q0"
+    assert time.monotonic() - start >= 1
+
+
+def test_pauses_grow_up_to_a_minute(serve):
+    engine = HttpEngine(serve(misbehaving(lambda handler, number: None)).url, backoff=1.0)
+    assert [engine._pause(attempt, 0.0, 0.0) for attempt in (0, 1, 4, 10)] == [0.5, 1, 8, 30]
+    assert 0.5 < engine._pause(0, 0.0, 0.7) < 1  # not all at the same moment
+    assert engine._pause(0, 7.0, 0.0) == 7
+    assert engine._pause(0, 3600.0, 0.0) == 60
+
+
+def test_refused_requests_do_not_stop_those_after_them(serve):
+    # with 32 samples of each question five that are too long are 160 refusals in a row, in every rerun again
+    server = serve(misbehaving(lambda handler, number: handler.send(400, b"too long") or True if number < 41 else None))
+    replies = list(HttpEngine(server.url, concurrency=1).generate(questions(50)))
+    assert [reply.error is None for reply in replies] == [False] * 40 + [True] * 10
+
+
+def test_a_reply_now_and_then_keeps_the_run_going(serve):
+    def behave(handler, number):
+        return None if number % 9 == 0 else handler.send(500, b"oops") or True
+
+    server = serve(misbehaving(behave))
+    replies = list(HttpEngine(server.url, concurrency=1, max_attempts=1).generate(questions(90)))
+    assert sum(reply.error is None for reply in replies) == 10
+    assert server.asked["all"] == 90
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_server_with_another_model_or_key_loses_no_reply(serve, status):
+    good = serve(misbehaving(lambda handler, number: time.sleep(0.01)))
+    wrong = serve(misbehaving(lambda handler, number: handler.send(status, b"no such model") or True))
+    engine = HttpEngine([good.url, wrong.url], concurrency=4, backoff=0.001)
+    assert not any(reply.error for reply in engine.generate(questions(40)))
+    assert wrong.asked["all"] < 20
+
+
+def test_a_server_that_is_down_at_the_start_is_done_without(serve):
+    good = serve(misbehaving(lambda handler, number: None))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        down = f"http://127.0.0.1:{free.getsockname()[1]}"
+    engine = HttpEngine([down, good.url], concurrency=2, backoff=0.001)
+    assert engine.model_id == "m"
+    assert not any(reply.error for reply in engine.generate(questions(10)))
+
+
+def test_a_server_without_a_list_of_models_is_asked_by_name_only(serve):
+    server = misbehaving(lambda handler, number: None)
+    server.RequestHandlerClass.do_GET = lambda handler: handler.send(200, b'{"data": []}')
+    serve(server)
+    with pytest.raises(BadInputError, match="lists no model"):
+        HttpEngine(server.url)
+    (reply,) = HttpEngine(server.url, "m").generate(questions(1))
+    assert reply.text == "q0"
+
+
+def test_the_key_travels_without_the_line_break_of_its_file(serve):
+    def behave(handler, number):
+        return None if handler.headers["Authorization"] == "Bearer sk-1" else handler.send(401, b"who?") or True
+
+    (reply,) = HttpEngine(serve(misbehaving(behave)).url, api_key="sk-1\n").generate(questions(1))
+    assert reply.error is None
+
+
+def test_a_connection_that_the_server_closed_meanwhile_is_no_fault(serve):
+    def behave(handler, number):  # closes as servers do after a few idle seconds, without having said so
+        body = json.dumps(ANSWER).encode()
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        handler.close_connection = True
+        return True
+
+    def slowly():
+        for request in questions(4):
+            yield request
+            time.sleep(0.1)
+
+    server = serve(misbehaving(behave))
+    replies = list(HttpEngine(server.url, concurrency=1, max_attempts=1).generate(slowly()))
+    assert [reply.error for reply in replies] == [None] * 4
+
+
+def test_connections_are_used_again(serve):
+    opened = Counter()
+    server = misbehaving(lambda handler, number: None)
+    verify = server.verify_request
+    server.verify_request = lambda *given: opened.update(all=1) or verify(*given)
+    serve(server)
+    list(HttpEngine(server.url, concurrency=4).generate(questions(60)))
+    assert opened["all"] <= 4
+
+
+def test_one_attempt_takes_no_longer_than_the_timeout(serve):
+    def behave(handler, number):  # each wait is shorter than the timeout, both together are not
+        time.sleep(0.8)
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
+        handler.wfile.flush()
+        time.sleep(0.8)
+        handler.close_connection = True
+        return True
+
+    server = serve(misbehaving(behave))
+    start = time.monotonic()
+    (reply,) = HttpEngine(server.url, timeout=1.0, max_attempts=1).generate(questions(1))
+    assert "no complete answer in 1 s" in reply.error
+    assert time.monotonic() - start < 1.5
+
+
+def test_a_server_that_says_nothing_is_waited_for_no_longer_than_the_timeout(serve):
+    ended = threading.Event()
+    server = serve(misbehaving(lambda handler, number: ended.wait(3)))
+    start = time.monotonic()
+    (reply,) = HttpEngine(server.url, timeout=0.3, max_attempts=1).generate(questions(1))
+    seconds = time.monotonic() - start
+    ended.set()
+    assert "no complete answer in 0.3 s" in reply.error
+    assert seconds < 1.5
+
+
+def test_a_caller_that_goes_leaves_nothing_waiting(serve):
+    """Else Ctrl-C, or a full disk, would hang until replies come that nobody reads."""
+    others, ended = set(threading.enumerate()), threading.Event()
+    kinds = [lambda handler: None, lambda handler: ended.wait(20), lambda handler: handler.send(500, b"oops") or True]
+    server = serve(misbehaving(lambda handler, number: kinds[0 if number == 1 else 1 + number % 2](handler)))
+    replies = HttpEngine(server.url, concurrency=6, timeout=30, backoff=30).generate(questions(20))
+    try:
+        assert next(replies).text
+        start = time.monotonic()
+        replies.close()
+        for thread in set(threading.enumerate()) - others:
+            if thread.name.startswith("http-engine"):
+                thread.join(10)
+        assert time.monotonic() - start < 5
+    finally:
+        ended.set()
 
 
 def test_several_servers_share_the_work_and_a_dead_one_is_left_out(serve):

@@ -6,10 +6,13 @@ it comes back with the error. Standard library only.
 """
 
 import base64
+import contextlib
 import http.client
 import io
 import json
 import random
+import selectors
+import socket
 import ssl
 import threading
 import time
@@ -25,7 +28,8 @@ from PIL import Image
 from internvl_mpo.engines import Reply, Request, chat_messages
 from internvl_mpo.errors import BadInputError
 
-RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+RETRIED_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})  # proxies have codes of their own above 504
+REFUSED_STATUS = frozenset({400, 413, 422})  # the request is at fault: the server is well, every other would refuse too
 MAX_WAIT_SECONDS = 60.0
 _MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif"}
 
@@ -67,15 +71,16 @@ class HttpEngine:
             raise BadInputError("the http engine needs a base_url, and concurrency and max_attempts of at least 1")
         self._servers = [_Server(url) for url in urls]
         self._headers = {"Content-Type": "application/json", "User-Agent": "internvl-mpo"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        if api_key and api_key.strip():  # a line break from the file the key was read from would be shown in errors
+            self._headers["Authorization"] = f"Bearer {api_key.strip()}"
         self.concurrency, self.timeout = concurrency, timeout
         self.max_attempts, self.backoff = max_attempts, backoff
         self._pace = _Pace(requests_per_minute)
         self._lock = threading.Lock()
-        self._threads = threading.local()
         self._failures_in_row = 0
         names = self._served_models()
+        if not names and not model:
+            raise BadInputError(f"{urls[0]} lists no model; give the model's name as --model")
         self.model_id = model or names[0]
         if names and model and model not in names:
             raise BadInputError(f"{urls[0]} serves {', '.join(names)}, not '{model}'; give one of these as --model")
@@ -84,11 +89,12 @@ class HttpEngine:
         """Yield replies as they come; see `Engine.generate`."""
         stream = (request for request in requests if request.id not in done)
         self._failures_in_row = 0
+        run = _Run()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="http-engine")
         pending: set[Future[Reply]] = set()
         try:
             for request in stream:
-                pending.add(pool.submit(self._answer, request))
+                pending.add(pool.submit(self._answer, request, run))
                 if len(pending) >= 2 * self.concurrency:  # the next request is ready when a thread is
                     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in finished)
@@ -96,23 +102,30 @@ class HttpEngine:
                 finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in finished)
         finally:
+            run.stop()
             pool.shutdown(wait=False, cancel_futures=True)
+            for server in self._servers:
+                server.close()
 
-    def _answer(self, request: Request) -> Reply:
+    def _answer(self, request: Request, run: "_Run") -> Reply:
         try:
             body = json.dumps(chat_payload(request, self.model_id)).encode()
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             return Reply(id=request.id, error=str(error))
-        error = ""
+        error, status, num_asked = "", 0, 0
         jitter = random.Random(request.seed)
         for attempt in range(self.max_attempts):
             if self._failures_in_row > 2 * self.concurrency + 8:
                 error = f"not asked, the last {self._failures_in_row} requests all failed {error}".rstrip()
                 break
-            self._pace.wait()
+            self._pace.wait(run.stopped)
+            if run.stopped.is_set():
+                error = "the run was stopped"
+                break
             server = self._pick()
+            num_asked += 1
             try:
-                status, answer, retry_after = self._post(server, "/chat/completions", body)
+                status, answer, retry_after = self._post(server, "/chat/completions", body, run)
                 if status == 200:
                     reply = _read_reply(request, answer)
                     self._release(server, failed=False)
@@ -122,16 +135,22 @@ class HttpEngine:
             except _FAULTS as fault:
                 status, retry_after = 0, None
                 error = f"{type(fault).__name__}: {fault}"
-            self._release(server, failed=status not in (400, 404, 413, 422, 429))
-            if status and status not in RETRIED_STATUS:
+            self._release(server, failed=status not in REFUSED_STATUS and status != 429)
+            if status in REFUSED_STATUS:
                 break
+            if status and status not in RETRIED_STATUS and len(self._servers) == 1:
+                break  # with several, one that has another model or key must not lose what the others can answer
             if attempt + 1 < self.max_attempts:
-                pause = min(MAX_WAIT_SECONDS, self.backoff * 2**attempt)
-                pause = pause * (0.5 + 0.5 * jitter.random())
-                time.sleep(min(MAX_WAIT_SECONDS, max(pause, retry_after or 0.0)))
-        with self._lock:
-            self._failures_in_row += 1
-        return Reply(id=request.id, error=f"{error} (after {attempt + 1} attempts)")
+                run.stopped.wait(self._pause(attempt, retry_after or 0.0, jitter.random()))
+        if status not in REFUSED_STATUS:
+            with self._lock:
+                self._failures_in_row += 1
+        return Reply(id=request.id, error=f"{error} (after {num_asked} attempts)")
+
+    def _pause(self, attempt: int, retry_after: float, jitter: float) -> float:
+        """Return the seconds between an attempt, counted from 0, and the next; jitter is in [0, 1)."""
+        backoff = min(MAX_WAIT_SECONDS, self.backoff * 2**attempt) * (0.5 + 0.5 * jitter)
+        return min(MAX_WAIT_SECONDS, max(backoff, retry_after))
 
     def _pick(self) -> "_Server":
         with self._lock:
@@ -145,29 +164,47 @@ class HttpEngine:
             server.in_flight -= 1
             server.resting_until = time.monotonic() + 5.0 if failed else 0.0
 
-    def _post(self, server: "_Server", path: str, body: bytes | None) -> tuple[int, bytes, float | None]:
-        """Send one request on this thread's connection to the server and return status, body, Retry-After."""
-        connections = self._threads.__dict__.setdefault("connections", {})
-        connection = connections.pop(server, None) or server.connect(self.timeout)
+    def _post(
+        self, server: "_Server", path: str, body: bytes | None, run: "_Run | None" = None
+    ) -> tuple[int, bytes, float | None]:
+        """Send one request and return status, body and Retry-After; a run that is stopped ends it."""
         deadline = time.monotonic() + self.timeout
-        try:
-            connection.request("GET" if body is None else "POST", server.path + path, body, self._headers)
-            response = connection.getresponse()
-            parts = []
-            while part := response.read1(1 << 16):  # a server that drips bytes must not hold the thread for ever
-                parts.append(part)
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no complete answer in {self.timeout:g} s")
-            response.close()  # read to the end or not, the connection is free for the next request only then
-            if response.length:
-                raise http.client.IncompleteRead(b"".join(parts), response.length)
-        except BaseException:
-            connection.close()
-            raise
+        connection = server.take(self.timeout)
+        sock = connection.sock
+        with run.watch(sock) if run else contextlib.nullcontext():
+            try:
+                sock.settimeout(self._left(deadline))
+                connection.request("GET" if body is None else "POST", server.path + path, body, self._headers)
+                sock.settimeout(self._left(deadline))
+                response = connection.getresponse()
+                parts = []
+                while response.length != 0 and not response.isclosed():
+                    sock.settimeout(self._left(deadline))  # a server that drips bytes must not hold the thread for ever
+                    parts.append(response.read1(1 << 16))
+                response.close()  # read to the end or not, the connection is free for the next request only then
+                if response.length:
+                    raise http.client.IncompleteRead(b"".join(parts), response.length)
+            except TimeoutError as error:
+                connection.close()
+                raise TimeoutError(f"no complete answer in {self.timeout:g} s") from error
+            except BaseException:
+                connection.close()
+                raise
         if not response.will_close:
-            connections[server] = connection
+            server.give_back(connection)
         retry_after = response.headers.get("Retry-After", "")
         return response.status, b"".join(parts), float(retry_after) if retry_after.isdigit() else None
+
+    def _left(self, deadline: float) -> float:
+        """Return the seconds an attempt has left.
+
+        Raises:
+            TimeoutError: none.
+        """
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
 
     def _served_models(self) -> list[str]:
         """Names the servers list; waits for a server that is still starting only as long as a reply may take."""
@@ -186,8 +223,42 @@ class HttpEngine:
 _FAULTS = (OSError, http.client.HTTPException, ValueError, KeyError, IndexError)
 
 
+class _Run:
+    """One call of `generate`: what it has under way, and how to end that.
+
+    A caller that goes, by Ctrl-C or for a full disk, would else wait at the interpreter's end for replies that nobody
+    reads.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self._sockets: set[socket.socket] = set()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def watch(self, sock: socket.socket) -> Iterator[None]:
+        """Let `stop` break off what is done on the socket meanwhile."""
+        with self._lock:
+            if self.stopped.is_set():
+                raise ConnectionAbortedError("the run was stopped")
+            self._sockets.add(sock)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._sockets.discard(sock)
+
+    def stop(self) -> None:
+        """End pauses at once and requests that are open."""
+        self.stopped.set()
+        with self._lock:
+            for sock in self._sockets:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+
 class _Server:
-    """One base URL and how busy it is."""
+    """One base URL, how busy it is, and its connections that are free."""
 
     def __init__(self, url: str):
         parts = urlsplit(url if "//" in url else f"http://{url}")
@@ -203,14 +274,44 @@ class _Server:
         self.path = path if path.endswith("/v1") else f"{path}/v1"
         self.in_flight = 0
         self.resting_until = 0.0
+        self._free: list[http.client.HTTPConnection] = []
 
-    def connect(self, timeout: float) -> http.client.HTTPConnection:
-        """Return a new connection."""
+    def take(self, timeout: float) -> http.client.HTTPConnection:
+        """Return an open connection: of the free ones the last used that the server has not closed, or a new one.
+
+        Threads share them, since one to every server for each thread would be more than a process may open. Servers
+        close what is idle for seconds; a request on such a connection would look like a broken server.
+        """
+        with contextlib.suppress(IndexError):
+            while connection := self._free.pop():
+                if not _is_readable(connection.sock):
+                    return connection
+                connection.close()
         if self.secure:
-            return http.client.HTTPSConnection(
+            connection = http.client.HTTPSConnection(
                 self.host, self.port, timeout=timeout, context=ssl.create_default_context()
             )
-        return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        else:
+            connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        connection.connect()
+        return connection
+
+    def give_back(self, connection: http.client.HTTPConnection) -> None:
+        """Take back a connection whose answer has been read to the end."""
+        self._free.append(connection)
+
+    def close(self) -> None:
+        """Close the connections that are free."""
+        with contextlib.suppress(IndexError):
+            while connection := self._free.pop():
+                connection.close()
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    """Whether reading would not wait: between two requests only a closed connection has something to say."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
 
 
 class _Pace:
@@ -221,14 +322,14 @@ class _Pace:
         self._next = 0.0
         self._lock = threading.Lock()
 
-    def wait(self) -> None:
-        """Return when the next request may be sent."""
+    def wait(self, stopped: threading.Event) -> None:
+        """Return when the next request may be sent, or the run is stopped."""
         if not self.seconds:
             return
         with self._lock:
             moment = max(self._next, time.monotonic())
             self._next = moment + self.seconds
-        time.sleep(max(0.0, moment - time.monotonic()))
+        stopped.wait(max(0.0, moment - time.monotonic()))
 
 
 def chat_payload(request: Request, model: str) -> dict[str, Any]:
@@ -302,23 +403,26 @@ def _read_reply(request: Request, answer: bytes) -> Reply:
     """Turn a chat completion into a reply.
 
     Raises:
-        ValueError, KeyError, IndexError: it is not one.
+        ValueError: it is not one.
     """
-    completion = json.loads(answer)
-    if not isinstance(completion, dict) or not isinstance(completion.get("choices"), list):
-        raise ValueError("the answer is no chat completion")
-    choice = completion["choices"][0]
-    text = choice["message"]["content"]
+    try:
+        completion = json.loads(answer)
+        choice = completion["choices"][0]
+        text, reason = choice["message"]["content"], choice["finish_reason"]
+        tokens = int((completion.get("usage") or {}).get("completion_tokens") or 0)
+        model = str(completion.get("model") or "")
+    except (AttributeError, LookupError, TypeError, RecursionError) as error:  # JSON, but of another shape
+        raise ValueError(f"the answer is no chat completion ({type(error).__name__}: {error})") from error
     if not isinstance(text, str):
         raise ValueError("the answer holds no text")
-    reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
         raise ValueError(f"finish_reason is {reason!r}")
-    tokens = (completion.get("usage") or {}).get("completion_tokens") or 0
+    # JSON can hold half of a character outside the basic plane, which no UTF-8 file can
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Reply(
         id=request.id,
         text=text if request.prefix else text.strip(),
         finish_reason=reason,
-        num_tokens=int(tokens),
-        served_model=str(completion.get("model") or ""),
+        num_tokens=tokens,
+        served_model=model,
     )
