@@ -59,14 +59,16 @@ def main(argv: list[str]) -> int:
     settings = parse_settings(Settings, argv, program="dataset_scripts/build_dropout_ntp_pairs.py", about=__doc__)
     sampling = settings.sampling(settings.max_new_tokens)
     print(show_settings(settings, "Building Dropout-NTP pairs"))
-    write_settings(settings, f"{settings.output}.settings.yaml")
     left_out: Counter[str] = Counter()
     responses = load_responses(settings, left_out)
     engine = load_engine(settings)
     plan = Plan(settings, sampling, responses, engine)
     with Journal(settings.output, reply_of=reply_of) as journal:
-        missing = collect_replies(engine, plan.requests, plan.total, journal)
-        count = journal.finish(plan.rows(journal, left_out))
+        journal.check(id for *_, id in plan.samples())
+        write_settings(settings, f"{settings.output}.settings.yaml")  # those of a refused run would belie the output
+        missing = collect_replies(engine, plan.requests(), plan.total, journal)
+        # continuations that make no pair are in the journal only
+        count = journal.finish(plan.rows(journal, left_out), keep=bool(missing))
     print(f"{count} pairs from {len(responses)} responses -> {settings.output}")
     if count:
         print(f"{plan.num_tokens / count:.1f} generated tokens per pair, the chosen response included")

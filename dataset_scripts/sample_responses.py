@@ -62,12 +62,13 @@ def main(argv: list[str]) -> int:
     settings = parse_settings(Settings, argv, program="dataset_scripts/sample_responses.py", about=__doc__)
     sampling = settings.sampling(settings.max_new_tokens)
     print(show_settings(settings, "Sampling responses"))
-    write_settings(settings, f"{settings.output}.settings.yaml")
     questions = load_questions(settings)
     engine = load_engine(settings)
     plan = Plan(settings, sampling, questions, engine)
     with Journal(settings.output, reply_of=reply_of) as journal:
-        missing = collect_replies(engine, plan.requests, plan.total, journal)
+        journal.check(id for *_, id in plan.samples())
+        write_settings(settings, f"{settings.output}.settings.yaml")  # those of a refused run would belie the output
+        missing = collect_replies(engine, plan.requests(), plan.total, journal)
         count = journal.finish(plan.rows(journal))
     print(f"{count} responses to {len(questions)} questions -> {settings.output}")
     return report_missing(missing, settings.output)

@@ -11,7 +11,7 @@ Every reply is kept while the program runs: a killed run goes on where it stoppe
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
@@ -42,7 +42,6 @@ def main(argv: list[str]) -> int:
     settings = parse_settings(Settings, argv, program="dataset_scripts/verify_pairs.py", about=__doc__)
     sampling = settings.sampling(settings.max_new_tokens)
     print(show_settings(settings, "Verifying pairs"))
-    write_settings(settings, f"{settings.output}.settings.yaml")
     pairs = [pair for path in settings.pairs for pair in read_rows(path, PreferencePair)]
     if not pairs:
         raise BadInputError(f"no pairs in {', '.join(settings.pairs)}")
@@ -54,7 +53,9 @@ def main(argv: list[str]) -> int:
     kept: list[PreferencePair] = []
     reasons: Counter[str] = Counter()
     with Journal(output) as journal:
-        missing = collect_replies(engine, requests.values, len(requests), journal)
+        journal.check(requests)
+        write_settings(settings, f"{settings.output}.settings.yaml")  # those of a refused run would belie the output
+        missing = collect_replies(engine, requests.values(), len(requests), journal)
         for pair in pairs:
             reason, replies = judge_pair(pair, sampling, engine.model_id, journal)
             judged = replace(pair, provenance={**pair.provenance, "judge": engine.model_id, "judge_replies": replies})
@@ -64,10 +65,7 @@ def main(argv: list[str]) -> int:
                 refused.append(judged)
                 reasons[reason] += 1
         write_rows(refused, refused_path)
-        if missing:  # the replies stay in the journal, so that the next run asks only for the missing ones
-            write_rows(kept, output)
-        else:
-            journal.finish(pair.to_json() for pair in kept)
+        journal.finish((pair.to_json() for pair in kept), keep=bool(missing))
     print(f"{len(kept)} of {len(pairs)} pairs -> {output}\n{len(refused)} -> {refused_path}")
     if reasons:
         print("refused: " + ", ".join(f"{amount} {reason}" for reason, amount in sorted(reasons.items())))
@@ -80,7 +78,7 @@ def judge_requests(pair: PreferencePair, sampling: Sampling, judge: str) -> Iter
         raise BadInputError(f"pair {pair.id} has no ground truth; verify pairs of build_correctness_pairs.py only")
     for response in (pair.chosen, pair.rejected):
         asked = judge_prompt(without_images(pair.question), pair.answer, response)
-        id = content_id(asked, judge)
+        id = content_id(asked, judge, asdict(sampling))  # verdicts under other settings are other verdicts
         yield Request(id=id, question=asked, seed=sample_seed(0, id, 0), sampling=sampling)
 
 

@@ -282,12 +282,16 @@ def write_rows(rows: Iterable[Row], path: str | Path) -> int:
 
 @contextlib.contextmanager
 def atomic_writer(path: str | Path) -> Iterator[IO[str]]:
-    """Open a text file that appears under `path` only when the block succeeds, flushed to the disk."""
+    """Open a text file that appears under `path` only when the block succeeds, flushed to the disk.
+
+    Half of a character outside the basic plane, which JSON can bring along, is written as JSON's own escape: it must
+    not cost a run its output.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "w", encoding="utf-8") as out:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as out:
             yield out
             out.flush()
             os.fsync(out.fileno())

@@ -140,6 +140,8 @@ def test_a_judge_refuses_pairs_and_a_missing_verdict_is_asked_again(tmp_path, mo
     assert run_program(verify_pairs.main, argv) == 1
     assert [row.id for row in read_rows(tmp_path / "kept.jsonl", PreferencePair)] == [pairs[0].id]
     assert "1 rejected judged right, 1 unclear verdict" in capsys.readouterr().out
+    assert run_program(verify_pairs.main, [*argv, "--max_new_tokens", "64"]) == 2  # verdicts of two kinds in one output
+    assert "other questions or settings" in capsys.readouterr().err
     verdicts[rejected[3]] = "no"
     assert run_program(verify_pairs.main, argv) == 0
     assert [row.id for row in read_rows(tmp_path / "kept.jsonl", PreferencePair)] == [pairs[0].id, pairs[3].id]

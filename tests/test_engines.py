@@ -14,6 +14,7 @@ from internvl_mpo.engines.journal import Journal, sample_seed
 from internvl_mpo.engines.loading import EngineSettings, load_engine
 from internvl_mpo.engines.transformers_engine import TransformersEngine, draw_tokens, model_revision
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.records import iter_jsonl
 
 DRAWN = Sampling(temperature=1.0, top_k=50, max_new_tokens=8)
 GREEDY = Sampling(max_new_tokens=8)
@@ -210,6 +211,38 @@ def test_journal_refuses_replies_of_other_settings(tmp_path):
         with pytest.raises(BadInputError, match="1 replies to other questions or settings"):
             journal.check(["new"])
         journal.check(["old", "new"])
+
+
+def test_a_kept_reply_is_on_its_way_to_disk_at_once(tmp_path):
+    with Journal(tmp_path / "out.jsonl") as journal:
+        for number in range(1, 4):
+            journal.append(Reply(id=str(number), text="x"))
+            assert (tmp_path / "out.jsonl.part").read_bytes().count(b"\n") == number
+
+
+def test_two_runs_do_not_write_one_output(tmp_path):
+    with Journal(tmp_path / "out.jsonl") as journal:
+        journal.append(Reply(id="1", text="x"))
+        with pytest.raises(BadInputError, match="another run is writing"):
+            Journal(tmp_path / "out.jsonl")
+        assert journal["1"].text == "x"
+    with Journal(tmp_path / "out.jsonl") as journal:
+        assert len(journal) == 1
+
+
+def test_rows_of_another_program_are_not_taken_for_replies(tmp_path):
+    (tmp_path / "out.jsonl").write_text('{"id": "1"}\n')
+    with pytest.raises(BadInputError, match=r"out.jsonl:1 was not written by this program"):
+        Journal(tmp_path / "out.jsonl", reply_of=lambda row: Reply(id=row["provenance"]["request"]))
+    assert (tmp_path / "out.jsonl").read_text() == '{"id": "1"}\n'
+
+
+def test_half_a_character_does_not_cost_the_output(tmp_path):
+    with Journal(tmp_path / "out.jsonl") as journal:
+        journal.append(Reply(id="1", text="\ud83d"))
+    with Journal(tmp_path / "out.jsonl") as journal:
+        journal.finish([{"id": "1", "text": journal["1"].text}])
+    assert [row for _, row in iter_jsonl(tmp_path / "out.jsonl")] == [{"id": "1", "text": "\ud83d"}]
 
 
 def test_seeds_differ_by_question_and_sample_and_fit_31_bits():

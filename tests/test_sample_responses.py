@@ -7,12 +7,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from tiny_world import make_model_folder, make_questions
 
 from dataset_scripts import build_dropout_ntp_pairs, sample_responses
+from internvl_mpo.engines import Reply
 from internvl_mpo.engines.serve import BatchServer
 from internvl_mpo.engines.transformers_engine import TransformersEngine
 from internvl_mpo.errors import run_program
@@ -90,10 +93,11 @@ def test_a_finished_file_is_extended_without_asking_again(world, tmp_path, monke
 
 def test_other_settings_do_not_overwrite(world, tmp_path, capsys):
     sample(world, tmp_path / "out.jsonl")
-    before = (tmp_path / "out.jsonl").read_bytes()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 2  # the settings beside the output stay those of the output
     assert sample(world, tmp_path / "out.jsonl", temperature=0.5) == 2
     assert "other questions or settings" in capsys.readouterr().err
-    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_missing_picture_is_named_and_asked_for_again(world, tmp_path, capsys):
@@ -145,6 +149,69 @@ def test_through_http_the_same_replies(world, tmp_path):
     local, remote = (read_rows(tmp_path / name, Response) for name in ("local.jsonl", "http.jsonl"))
     assert [row.response for row in remote] == [row.response for row in local]
     assert {(row.provenance["engine"], row.provenance["model"]) for row in remote} == {("http", "served")}
+
+
+class CountingServer(ThreadingHTTPServer):
+    """Answers every chat completion with its seed after a moment, and counts how often each was asked for."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        asked = self.asked = Counter()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.send({"data": [{"id": "m"}]})
+
+            def do_POST(self) -> None:
+                seed = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["seed"]
+                asked[seed] += 1
+                time.sleep(0.02)
+                self.send({"choices": [{"message": {"content": f"drawn with {seed}"}, "finish_reason": "stop"}]})
+
+            def send(self, content: dict) -> None:
+                body = json.dumps(content).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request, client_address) -> None:
+        """The killed client is no news."""
+
+
+def test_killed_through_http_nothing_but_what_was_in_flight_is_paid_for_twice(world, tmp_path):
+    server = CountingServer()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    settings = {"engine": "http", "base_url": server.url, "model": "m", "num_samples": 50, "concurrency": 4}
+    try:
+        assert sample(world, tmp_path / "unbroken.jsonl", **settings) == 0
+        assert set(server.asked.values()) == {1}
+        assert len(server.asked) == 300
+        server.asked.clear()
+        for goal in (40, 120):
+            program = [sys.executable, str(ROOT / "dataset_scripts" / "sample_responses.py")]
+            process = subprocess.Popen([*program, *arguments(world, output, **settings)], stdout=subprocess.DEVNULL)
+            while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") >= goal):
+                time.sleep(0.005)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        assert sample(world, output, **settings) == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert output.read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
+    assert len(server.asked) == 300
+    assert sum(server.asked.values()) <= 300 + 2 * 2 * 4  # two kills; sent, or answered and not yet kept
 
 
 @pytest.mark.slow
@@ -305,3 +372,49 @@ def test_dropout_ntp_continuation_equal_to_chosen_is_left_out(world, responses, 
     assert "1 continuations equal to the chosen response" in capsys.readouterr().out
     (pair,) = read_rows(tmp_path / "pairs.jsonl", PreferencePair)
     assert pair.rejected == "图中有一只白色的 red things on a table."
+
+
+def test_dropout_ntp_asks_again_only_for_what_is_missing(world, responses, tmp_path, monkeypatch):
+    """Neither for pairs in the output nor for continuations that make none, though these are not in it."""
+    asked, broken = [], {"图中有一只白色的"}
+
+    def answer(self, requests, done=()):
+        for request in requests:
+            if request.id in done:
+                continue
+            asked.append((request.prefix, request.seed))
+            words = " red things on a table." if len(asked) == 1 else f" no{len(asked)}"
+            error = "no server" if request.prefix in broken else None
+            yield Reply(id=request.id, text=words, finish_reason="stop", num_tokens=1, error=error)
+
+    monkeypatch.setattr(TransformersEngine, "generate", answer)
+    output = tmp_path / "pairs.jsonl"
+    assert drop(world, responses, output, num_continuations=2) == 1
+    assert len(read_rows(output, PreferencePair)) == 1
+    broken.clear()
+    first = asked.copy()
+    assert drop(world, responses, output, num_continuations=2) == 0
+    assert asked[len(first) :] == [entry for entry in first if entry[0] == "图中有一只白色的"]
+    pairs = read_rows(output, PreferencePair)
+    assert [pair.rejected for pair in pairs] == [
+        "The picture shows two no2",
+        "图中有一只白色的 no5",
+        "图中有一只白色的 no6",
+    ]
+    assert not (tmp_path / "pairs.jsonl.part").exists()
+
+
+def test_dropout_ntp_is_extended_without_asking_again(world, responses, tmp_path, monkeypatch):
+    assert drop(world, responses, tmp_path / "two.jsonl", num_continuations=2) == 0
+    assert drop(world, responses, tmp_path / "pairs.jsonl") == 0
+    answer, asked = TransformersEngine.generate, []
+
+    def counting(self, requests, done=()):
+        for reply in answer(self, requests, done):
+            asked.append(reply.id)
+            yield reply
+
+    monkeypatch.setattr(TransformersEngine, "generate", counting)
+    assert drop(world, responses, tmp_path / "pairs.jsonl", num_continuations=2) == 0
+    assert len(asked) == 2
+    assert (tmp_path / "pairs.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()

@@ -5,6 +5,7 @@ line may be torn. A finished program writes its output in the planned order and 
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +28,9 @@ class Journal:
     Args:
         output: the file the replies will end up in.
         reply_of: finds the reply in a row of a finished `output`, or None; so that a finished file can be extended.
+
+    Raises:
+        BadInputError: another run writes the same output, or `output` holds rows of another program.
     """
 
     def __init__(self, output: str | Path, reply_of: Callable[[Mapping[str, Any]], Reply | None] = lambda row: None):
@@ -35,10 +39,14 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b")  # noqa: SIM115 - closed by `close`
         self._offsets: dict[str, int] = {}
+        self._lock()
         self._read_back()
         if self.output.exists():
-            for _, row in iter_jsonl(self.output):
-                reply = reply_of(row)
+            for where, row in iter_jsonl(self.output):
+                try:
+                    reply = reply_of(row)
+                except (KeyError, TypeError) as error:
+                    raise BadInputError(f"{where} was not written by this program; give another --output") from error
                 if reply is not None and reply.id not in self._offsets:
                     self.append(reply)
 
@@ -79,16 +87,35 @@ class Journal:
                 "--output or delete it"
             )
 
-    def finish(self, rows: Iterable[Mapping[str, Any]]) -> int:
-        """Write the output in the given order, remove the journal, and return the number of rows."""
+    def finish(self, rows: Iterable[Mapping[str, Any]], keep: bool = False) -> int:
+        """Write the output in the given order, remove the journal, and return the number of rows.
+
+        Args:
+            rows: what is written.
+            keep: leave the journal, for a next run that asks only for replies that are missing; needed where the output
+                does not hold all of them.
+        """
         count = 0
         with atomic_writer(self.output) as out:
             for row in rows:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
+        if not keep:
+            self.path.unlink()  # before it is closed, which lets the next run in
         self._file.close()
-        self.path.unlink()
         return count
+
+    def _lock(self) -> None:
+        """Keep a second run of the same command away, which would ask for everything again and mix up the journal."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        except BlockingIOError as error:
+            self._file.close()
+            raise BadInputError(
+                f"another run is writing {self.output}; wait for it or give another --output"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
 
     def _read_back(self) -> None:
         """Index whole lines and cut a torn last one."""
@@ -105,24 +132,21 @@ class Journal:
         self._file.truncate(offset)
 
 
-def collect_replies(
-    engine: Engine, requests: Callable[[], Iterable[Request]], total: int, journal: Journal
-) -> dict[str, str]:
+def collect_replies(engine: Engine, requests: Iterable[Request], total: int, journal: Journal) -> dict[str, str]:
     """Ask for every reply the journal does not hold yet, and keep it there.
 
     Args:
         engine: who answers.
-        requests: gives all requests of the run, answered ones too (see `Engine.generate`), as often as it is called.
+        requests: all requests of the run, answered ones too (see `Engine.generate`).
         total: their number, for the progress bar.
         journal: where replies go.
 
     Returns:
         Why a reply is missing, by request id; empty when all came.
     """
-    journal.check(request.id for request in requests())
     missing: dict[str, str] = {}
     with tqdm(total=total, initial=len(journal), unit="reply", desc=engine.name, smoothing=0.05) as bar:
-        for reply in engine.generate(requests(), done=journal):
+        for reply in engine.generate(requests, done=journal):
             if reply.error is None:
                 journal.append(reply)
             else:
