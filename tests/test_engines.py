@@ -188,13 +188,14 @@ def test_a_folder_without_a_model_is_bad_input(tmp_path):
 # The journal
 
 
-def test_journal_survives_a_torn_line(tmp_path):
+@pytest.mark.parametrize("torn", [b'{"id": "3", "text": "to', b'{"id": "3", "text": "torn before its line end"}'])
+def test_journal_survives_a_torn_line(tmp_path, torn):
     output = tmp_path / "out.jsonl"
     with Journal(output) as journal:
         for number in range(3):
             journal.append(Reply(id=str(number), text="ü" * number, finish_reason="stop", num_tokens=1))
     with open(tmp_path / "out.jsonl.part", "ab") as part:
-        part.write(b'{"id": "3", "text": "to')
+        part.write(torn)
     with Journal(output) as journal:
         assert len(journal) == 3
         journal.append(Reply(id="3", text="new", finish_reason="stop", num_tokens=1))

@@ -355,7 +355,13 @@ def test_one_attempt_takes_no_longer_than_the_timeout(serve):
 
 def test_a_server_that_says_nothing_is_waited_for_no_longer_than_the_timeout(serve):
     ended = threading.Event()
-    server = serve(misbehaving(lambda handler, number: ended.wait(3)))
+
+    def behave(handler, number):
+        ended.wait(3)
+        handler.close_connection = True
+        return True
+
+    server = serve(misbehaving(behave))
     start = time.monotonic()
     (reply,) = HttpEngine(server.url, timeout=0.3, max_attempts=1).generate(questions(1))
     seconds = time.monotonic() - start
@@ -369,15 +375,15 @@ def test_a_caller_that_goes_leaves_nothing_waiting(serve):
     others, ended = set(threading.enumerate()), threading.Event()
     kinds = [lambda handler: None, lambda handler: ended.wait(20), lambda handler: handler.send(500, b"oops") or True]
     server = serve(misbehaving(lambda handler, number: kinds[0 if number == 1 else 1 + number % 2](handler)))
-    replies = HttpEngine(server.url, concurrency=6, timeout=30, backoff=30).generate(questions(20))
+    replies = HttpEngine(server.url, concurrency=6, timeout=4, backoff=8, max_attempts=2).generate(questions(20))
     try:
         assert next(replies).text
         start = time.monotonic()
         replies.close()
         for thread in set(threading.enumerate()) - others:
             if thread.name.startswith("http-engine"):
-                thread.join(10)
-        assert time.monotonic() - start < 5
+                thread.join(max(0.0, start + 2 - time.monotonic()))
+                assert not thread.is_alive()
     finally:
         ended.set()
 
