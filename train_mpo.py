@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.errors import BadInputError, need_package, run_program
 from internvl_mpo.mmpr import PairRow, Resample, iter_pairs, mixture_table, repeats
 from internvl_mpo.records import RowError, atomic_writer, content_id
-from internvl_mpo.settings import need_package, parse_settings, plain, setting, show_settings, write_settings
+from internvl_mpo.settings import parse_settings, plain, setting, show_settings, write_settings
 
 if TYPE_CHECKING:
     from internvl_mpo.packing import PairSize

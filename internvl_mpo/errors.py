@@ -1,5 +1,6 @@
 """The one exception for what a user can get wrong, and the door every program leaves by."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 
@@ -28,3 +29,17 @@ def run_program(main: Callable[[list[str]], int | None], argv: list[str] | None 
     except KeyboardInterrupt:
         print("interrupted; finished work is kept, the same command goes on from there", file=sys.stderr)
         return 130
+
+
+def need_package(package: str, asker: str) -> None:
+    """Refuse a setting whose package is not installed.
+
+    Args:
+        package: its name, for Python and for pip.
+        asker: the setting, for the message.
+
+    Raises:
+        BadInputError: naming both.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise BadInputError(f"{asker} needs the package {package}; pip install {package}, or leave it out")

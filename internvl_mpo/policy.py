@@ -19,8 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from internvl_mpo.errors import BadInputError
-from internvl_mpo.settings import need_package
+from internvl_mpo.errors import BadInputError, need_package
 
 _LEFT_ALONE = "the folder was not put in its place, and the last checkpoint is untouched"
 

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import difflib
 import enum
-import importlib.util
 import os
 import sys
 import types
@@ -184,20 +183,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def need_package(package: str, asker: str) -> None:
-    """Refuse a setting whose package is not installed.
-
-    Args:
-        package: its name, for Python and for pip.
-        asker: the setting, for the message.
-
-    Raises:
-        BadInputError: naming both.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise BadInputError(f"{asker} needs the package {package}; pip install {package}, or leave it out")
 
 
 def _is_secret(name: str) -> bool:
