@@ -28,12 +28,12 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout without installation
 from internvl_mpo.errors import BadInputError, run_program  # noqa: E402
 from internvl_mpo.settings import parse_settings, setting, show_settings  # noqa: E402
 
-# name -> (ranks, more arguments)
+# name -> (ranks, DeepSpeed file or None)
 WAYS = {
-    "one": (1, ()),
-    "two": (2, ()),
-    "two_zero2": (2, ("--deepspeed", str(ROOT / "configs/deepspeed/zero2.json"))),
-    "two_zero3": (2, ("--deepspeed", str(ROOT / "configs/deepspeed/zero3.json"))),
+    "one": (1, None),
+    "two": (2, None),
+    "two_zero2": (2, ROOT / "configs/deepspeed/zero2.json"),
+    "two_zero3": (2, ROOT / "configs/deepspeed/zero3.json"),
 }
 
 
@@ -109,8 +109,10 @@ def torture(
         arguments: of the training program.
         folder: where the runs go.
     """
-    num_ranks, more = WAYS[way]
-    arguments = [*arguments, *more, "--max_steps", str(steps)]
+    num_ranks, deepspeed = WAYS[way]
+    arguments = [*arguments, "--max_steps", str(steps)]
+    if deepspeed:
+        arguments += ["--deepspeed", str(small_buckets(deepspeed, folder))]
     whole = folder / "unbroken"
     if start(num_ranks, [*arguments, "--output_dir", str(whole)], folder / "unbroken.log").wait():
         raise BadInputError(f"the unbroken run failed:\n{tail(folder / 'unbroken.log')}")
@@ -139,6 +141,18 @@ def torture(
             rows.append({"way": way, "ranks": num_ranks, "victim": victim, "at_step": step})
             print(f"{way}: kill {turn + 1} of {kills}, {victim} after step {step}", flush=True)
     return rows
+
+
+def small_buckets(path: Path, folder: Path) -> Path:
+    """Copy a DeepSpeed file with small buckets: those for real models are gigabytes, allocated at every start."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        if isinstance(config["zero_optimization"].get(name), (int, float)):
+            config["zero_optimization"][name] = 1_000_000
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / path.name
+    copy.write_text(json.dumps(config), encoding="utf-8")
+    return copy
 
 
 def start(num_ranks: int, arguments: list[str], log: Path) -> subprocess.Popen:
