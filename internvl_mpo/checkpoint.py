@@ -68,7 +68,7 @@ def rotate(output_dir: str | Path, limit: int | None, best: str | Path | None = 
     needed = {folder.name for folder in (*written[-1:], *([Path(best)] if best else []))}
     others = [folder for folder in written if folder.name not in needed]
     num_kept = len(others) if not limit else max(0, limit - (len(written) - len(others)))
-    for folder in others[: len(others) - num_kept]:
+    for folder in others[: max(0, len(others) - num_kept)]:
         make_way(folder)
 
 
