@@ -71,7 +71,6 @@ def main(argv: list[str]) -> int:
     """Run the program; see the module's text."""
     settings = parse_settings(Settings, argv, program="dataset_scripts/build_correctness_pairs.py", about=__doc__)
     print(show_settings(settings, "Building correctness pairs"))
-    write_settings(settings, f"{settings.output}.settings.yaml")
     rules = PairRules(
         pairs_per_question=settings.pairs_per_question,
         format_pairs_per_question=settings.pairs_per_question
@@ -108,6 +107,8 @@ def main(argv: list[str]) -> int:
                 stats.merge(counted)
             if not as_folder and not outputs:
                 files.enter_context(atomic_writer(output))
+            # late, since those of a refused run would belie an older output
+            write_settings(settings, f"{settings.output}.settings.yaml")
     if as_folder:
         root = settings.image_root or output
         names = {Path(name).stem: output / name for name in sorted(outputs)}

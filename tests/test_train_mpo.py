@@ -536,6 +536,8 @@ def write_checkpoints(folder: Path, count: int) -> None:
         (3, 1, (1, 3, 4)),
         (1, 1, (1, 4)),  # the last is needed to go on, the best at the end
         (1, 4, (4,)),
+        (5, None, (1, 2, 3, 4)),
+        (6, 1, (1, 2, 3, 4)),
         (None, 1, (1, 2, 3, 4)),
     ],
 )
