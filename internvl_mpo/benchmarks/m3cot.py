@@ -92,9 +92,6 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     return summarise_accuracy(scores)
 
 
-_LONE_LETTER = re.compile(r"(?<![^\n.,!? ])[A-Za-z](?![^\n.,!? ])")
-
-
 def _official(text: str, choices: Sequence[str]) -> tuple[str | None, str]:
     if "[Answer]" in text:
         text = text.split("[Answer]")[-1].split("[Rationale]")[0].split("[Context]")[0]
@@ -106,9 +103,11 @@ def _official(text: str, choices: Sequence[str]) -> tuple[str | None, str]:
     named = [letter for letter, choice in options if choice.lower() in lowered]
     if named:
         return named[-1], "last option whose text occurs"
-    words = set(_LONE_LETTER.findall(text))
+    for separator in "\n.,!?":
+        text = text.replace(separator, " ")
+    text = f" {text} "
     for spell, how in ((str.upper, "letter on its own"), (str.lower, "small letter on its own")):
-        standing = [letter for letter, _ in options if spell(letter) in words]
+        standing = [letter for letter, _ in options if f" {spell(letter)} " in text]
         if standing:
             return standing[-1], how
     return None, "no option found"
