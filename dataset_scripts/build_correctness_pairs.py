@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
     stats = Statistics()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        buckets = partition(settings.responses, Path(folder), settings.bucket_mb * MEGABYTE)
+        buckets = partition(settings.responses, Path(folder), settings.bucket_mb * MEGABYTE, stats)
         built = _map(partial(build_bucket, rules=rules), buckets, settings.workers)
         with ExitStack() as files:
             wrong_out = files.enter_context(atomic_writer(all_wrong))
@@ -118,14 +118,36 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def partition(paths: list[str], folder: Path, bucket_bytes: int) -> list[Path]:
-    """Spread rows over files by the hash of their question, so that each fits in memory and holds whole questions.
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Rows hold no cycles; walking through all of them again and again costs time and frees nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
-    Such a file holds lists of (key of the question, where the row comes from, row), each after its length, in the
+
+@_without_collector()
+def partition(paths: list[str], folder: Path, bucket_bytes: int, stats: Statistics) -> list[Path]:
+    """Spread responses over files by the hash of their question, so that each fits in memory and holds whole questions.
+
+    Such a file holds lists of (key of the question, fields of the response), each after its length, in the
     interpreter's own format, which is read faster than JSON. The files live as long as the program and are its own.
+
+    Args:
+        paths: files of Response rows.
+        folder: where the files go.
+        bucket_bytes: of JSON in a file, about.
+        stats: counts the responses left out because nothing says what is right.
 
     Returns:
         The files in hash order; concatenating what is built from them, each sorted, is sorted.
+
+    Raises:
+        BadInputError: a file or a row is unusable; nothing has been built yet.
     """
     size = 0
     for path in paths:
@@ -141,17 +163,21 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int) -> list[Path]:
         done = 0  # since the bar moved
         for path in paths:
             for where, line, row in iter_json_lines(path):
-                key = group_key(row)
-                number = int(key[:8], 16) * count >> 32
-                rows = waiting[number]
-                rows.append((key, where, row))
-                if len(rows) == ROWS_AT_ONCE:
-                    _write_rows(rows, files[number])
-                    rows.clear()
+                response = Response.from_json(row, where=where)
                 done += len(line)
                 if done >= MEGABYTE:
                     bar.update(done)
                     done = 0
+                if not response.answer or response.answer.isspace():
+                    stats.add(response.source, "drop responses without ground truth")
+                    continue
+                key = group_key(response)
+                number = int(key[:8], 16) * count >> 32
+                rows = waiting[number]
+                rows.append((key, vars(response)))
+                if len(rows) == ROWS_AT_ONCE:
+                    _write_rows(rows, files[number])
+                    rows.clear()
         bar.update(done)
         for rows, file in zip(waiting, files, strict=True):
             _write_rows(rows, file)
@@ -163,38 +189,27 @@ def _write_rows(rows: list[tuple], file: BinaryIO) -> None:
     file.write(len(entry).to_bytes(4, "little") + entry)
 
 
-def _read_rows(path: Path) -> Iterator[tuple[str, str, dict]]:
+def _read_rows(path: Path) -> Iterator[tuple]:
     with open(path, "rb") as file:
         while size := file.read(4):
             yield from marshal.loads(file.read(int.from_bytes(size, "little")))
 
 
+@_without_collector()
 def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str]], str, Statistics]:
     """Build the pairs of one file of `partition`.
 
     Returns:
         (source, rule, pairs as JSONL text) in order, the unanswered questions as JSONL text, and the counts.
     """
-    gc.disable()  # rows hold no cycles; walking through all of them again and again costs time and frees nothing
-    try:
-        return _build(path, rules)
-    finally:
-        gc.enable()
-
-
-def _build(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str]], str, Statistics]:
     groups: dict[str, list[Response]] = {}
+    for key, fields in _read_rows(path):
+        groups.setdefault(key, []).append(Response.of_fields(fields))
     stats = Statistics()
-    for key, where, row in _read_rows(path):
-        response = Response.from_json(row, where=where)
-        if response.answer and not response.answer.isspace():
-            groups.setdefault(key, []).append(response)
-        else:
-            stats.add(response.source, "drop responses without ground truth")
     pairs: list[tuple[str, str, str]] = []
     wrong: list[str] = []
     for key in sorted(groups):
-        matches, question = match_responses(groups[key], rules, stats)
+        matches, question = match_responses(groups.pop(key), rules, stats)
         pairs += pair_lines(matches)
         if question is not None:
             wrong.append(question.to_line())

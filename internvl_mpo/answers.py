@@ -127,14 +127,14 @@ def _parse_marker(response: str) -> ParsedAnswer:
         start = chinese
     if len(lower) != len(response):
         start = 0  # a few letters grow in lower case, and move what stands behind them
-    markers = list(_MARKER.finditer(response, start)) if start >= 0 else []
-    if not markers:
+    before, *after = _MARKER.split(response[start:]) if start >= 0 else [response]
+    if not after:
         return ParsedAnswer(None, "no 'Final answer:'")
-    if len(markers) > 2:
-        return ParsedAnswer(None, f"'Final answer:' occurs {len(markers)} times")
-    if not response[: markers[0].start()].strip(" \t\r\n*#_"):
+    if len(after) > 2:
+        return ParsedAnswer(None, f"'Final answer:' occurs {len(after)} times")
+    if not response[:start].strip(" \t\r\n*#_") and not before.strip(" \t\r\n*#_"):
         return ParsedAnswer(None, "no reasoning before the final answer")
-    answer = response[markers[-1].end() :].strip().strip("*_").strip()
+    answer = after[-1].strip().strip("*_").strip()
     if not answer:
         return ParsedAnswer(None, "nothing follows 'Final answer:'")
     if "\n" in answer:

@@ -5,7 +5,6 @@ sorted, and every choice is drawn from a hash of the seed and the content. So th
 the same bytes on any number of workers.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,12 +97,18 @@ class Statistics:
         return "\n".join(lines)
 
 
-class Judged(NamedTuple):
+class Judged:
     """A response and what its answer is worth."""
 
-    response: Response
-    verdict: Verdict
-    log_length: float
+    __slots__ = ("answer", "log_length", "outcome", "response", "text", "verdict")
+
+    def __init__(self, response: Response, verdict: Verdict):
+        self.response = response
+        self.text = response.response
+        self.verdict = verdict
+        self.outcome = verdict.outcome
+        self.answer = verdict.answer
+        self.log_length = math.log(len(self.text) or 1)
 
 
 class Match(NamedTuple):
@@ -142,7 +148,7 @@ def match_responses(
     judged = _judge(unique.values(), rules)
     first = judged[0].response
     source = first.source
-    by_outcome = {outcome: [item for item in judged if item.verdict.outcome is outcome] for outcome in Outcome}
+    by_outcome = {outcome: [item for item in judged if item.outcome is outcome] for outcome in Outcome}
     for outcome, items in by_outcome.items():
         stats.add(source, outcome.value, len(items))
     stats.add(source, "questions")
@@ -203,7 +209,7 @@ def _judge(responses: Iterable[Response], rules: PairRules) -> list[Judged]:
                     answer, response.answer or "", source=source, question=response.question
                 )
             of_texts[key] = verdict
-        judged.append(Judged(response, verdict, math.log(len(text) or 1)))
+        judged.append(Judged(response, verdict))
     return judged
 
 
@@ -234,16 +240,16 @@ def is_repetitive(text: str) -> bool:
 
 def _diverse(items: list[Judged], rules: PairRules, stats: Statistics, as_chosen: bool = False) -> list[Judged]:
     """Usable responses without near copies, in a seeded order in which different answers come first."""
-    ordered = sorted(items, key=lambda item: _draw(rules.seed, item.response))
+    draws = _draws(items, rules.seed)
+    ordered = [items[index] for index in sorted(range(len(items)), key=draws.__getitem__)]
     # rights come to the same answer however they write it; two wrongs with different answers are no copies
-    compared = ["" if as_chosen else item.verdict.answer for item in ordered]
+    compared = ["" if as_chosen else item.answer for item in ordered]
     like = Counter(compared)
     kept: list[Judged] = []
     texts: set[str] = set()
     shingles: defaultdict[str | None, list[frozenset]] = defaultdict(list)
     for item, answer in zip(ordered, compared, strict=True):
-        response = item.response
-        text = response.response
+        response, text = item.response, item.text
         if not text or text.isspace():
             continue
         if text in texts:
@@ -269,7 +275,7 @@ def _diverse(items: list[Judged], rules: PairRules, stats: Statistics, as_chosen
     seen: dict[str | None, int] = {}
     turns = []
     for item in kept:
-        turn = seen[item.verdict.answer] = seen.get(item.verdict.answer, -1) + 1
+        turn = seen[item.answer] = seen.get(item.answer, -1) + 1
         turns.append(turn)
     return [kept[index] for index in sorted(range(len(kept)), key=turns.__getitem__)]
 
@@ -331,9 +337,9 @@ def _diagonal(rows: list[Judged], columns: list[Judged]) -> Iterator[tuple[Judge
 
 
 def _unfit_pair(right: Judged, other: Judged, rules: PairRules) -> str | None:
-    if right.response.response == other.response.response:
+    if right.text == other.text:
         return "pairs of equal texts"
-    if other.verdict.outcome is Outcome.WRONG and entails(other.verdict.answer or "", right.verdict.answer or ""):
+    if other.outcome is Outcome.WRONG and entails(other.answer or "", right.answer or ""):
         return "pairs whose wrong answer contains the right one"
     if rules.max_length_ratio and math.exp(abs(_log_ratio(right, other))) > rules.max_length_ratio:
         return "pairs of too different lengths"
@@ -423,28 +429,27 @@ def _encode(item: Judged) -> tuple[str, str]:
     origin = f'"id": {json_quoted(response.id)}, "answer": {to_json_text(verdict.answer)}, "rule": "{verdict.rule}"'
     if "seed" in response.provenance:
         origin += f', "seed": {to_json_text(response.provenance["seed"])}'
-    return json_quoted(response.response), f"{{{origin}}}"
+    return json_quoted(item.text), f"{{{origin}}}"
 
 
 def _origin(item: Judged) -> dict[str, Any]:
-    origin = {"id": item.response.id, "answer": item.verdict.answer, "rule": item.verdict.rule}
+    origin = {"id": item.response.id, "answer": item.answer, "rule": item.verdict.rule}
     if "seed" in item.response.provenance:
         origin["seed"] = item.response.provenance["seed"]
     return origin
 
 
-def _draw(seed: int, response: Response) -> bytes:
-    text = f"{seed}\x1f{response.response}\x1f{response.id}"
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _draws(items: Sequence[Judged], seed: int) -> list[bytes]:
+    """A number drawn for every response from the seed and its content, which orders them."""
+    texts = [f"{seed}\x1f{item.text}\x1f{item.response.id}" for item in items]
+    return [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
 
 
-def group_key(row: Mapping[str, Any]) -> str:
-    """Return the key of a Response row as read: pictures, prompt and ground truth, hashed to 16 digits."""
-    images = row.get("image", row.get("images")) or ""
-    names = images if type(images) is str else "\x1f".join(images)
-    answer = row["answer_gt"] if "answer_gt" in row else row.get("answer")
-    text = f"{names}\x1f\x1f{row.get('question')}\x1f{answer}"
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+def group_key(response: Response) -> str:
+    """Return what responses to the same prompt with the same ground truth share, hashed to 16 digits."""
+    names = "\x1f".join(response.images)
+    text = f"{names}\x1f\x1f{response.question}\x1f{response.answer}"
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- Dropout-NTP

@@ -175,12 +175,12 @@ def test_pairs_say_where_they_come_from():
 
 
 def test_group_key_depends_on_pictures_prompt_and_truth():
-    row = response("12").to_json()
+    row = response("12")
     keys = {group_key(row)}
-    for change in ({"image": "b.png"}, {"question": "Why?"}, {"answer_gt": "13"}):
-        keys.add(group_key({**row, **change}))
+    for change in ({"images": ("b.png",)}, {"question": "Why?"}, {"answer": "13"}):
+        keys.add(group_key(replace(row, **change)))
     assert len(keys) == 4
-    assert group_key({**row, "response": "other"}) in keys
+    assert group_key(replace(row, response="other")) in keys
 
 
 # Dropout-NTP
