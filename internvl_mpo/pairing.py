@@ -9,11 +9,13 @@ import json
 import math
 import os
 import re
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,10 +170,10 @@ def match_responses(
         ("format", Outcome.UNPARSABLE, rules.format_pairs_per_question),
     ):
         rejected = _diverse(by_outcome[outcome], rules, stats)
-        taken = _choose(chosen, rejected, cap, rules, stats)
+        taken, log_ratio = _choose(chosen, rejected, cap, rules, stats)
         matches += [Match(right, other, rule, rate) for right, other in taken]
         stats.add(source, rule, len(taken))
-        stats.add(source, "log length ratio", sum(_log_ratio(*pair) for pair in taken))
+        stats.add(source, "log length ratio", log_ratio)
     return matches, None
 
 
@@ -299,32 +301,40 @@ def _has_similar(mine: frozenset, others: list[frozenset], limit: float) -> bool
 
 def _choose(
     chosen: list[Judged], rejected: list[Judged], cap: int, rules: PairRules, stats: Statistics
-) -> list[tuple[Judged, Judged]]:
-    """Take up to `cap` pairs: every response is used once before one is used twice, and lengths are kept in balance."""
-    waiting: list[tuple[Judged, Judged]] = []
-    ratios: list[float] = []  # of those waiting
+) -> tuple[list[tuple[Judged, Judged]], float]:
+    """Take up to `cap` pairs: every response is used once before one is used twice, and lengths are kept in balance.
+
+    Returns:
+        The pairs, and the sum of the logarithms of chosen over rejected length.
+    """
+    waiting: list[tuple[float, int, Judged, Judged]] = []  # sorted
     taken: list[tuple[Judged, Judged]] = []
     balance = 0.0
-    candidates = _diagonal(chosen, rejected)
+    candidates = _candidates(chosen, rejected, rules, stats)
     while len(taken) < cap:
-        while len(waiting) < BALANCE_WINDOW:
-            pair = next(candidates, None)
-            if pair is None:
-                break
-            right, other = pair
-            reason = _unfit_pair(right, other, rules)
-            if reason is None:
-                waiting.append(pair)
-                ratios.append(right.log_length - other.log_length)
-            else:
-                stats.add(right.response.source, f"drop {reason}")
+        for pair in islice(candidates, BALANCE_WINDOW - len(waiting)):
+            insort(waiting, pair)
         if not waiting:
             break
-        distances = [abs(balance + ratio) for ratio in ratios]
-        best = distances.index(min(distances))
-        balance += ratios.pop(best)
-        taken.append(waiting.pop(best))
-    return taken
+        best = bisect_left(waiting, (-balance,))
+        if best == len(waiting) or (best and -balance - waiting[best - 1][0] <= waiting[best][0] + balance):
+            best = bisect_left(waiting, (waiting[best - 1][0],))  # of equal ones the first in turn
+        ratio, _, right, other = waiting.pop(best)
+        balance += ratio
+        taken.append((right, other))
+    return taken, balance
+
+
+def _candidates(
+    chosen: list[Judged], rejected: list[Judged], rules: PairRules, stats: Statistics
+) -> Iterator[tuple[float, int, Judged, Judged]]:
+    """Yield the pairs that fit: how much longer the chosen is (a logarithm), the turn, and the two."""
+    for turn, (right, other) in enumerate(_diagonal(chosen, rejected)):
+        reason = _unfit_pair(right, other, rules)
+        if reason is None:
+            yield right.log_length - other.log_length, turn, right, other
+        else:
+            stats.add(right.response.source, f"drop {reason}")
 
 
 def _diagonal(rows: list[Judged], columns: list[Judged]) -> Iterator[tuple[Judged, Judged]]:
@@ -341,7 +351,7 @@ def _unfit_pair(right: Judged, other: Judged, rules: PairRules) -> str | None:
         return "pairs of equal texts"
     if other.outcome is Outcome.WRONG and entails(other.answer or "", right.answer or ""):
         return "pairs whose wrong answer contains the right one"
-    if rules.max_length_ratio and math.exp(abs(_log_ratio(right, other))) > rules.max_length_ratio:
+    if rules.max_length_ratio and math.exp(abs(right.log_length - other.log_length)) > rules.max_length_ratio:
         return "pairs of too different lengths"
     return None
 
@@ -360,10 +370,6 @@ def entails(answer: str, part: str) -> bool:
 
 def _answer_words(text: str) -> list[str]:
     return re.findall(r"-?\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]", text.lower().strip(" ."))
-
-
-def _log_ratio(right: Judged, other: Judged) -> float:
-    return right.log_length - other.log_length
 
 
 # Of a response's provenance, what a pair keeps.
