@@ -186,7 +186,7 @@ def test_zero_checkpoints_of_another_number_of_ranks_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "kills"), [("one", 3), ("two", 2), ("two_zero2", 2)])
+@pytest.mark.parametrize(("way", "kills"), [("one", 2), ("two", 1), ("two_zero2", 1)])
 def test_kill_9_and_the_same_command_give_the_same_losses(tmp_path, way, kills):
     rows = torture(way, kills, 16, random.Random(way), tiny_world(tmp_path), tmp_path / way)
     assert [row["same"] for row in rows] == [True] * kills, rows
