@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= outputs/mini
+JOBS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: quickstart test test-fast lint format clean
@@ -11,10 +12,11 @@ quickstart: $(VENV)/.installed-base  ## the whole path on handwritten digits: da
 	$(BIN)/python -m internvl_mpo.quickstart --output $(OUTPUT)
 
 test: $(VENV)/.installed-test lint  ## the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+	$(BIN)/python -m pytest -m slow
 
 test-fast: $(VENV)/.installed-test  ## without the tests that train or generate for long
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

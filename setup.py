@@ -22,6 +22,7 @@ EXTRAS = {
         "ninja",  # DeepSpeed compiles its CPU kernels with it
         "playwright",  # drives the system's Chromium; downloads no browser
         "pytest",
+        "pytest-xdist",
         "ruff",
         "trl>=1.16",
     ],

@@ -856,6 +856,7 @@ def test_settings_that_do_not_fit_together_are_refused(values, words):
         DemoSettings(**values)
 
 
+@pytest.mark.slow
 def test_without_the_mini_models_the_program_says_how_to_make_them(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "app.py")],

@@ -161,6 +161,7 @@ def test_a_run_file_is_understood(tmp_path):
     assert Setup(**setup_of_run({"bf16": True})).autocast == "bfloat16"
 
 
+@pytest.mark.slow
 def test_the_advice_is_tried_before_it_is_given():
     config = tiny_config("llama", llm_config=dict(WIDE, num_hidden_layers=8))
     setup = Setup(**{**SMALL, "num_gpus": 8})
@@ -200,6 +201,7 @@ def test_bad_questions_get_one_sentence(arguments, words, tmp_path, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_says_whether_it_fits(tmp_path, capsys):
     tiny_config("qwen2").save_pretrained(tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": str(tmp_path), "max_tokens_per_pack": 500}))

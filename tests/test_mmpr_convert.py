@@ -223,6 +223,7 @@ def read_yaml_head(path: Path) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_a_stream_resumed_anywhere_gives_the_remaining_rows_exactly_once(world):
     stream = datasets.load_dataset(str(world / "parquet"), split="train", streaming=True)
     stream = stream.select_columns(["id"])

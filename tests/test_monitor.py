@@ -143,6 +143,7 @@ def test_repetition_counts_fourgrams_that_were_there_before():
     assert repetition([1, 2, 3]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_says_so(world, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(Watch.__init__, "__kwdefaults__", {**Watch.__init__.__kwdefaults__, "window": 3})
     more = ("--max_steps", "5", "--save_strategy", "no")
@@ -259,6 +260,7 @@ def test_visible_pairs_are_counted_along_the_tree():
 # --- samples and trackers ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_held_out_questions_are_answered_at_every_evaluation(world, tmp_path, monkeypatch):  # noqa: F811
     output = tmp_path / "run"
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))

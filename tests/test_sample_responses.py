@@ -188,6 +188,7 @@ class CountingServer(ThreadingHTTPServer):
         """The killed client is no news."""
 
 
+@pytest.mark.slow
 def test_killed_through_http_nothing_but_what_was_in_flight_is_paid_for_twice(world, tmp_path):
     server = CountingServer()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

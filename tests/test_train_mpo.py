@@ -73,6 +73,7 @@ def write_pair(path: Path, **changes: object) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "copies"),
     [
@@ -318,6 +319,7 @@ def test_lengths_and_mixture_are_shown_and_kept(world, unbroken, tmp_path, capsy
     assert rows["again_pairs_vqa_format_rules"] == ["12", "1.25", "15"]
 
 
+@pytest.mark.slow
 def test_the_trained_folder_differs_from_the_start_and_loads_by_itself(world, unbroken):
     code = (
         "import sys; from transformers import AutoModel, AutoProcessor\n"
@@ -349,6 +351,7 @@ def test_smaller_packs_give_the_same_losses(world, unbroken, tmp_path, more):
         assert found[step] == pytest.approx(expected[step], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_token_budget_holds_in_every_epoch_that_max_steps_reaches(world, tmp_path, monkeypatch):
     from internvl_mpo import trainer
 
@@ -497,6 +500,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_it_cannot_comp
     assert losses(output) == losses(unbroken)  # the old learning rate, as the note says
 
 
+@pytest.mark.slow
 def test_the_way_out_of_a_lora_checkpoint_is_one(world, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(world, output, "--lora_rank", "2", "--max_steps", "2") == 0
@@ -509,6 +513,7 @@ def test_the_way_out_of_a_lora_checkpoint_is_one(world, tmp_path, capsys):
     assert train(world, tmp_path / "new", "--model", str(output / "model"), "--max_steps", "1") == 0
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(world, tmp_path):
     assert train(world, tmp_path / "run") == 0
     expected, model = losses(tmp_path / "run"), tmp_path / "run/model/model.safetensors"
