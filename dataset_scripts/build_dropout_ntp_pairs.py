@@ -67,8 +67,7 @@ def main(argv: list[str]) -> int:
         journal.check(id for *_, id in plan.samples())
         write_settings(settings, f"{settings.output}.settings.yaml")  # those of a refused run would belie the output
         missing = collect_replies(engine, plan.requests(), plan.total, journal)
-        # continuations that make no pair are in the journal only
-        count = journal.finish(plan.rows(journal, left_out), keep=bool(missing))
+        count = journal.finish(plan.rows(journal, left_out))
     print(f"{count} pairs from {len(responses)} responses -> {settings.output}")
     if count:
         print(f"{plan.num_tokens / count:.1f} generated tokens per pair, the chosen response included")

@@ -2,7 +2,7 @@ r"""Ask a judge whether the chosen answer of each pair is right and the rejected
 
 Reads PreferencePair rows with a ground truth (build_correctness_pairs.py) and writes those the judge agrees with; the
 others go to a second file with its replies. The judge sees question, ground truth and one response at a time, no image.
-Every reply is kept while the program runs: a killed run goes on where it stopped.
+Every reply is kept in OUTPUT.part: a killed run goes on where it stopped, and the same command asks nothing again.
 
     python dataset_scripts/verify_pairs.py --pairs pairs_correctness.jsonl --output pairs_verified.jsonl \
         --engine http --base_url http://localhost:8000/v1 --temperature 0
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
                 refused.append(judged)
                 reasons[reason] += 1
         write_rows(refused, refused_path)
-        journal.finish((pair.to_json() for pair in kept), keep=bool(missing))
+        journal.finish(pair.to_json() for pair in kept)
     print(f"{len(kept)} of {len(pairs)} pairs -> {output}\n{len(refused)} -> {refused_path}")
     if reasons:
         print("refused: " + ", ".join(f"{amount} {reason}" for reason, amount in sorted(reasons.items())))

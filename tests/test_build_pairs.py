@@ -116,11 +116,13 @@ class Judge:
 
     def __init__(self, verdicts: dict[str, str]):
         self.verdicts = verdicts
+        self.num_asked = 0
 
     def generate(self, requests, done=()):
         for request in requests:
             if request.id in done:
                 continue
+            self.num_asked += 1
             response = request.question.split("Response:\n")[1].split("\n\nIs the final")[0]
             text = self.verdicts.get(response, "yes" if response.endswith(" 3") else "No.")
             error = None if text else "no server"
@@ -135,7 +137,8 @@ def test_a_judge_refuses_pairs_and_a_missing_verdict_is_asked_again(tmp_path, mo
     ]
     write_rows(pairs, tmp_path / "pairs.jsonl")
     verdicts = {rejected[1]: "yes", rejected[2]: "perhaps", rejected[3]: ""}
-    monkeypatch.setattr(verify_pairs, "load_engine", lambda settings: Judge(verdicts))
+    judge = Judge(verdicts)
+    monkeypatch.setattr(verify_pairs, "load_engine", lambda settings: judge)
     argv = ["--pairs", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "kept.jsonl"), "--model", "judge"]
     assert run_program(verify_pairs.main, argv) == 1
     assert [row.id for row in read_rows(tmp_path / "kept.jsonl", PreferencePair)] == [pairs[0].id]
@@ -147,6 +150,11 @@ def test_a_judge_refuses_pairs_and_a_missing_verdict_is_asked_again(tmp_path, mo
     assert [row.id for row in read_rows(tmp_path / "kept.jsonl", PreferencePair)] == [pairs[0].id, pairs[3].id]
     refused = read_rows(tmp_path / "kept.refused.jsonl", PreferencePair)
     assert [row.provenance["judge_replies"] for row in refused] == [["yes", "yes"], ["yes", "perhaps"]]
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert judge.num_asked == 6  # one chosen and four rejected, of which one twice
+    assert run_program(verify_pairs.main, argv) == 0
+    assert judge.num_asked == 6
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
 @pytest.mark.parametrize(

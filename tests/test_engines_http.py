@@ -6,13 +6,14 @@ import socket
 import threading
 import time
 from collections import Counter
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from PIL import Image
 
-from internvl_mpo.engines import Reply, Request, Sampling
+from internvl_mpo.engines import Reply, Request, Sampling, http_engine
 from internvl_mpo.engines.http_engine import HttpEngine, chat_payload, data_uri
 from internvl_mpo.engines.serve import BatchServer, read_requests
 from internvl_mpo.engines.transformers_engine import TransformersEngine
@@ -246,6 +247,13 @@ def test_retry_after_is_waited_for(serve):
     (reply,) = HttpEngine(server.url, backoff=0.0).generate(questions(1))
     assert reply.text == "q0"
     assert time.monotonic() - start >= 1
+
+
+def test_retry_after_may_be_a_date():
+    assert http_engine._retry_after("7") == 7
+    assert 28 < http_engine._retry_after(formatdate(time.time() + 30, usegmt=True)) <= 30
+    for value in ("", "Wed, 21 Oct 2015 07:28:00 GMT", "soon", "²", "Wed, 99 Foo"):
+        assert http_engine._retry_after(value) == 0
 
 
 def test_pauses_grow_up_to_a_minute(serve):

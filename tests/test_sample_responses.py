@@ -402,7 +402,10 @@ def test_dropout_ntp_asks_again_only_for_what_is_missing(world, responses, tmp_p
         "图中有一只白色的 no5",
         "图中有一只白色的 no6",
     ]
-    assert not (tmp_path / "pairs.jsonl.part").exists()
+    first = asked.copy()
+    assert drop(world, responses, output, num_continuations=2) == 0  # finished, and the same command once more
+    assert asked == first
+    assert read_rows(output, PreferencePair) == pairs
 
 
 def test_dropout_ntp_is_extended_without_asking_again(world, responses, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ class HttpEngine:
                     return reply
                 error = f"HTTP {status}: {answer[:200].decode('utf-8', 'replace')}"
             except _FAULTS as fault:
-                status, retry_after = 0, None
+                status, retry_after = 0, 0.0
                 error = f"{type(fault).__name__}: {fault}"
             self._release(server, failed=status not in REFUSED_STATUS and status != 429)
             if status in REFUSED_STATUS:
@@ -141,7 +142,7 @@ class HttpEngine:
             if status and status not in RETRIED_STATUS and len(self._servers) == 1:
                 break  # with several, one that has another model or key must not lose what the others can answer
             if attempt + 1 < self.max_attempts:
-                run.stopped.wait(self._pause(attempt, retry_after or 0.0, jitter.random()))
+                run.stopped.wait(self._pause(attempt, retry_after, jitter.random()))
         if status not in REFUSED_STATUS:
             with self._lock:
                 self._failures_in_row += 1
@@ -166,8 +167,8 @@ class HttpEngine:
 
     def _post(
         self, server: "_Server", path: str, body: bytes | None, run: "_Run | None" = None
-    ) -> tuple[int, bytes, float | None]:
-        """Send one request and return status, body and Retry-After; a run that is stopped ends it."""
+    ) -> tuple[int, bytes, float]:
+        """Send one request and return status, body and Retry-After in seconds; a run that is stopped ends it."""
         deadline = time.monotonic() + self.timeout
         connection = server.take(self.timeout)
         sock = connection.sock
@@ -192,8 +193,7 @@ class HttpEngine:
                 raise
         if not response.will_close:
             server.give_back(connection)
-        retry_after = response.headers.get("Retry-After", "")
-        return response.status, b"".join(parts), float(retry_after) if retry_after.isdigit() else None
+        return response.status, b"".join(parts), _retry_after(response.headers.get("Retry-After", ""))
 
     def _left(self, deadline: float) -> float:
         """Return the seconds an attempt has left.
@@ -305,6 +305,16 @@ class _Server:
         with contextlib.suppress(IndexError):
             while connection := self._free.pop():
                 connection.close()
+
+
+def _retry_after(value: str) -> float:
+    """Seconds a Retry-After header asks for, given as a number or as a date; 0 where there is none."""
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 def _is_readable(sock: socket.socket) -> bool:

@@ -1,7 +1,8 @@
 """Replies survive a killed process: every reply is appended to a file as it comes, and read back on the next run.
 
 The journal of `responses.jsonl` is `responses.jsonl.part`. It holds one reply per line in order of arrival; the last
-line may be torn. A finished program writes its output in the planned order and removes the journal.
+line may be torn. A finished program writes its output in the planned order and removes the journal, unless that holds
+replies the output has no place for: nothing is asked twice, by a next run of the same command either.
 """
 
 import dataclasses
@@ -87,20 +88,17 @@ class Journal:
                 "--output or delete it"
             )
 
-    def finish(self, rows: Iterable[Mapping[str, Any]], keep: bool = False) -> int:
-        """Write the output in the given order, remove the journal, and return the number of rows.
+    def finish(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Write the output in the given order and return the number of rows.
 
-        Args:
-            rows: what is written.
-            keep: leave the journal, for a next run that asks only for replies that are missing; needed where the output
-                does not hold all of them.
+        The journal goes if there is a row for every reply.
         """
         count = 0
         with atomic_writer(self.output) as out:
             for row in rows:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
-        if not keep:
+        if count >= len(self):
             self.path.unlink()  # before it is closed, which lets the next run in
         self._file.close()
         return count
