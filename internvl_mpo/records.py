@@ -106,13 +106,15 @@ class Row:
         Raises:
             RowError: a key is missing or has the wrong type; the message starts with `where`.
         """
-        values: dict[str, Any] = {"source": row.get("source") or source}
         try:
-            values["images"] = _images(row)
             answer = row.get("answer_gt", row.get("answer"))
-            values["answer"] = None if answer is None else str(answer)
-            values["id"] = str(row.get("id") or "")
-            values["provenance"] = _provenance(row)
+            values: dict[str, Any] = {
+                "source": row.get("source") or source,
+                "images": _images(row),
+                "answer": None if answer is None else str(answer),
+                "id": str(row.get("id") or ""),
+                "provenance": _provenance(row),
+            }
             for key in cls._required:
                 value = values[key] = row.get(key)
                 if type(value) is not str:
@@ -121,8 +123,7 @@ class Row:
                 values["rule"] = row["rule"]
                 if type(row["rule"]) is not str:
                     _refuse(row, "rule")
-            built = cls.__new__(cls)  # as cls(**values), which goes through object.__setattr__ for every field
-            built.__dict__.update(values)
+            built = cls.of_fields(values)  # cls(**values) goes through object.__setattr__ for every field
             built.__post_init__()
             return built
         except RowError as error:
@@ -130,7 +131,7 @@ class Row:
 
     @classmethod
     def of_fields(cls, values: dict[str, Any]) -> Self:
-        """Return the row whose `vars` these are; they are not checked again, and not copied."""
+        """Return the row whose `vars` these are; they are neither checked nor copied."""
         built = cls.__new__(cls)
         object.__setattr__(built, "__dict__", values)
         return built
