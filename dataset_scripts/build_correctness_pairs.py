@@ -17,8 +17,9 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -34,6 +35,8 @@ from internvl_mpo.settings import parse_settings, setting, show_settings, write_
 
 MEGABYTE = 1 << 20
 ROWS_AT_ONCE = 32  # written to a part together
+FIELDS = tuple(field.name for field in fields(Response))
+_values = attrgetter(*FIELDS)
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Settings:
     answer_format: str = setting("", help=f"where answers stand ({', '.join(FORMATS)}); empty is by prompt style")
     keep_truncated: bool = setting(False, help="let responses cut at the token limit be chosen")
     workers: int = setting(1, help="processes")
-    bucket_mb: int = setting(8, help="rows held in memory at a time per process, in MB of JSON")
+    bucket_mb: int = setting(2, help="rows held in memory at a time per process, in MB of JSON")
 
     def __post_init__(self) -> None:
         if self.answer_format and self.answer_format not in FORMATS:
@@ -134,7 +137,7 @@ def _without_collector() -> Iterator[None]:
 def partition(paths: list[str], folder: Path, bucket_bytes: int, stats: Statistics) -> list[Path]:
     """Spread responses over files by the hash of their question, so that each fits in memory and holds whole questions.
 
-    Such a file holds lists of (key of the question, fields of the response), each after its length, in the
+    Such a file holds lists of (key of the question, values of the response's fields), each after its length, in the
     interpreter's own format, which is read faster than JSON. The files live as long as the program and are its own.
 
     Args:
@@ -159,7 +162,7 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int, stats: Statisti
     with ExitStack() as stack:
         files = [stack.enter_context(open(bucket, "wb")) for bucket in buckets]
         bar = stack.enter_context(tqdm(total=size, desc="sorting", unit="B", unit_scale=True))
-        waiting: list[list[tuple]] = [[] for _ in buckets]
+        waiting: list[list[tuple[str, bytes]]] = [[] for _ in buckets]
         done = 0  # since the bar moved
         for path in paths:
             for where, line, row in iter_json_lines(path):
@@ -174,7 +177,7 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int, stats: Statisti
                 key = group_key(response)
                 number = int(key[:8], 16) * count >> 32
                 rows = waiting[number]
-                rows.append((key, vars(response)))
+                rows.append((key, marshal.dumps(_values(response))))
                 if len(rows) == ROWS_AT_ONCE:
                     _write_rows(rows, files[number])
                     rows.clear()
@@ -184,12 +187,12 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int, stats: Statisti
     return buckets
 
 
-def _write_rows(rows: list[tuple], file: BinaryIO) -> None:
+def _write_rows(rows: list[tuple[str, bytes]], file: BinaryIO) -> None:
     entry = marshal.dumps(rows)
     file.write(len(entry).to_bytes(4, "little") + entry)
 
 
-def _read_rows(path: Path) -> Iterator[tuple]:
+def _read_rows(path: Path) -> Iterator[tuple[str, bytes]]:
     with open(path, "rb") as file:
         while size := file.read(4):
             yield from marshal.loads(file.read(int.from_bytes(size, "little")))
@@ -202,14 +205,17 @@ def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str
     Returns:
         (source, rule, pairs as JSONL text) in order, the unanswered questions as JSONL text, and the counts.
     """
-    groups: dict[str, list[Response]] = {}
-    for key, fields in _read_rows(path):
-        groups.setdefault(key, []).append(Response.of_fields(fields))
+    groups: dict[str, list[bytes]] = {}
+    for key, values in _read_rows(path):
+        groups.setdefault(key, []).append(values)
     stats = Statistics()
     pairs: list[tuple[str, str, str]] = []
     wrong: list[str] = []
     for key in sorted(groups):
-        matches, question = match_responses(groups.pop(key), rules, stats)
+        # loaded one question at a time, which a processor's cache holds while it is worked on
+        loaded = map(marshal.loads, groups.pop(key))
+        responses = [Response.of_fields(dict(zip(FIELDS, values, strict=True))) for values in loaded]
+        matches, question = match_responses(responses, rules, stats)
         pairs += pair_lines(matches)
         if question is not None:
             wrong.append(question.to_line())
