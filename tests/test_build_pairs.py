@@ -157,6 +157,25 @@ def test_a_judge_refuses_pairs_and_a_missing_verdict_is_asked_again(tmp_path, mo
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
+def test_verdicts_of_responses_that_stand_in_many_pairs_are_paid_once(tmp_path, monkeypatch):
+    pairs = [
+        PreferencePair(
+            question="1+2?", answer="3", chosen=f"{way}\nFinal answer: 3", rejected=f"{way}\nFinal answer: {n}"
+        )
+        for way in "AB"
+        for n in (4, 5, 6)
+    ] + [PreferencePair(question="1+2?", answer="3", chosen="A\nFinal answer: 3", rejected="B\nFinal answer: 4")] * 3
+    write_rows(pairs, tmp_path / "pairs.jsonl")
+    judge = Judge({})
+    monkeypatch.setattr(verify_pairs, "load_engine", lambda settings: judge)
+    argv = ["--pairs", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "kept.jsonl"), "--model", "judge"]
+    assert run_program(verify_pairs.main, argv) == 0
+    assert len(read_rows(tmp_path / "kept.jsonl", PreferencePair)) == 9  # more rows than verdicts
+    assert judge.num_asked == 8
+    assert run_program(verify_pairs.main, argv) == 0
+    assert judge.num_asked == 8
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -199,7 +199,7 @@ def test_journal_survives_a_torn_line(tmp_path, torn):
     with Journal(output) as journal:
         assert len(journal) == 3
         journal.append(Reply(id="3", text="new", finish_reason="stop", num_tokens=1))
-    with Journal(output) as journal:
+    with Journal(output, reply_of=lambda row: Reply(id=row["id"])) as journal:
         assert [journal[str(number)].text for number in range(4)] == ["", "ü", "üü", "new"]
         assert journal.finish({"id": str(number)} for number in range(4)) == 4
     assert not (tmp_path / "out.jsonl.part").exists()

@@ -27,28 +27,30 @@ class Journal:
     """Replies by id, on disk; memory holds one number per reply.
 
     Args:
-        output: the file the replies will end up in.
-        reply_of: finds the reply in a row of a finished `output`, or None; so that a finished file can be extended.
+        output: the file that is written in the end.
+        reply_of: finds the reply in a row of a finished `output`, so that a finished file can be extended; None where
+            rows do not hold their replies.
 
     Raises:
         BadInputError: another run writes the same output, or `output` holds rows of another program.
     """
 
-    def __init__(self, output: str | Path, reply_of: Callable[[Mapping[str, Any]], Reply | None] = lambda row: None):
+    def __init__(self, output: str | Path, reply_of: Callable[[Mapping[str, Any]], Reply] | None = None):
         self.output = Path(output)
         self.path = self.output.with_name(self.output.name + ".part")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b")  # noqa: SIM115 - closed by `close`
         self._offsets: dict[str, int] = {}
+        self._reply_of = reply_of
         self._lock()
         self._read_back()
-        if self.output.exists():
+        if reply_of is not None and self.output.exists():
             for where, row in iter_jsonl(self.output):
                 try:
                     reply = reply_of(row)
                 except (KeyError, TypeError) as error:
                     raise BadInputError(f"{where} was not written by this program; give another --output") from error
-                if reply is not None and reply.id not in self._offsets:
+                if reply.id not in self._offsets:
                     self.append(reply)
 
     def __enter__(self) -> Self:
@@ -91,14 +93,14 @@ class Journal:
     def finish(self, rows: Iterable[Mapping[str, Any]]) -> int:
         """Write the output in the given order and return the number of rows.
 
-        The journal goes if there is a row for every reply.
+        The journal goes if the rows hold all replies.
         """
         count = 0
         with atomic_writer(self.output) as out:
             for row in rows:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
-        if count >= len(self):
+        if self._reply_of is not None and count == len(self):
             self.path.unlink()  # before it is closed, which lets the next run in
         self._file.close()
         return count
