@@ -9,13 +9,11 @@ import json
 import math
 import os
 import re
-from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -307,34 +305,30 @@ def _choose(
     Returns:
         The pairs, and the sum of the logarithms of chosen over rejected length.
     """
-    waiting: list[tuple[float, int, Judged, Judged]] = []  # sorted
+    waiting: list[tuple[Judged, Judged]] = []
+    ratios: list[float] = []  # of those waiting
     taken: list[tuple[Judged, Judged]] = []
     balance = 0.0
-    candidates = _candidates(chosen, rejected, rules, stats)
+    candidates = _diagonal(chosen, rejected)
     while len(taken) < cap:
-        for pair in islice(candidates, BALANCE_WINDOW - len(waiting)):
-            insort(waiting, pair)
+        while len(waiting) < BALANCE_WINDOW:
+            pair = next(candidates, None)
+            if pair is None:
+                break
+            right, other = pair
+            reason = _unfit_pair(right, other, rules)
+            if reason is None:
+                waiting.append(pair)
+                ratios.append(right.log_length - other.log_length)
+            else:
+                stats.add(right.response.source, f"drop {reason}")
         if not waiting:
             break
-        best = bisect_left(waiting, (-balance,))
-        if best == len(waiting) or (best and -balance - waiting[best - 1][0] <= waiting[best][0] + balance):
-            best = bisect_left(waiting, (waiting[best - 1][0],))  # of equal ones the first in turn
-        ratio, _, right, other = waiting.pop(best)
-        balance += ratio
-        taken.append((right, other))
+        distances = [abs(balance + ratio) for ratio in ratios]
+        best = distances.index(min(distances))
+        balance += ratios.pop(best)
+        taken.append(waiting.pop(best))
     return taken, balance
-
-
-def _candidates(
-    chosen: list[Judged], rejected: list[Judged], rules: PairRules, stats: Statistics
-) -> Iterator[tuple[float, int, Judged, Judged]]:
-    """Yield the pairs that fit: how much longer the chosen is (a logarithm), the turn, and the two."""
-    for turn, (right, other) in enumerate(_diagonal(chosen, rejected)):
-        reason = _unfit_pair(right, other, rules)
-        if reason is None:
-            yield right.log_length - other.log_length, turn, right, other
-        else:
-            stats.add(right.response.source, f"drop {reason}")
 
 
 def _diagonal(rows: list[Judged], columns: list[Judged]) -> Iterator[tuple[Judged, Judged]]:
