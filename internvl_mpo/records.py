@@ -314,7 +314,7 @@ def _loads(line: str) -> Any:
         value, end = _decode(line, 0)
     except (StopIteration, json.JSONDecodeError):  # no value begins here, or it breaks off
         end = 0
-    return value if end and end >= len(line) - line.endswith("\n") else json.loads(line)
+    return value if end and end >= len(line) - line.endswith("\n") else json.loads(line.rstrip())
 
 
 def _is_blank(text: str) -> bool:

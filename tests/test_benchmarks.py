@@ -301,6 +301,15 @@ HOSTILE = (
 )
 
 
+@pytest.mark.parametrize("separator", [" ", "\n", ".", ",", "!", "?"])
+def test_m3cot_official_finds_a_letter_between_its_separators(separator):
+    (example,) = m3cot.examples([{"id": "1", "question": "?", "choices": ["red", "blue"], "answer": "B"}])
+    for answer in (f"it{separator}B{separator}seems", f"B{separator}it", f"it{separator}B", f"it{separator}b"):
+        assert m3cot.score(example, answer, "official").extracted == "B"
+    for answer in (f"it{separator}B;", f"it\tB{separator}", f"xB{separator}"):
+        assert m3cot.score(example, answer, "official").extracted is None
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_hostile_answers_are_scored_within_50_ms(name):
     benchmark = load_benchmark(name)

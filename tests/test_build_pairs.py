@@ -1,5 +1,6 @@
 """The correctness program: the same bytes on any order, memory limit and number of workers."""
 
+import gc
 import json
 import random
 from pathlib import Path
@@ -155,6 +156,20 @@ def test_a_judge_refuses_pairs_and_a_missing_verdict_is_asked_again(tmp_path, mo
     assert run_program(verify_pairs.main, argv) == 0
     assert judge.num_asked == 6
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_responses_without_truth_are_counted_and_make_no_question(tmp_path, capsys):
+    rows = [
+        Response(question_id="q", question="How many?", answer=truth, response=f"{n} things. Final answer: {n}")
+        for truth in (None, "", " \t", "3")
+        for n in (3, 4)
+    ]
+    write_rows(rows, tmp_path / "a.jsonl")
+    assert build(tmp_path / "a.jsonl", tmp_path / "pairs.jsonl") == 0
+    assert "left out: 6 responses without ground truth" in capsys.readouterr().out
+    assert len(read_rows(tmp_path / "pairs.jsonl", PreferencePair)) == 1
+    assert (tmp_path / "pairs.all_wrong.jsonl").read_text() == ""
+    assert gc.isenabled()  # it is off while rows are in memory
 
 
 def test_verdicts_of_responses_that_stand_in_many_pairs_are_paid_once(tmp_path, monkeypatch):

@@ -50,6 +50,13 @@ def test_right_is_chosen_over_wrong_and_over_unparsable():
     assert "I do not know" in pairs[1].rejected
 
 
+def test_table_tells_how_much_longer_the_chosen_are():
+    stats = Statistics()
+    right, wrong = response("12", way=" ".join(map(str, range(80)))), response("13")
+    correctness_pairs([right, wrong], PairRules(), stats)
+    assert f"{len(right.response) / len(wrong.response):.2f}" in stats.table().splitlines()[1].split()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -68,7 +68,7 @@ def test_samples_with_equal_text_and_other_seed_are_different_rows():
         ('{"question": "q", "chosen": "c", "rejected": "r", "image": {"a": 1}}', "key 'image' must be text"),
         ('{"question": "q", "chosen": "c", "rejected": "r", "image": "[open(1)]", "rule": "luck"}', "'rule' is 'luck'"),
         ("[1]", "expected a JSON object, found list"),
-        ('{"question": ', "not valid JSON"),
+        ('{"question": "q"', "not valid JSON (Expecting ',' delimiter at column 17)"),
     ],
 )
 def test_bad_row_is_refused_with_file_and_line(tmp_path, line, message):
