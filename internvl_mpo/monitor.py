@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from internvl_mpo.mmpr import PairRow
 from internvl_mpo.packing import Group
+from internvl_mpo.preference_terms import REFERENCE_FREE, Pairs, preference_term
 from internvl_mpo.records import atomic_writer
 
 
@@ -258,24 +259,34 @@ def expected_first_terms(args: Any) -> dict[str, tuple[float, str]]:
 
     Returns:
         By the name in the log; only terms that are used and have a fixed value. The generation term has none, nor has
-        ORPO, which compares nothing with the reference.
+        a preference term that compares nothing with the reference.
     """
-    log2, beta = math.log(2), args.beta
-    fixed = {
-        "dpo": (log2, "ln 2"),
-        "cdpo": (log2, "ln 2"),
-        "robust_dpo": (log2, "ln 2"),
-        "aot": (log2, "ln 2"),
-        "rso": (1.0, "1"),
-        "ipo": (1 / (2 * beta) ** 2, "1/(2 beta)^2"),
-        "sppo": (2 / (2 * beta) ** 2, "2/(2 beta)^2"),
-    }
     terms = {}
-    if args.preference in fixed:
-        terms["loss_preference"] = fixed[args.preference]
+    if args.preference not in REFERENCE_FREE:
+        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        pairs = Pairs(
+            zero,
+            zero,
+            args.beta,
+            label_smoothing=args.label_smoothing,
+            policy_logps=(zero, zero),
+            lengths=(one, one),
+        )
+        value = preference_term(args.preference, pairs).item()
+        terms["loss_preference"] = (value, _FIRST_TERM.get(args.preference, "ln 2"))
     if args.quality == "bco":
-        terms["loss_quality"] = (2 * log2, "2 ln 2")
+        terms["loss_quality"] = (2 * math.log(2), "2 ln 2")
     return terms
+
+
+_FIRST_TERM = {
+    **dict.fromkeys(("rso", "hinge", "apo_zero", "apo_down"), "1"),
+    "ipo": "1/(2 beta)^2",
+    "sppo": "2/(2 beta)^2",
+    "nca": "2 ln 2",
+    "discopop": "(1 + ln 2)/2",
+    "exo": "-ln(4 eps (1 - eps))/2",
+}
 
 
 def expected_first_loss(args: Any, generation: float) -> tuple[float | None, str]:
@@ -286,10 +297,10 @@ def expected_first_loss(args: Any, generation: float) -> tuple[float | None, str
         generation: the generation term as it was logged; it depends on the start model alone.
 
     Returns:
-        The loss, or None where a term has no fixed value (ORPO), and the sum in words.
+        The loss, or None where a term has no fixed value (ORPO, SimPO), and the sum in words.
     """
-    if args.preference == "orpo":
-        return None, "the odds ratio of the start model has no fixed value"
+    if args.preference in REFERENCE_FREE and args.preference != "none":
+        return None, f"{args.preference} depends on the start model alone, so it has no fixed value"
     weights = {"loss_preference": args.preference_weight, "loss_quality": args.quality_weight}
     total, words = 0.0, []
     for name, (value, spelled) in expected_first_terms(args).items():

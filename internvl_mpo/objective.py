@@ -7,9 +7,10 @@
     generation   how to write the chosen one         SFT  -logp_policy(chosen) / number of its scored tokens
 
 with D = logp_policy - logp_reference of one response. Log-probs are **sums** over the scored tokens of a response: its
-text and its end-of-turn token. Every other published variant is a different formula in the same three places.
+text and its end-of-turn token, some of them weighted where token weights are asked for (`token_weights.py`). Other
+published losses are other formulas in the first place (`preference_terms.py`), or a weight of a whole pair.
 
-Nothing here knows of models, files or trainers. P is the number of pairs.
+Nothing here knows of models, files, trainers or ranks. P is the number of pairs.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,19 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Preference = Literal["dpo", "ipo", "cdpo", "robust_dpo", "rso", "sppo", "aot", "orpo", "none"]
+from internvl_mpo.preference_terms import REFERENCE_FREE, SORTED, Pairs, Preference, preference_term
+
 Quality = Literal["bco", "none"]
 Generation = Literal["sft", "sft_token", "none"]
 ShiftMode = Literal["previous", "inclusive", "ema", "none"]
 
 
 class MPOLoss(NamedTuple):
-    """What `mpo_loss` returns; terms are unweighted, rewards are detached.
+    """What `mpo_loss` returns; w_p, w_q and w_g are not in the terms, rewards are detached.
 
     Attributes:
         loss: scalar to differentiate.
-        preference: (P,) preference term of each pair.
-        quality: (P,) quality term of each pair.
+        preference: (P,) preference term of each pair, times its pair weight.
+        quality: (P,) quality term of each pair, times its pair weight.
         generation: (P,) generation term of each pair.
         chosen_rewards: (P,) beta * D_c.
         rejected_rewards: (P,) beta * D_r.
@@ -59,7 +61,11 @@ def mpo_loss(
     quality: Quality = "bco",
     generation: Generation = "sft",
     label_smoothing: float = 0.0,
+    simpo_gamma: float = 1.0,
+    dpop_lambda: float = 50.0,
     rejected_lengths: Tensor | None = None,
+    generation_logps: Tensor | None = None,
+    pair_weights: Tensor | None = None,
     num_pairs: int | Tensor | None = None,
     num_chosen_tokens: int | Tensor | None = None,
 ) -> MPOLoss:
@@ -77,23 +83,32 @@ def mpo_loss(
         beta: strength of the pull towards the reference; as beta -> 0 the reference stops to matter.
         weights: (w_p, w_q, w_g).
         shift: delta of the quality term, see `RewardShift`.
-        preference: formula of the preference term, see `preference_term`.
+        preference: formula of the preference term, see `preference_terms.py`.
         quality: "bco" or "none".
         generation: "sft" is the paper's mean per response; "sft_token" is one mean over all chosen tokens of the step,
             as in the original program; "none" leaves it out.
-        label_smoothing: share of pairs believed to be labelled the wrong way round (cdpo, robust_dpo).
-        rejected_lengths: scored tokens of each rejected response, needed by ipo and orpo. Shape: (P,)
+        label_smoothing: share of pairs believed to be labelled the wrong way round (cdpo, robust_dpo, exo).
+        simpo_gamma: target margin of simpo.
+        dpop_lambda: weight of the penalty of dpop.
+        rejected_lengths: scored tokens of each rejected response, for formulas per token. Shape: (P,)
+        generation_logps: summed log-probs of the chosen responses for the generation term, where token weights make
+            `policy_chosen_logps` something else; None means that. Shape: (P,)
+        pair_weights: constants that preference and quality of each pair are multiplied by, see `wpo_weights`; the
+            generation term imitates every chosen response alike. Shape: (P,)
         num_pairs: pairs in the whole step; None means P.
         num_chosen_tokens: chosen tokens in the whole step (sft_token); None means the sum of `chosen_lengths`.
 
     Raises:
-        ValueError: unknown variant, missing reference or lengths, or a response without scored tokens.
+        ValueError: unknown variant, missing reference or lengths, a response without scored tokens, or pair weights for
+            a formula that sorts the pairs.
     """
     _check_choice("preference", preference, Preference)
     _check_choice("quality", quality, Quality)
     _check_choice("generation", generation, Generation)
     if bool((chosen_lengths < 1).any()):
         raise ValueError("a chosen response has no scored token; every response must keep at least one")
+    if pair_weights is not None and preference in SORTED:
+        raise ValueError(f"preference '{preference}' sorts the pairs, so a weight would meet the wrong one")
     policy_chosen, policy_rejected = _wide(policy_chosen_logps), _wide(policy_rejected_logps)
     zeros = torch.zeros_like(policy_chosen)
 
@@ -108,24 +123,29 @@ def mpo_loss(
 
     preference_losses = zeros
     if preference != "none":
-        preference_losses = preference_term(
-            preference,
+        pairs = Pairs(
             chosen_logratios,
             rejected_logratios,
-            beta=beta,
+            beta,
             label_smoothing=label_smoothing,
             policy_logps=(policy_chosen, policy_rejected),
             lengths=(chosen_lengths, rejected_lengths),
+            simpo_gamma=simpo_gamma,
+            dpop_lambda=dpop_lambda,
         )
+        preference_losses = preference_term(preference, pairs)
     quality_losses = quality_term(chosen_rewards, rejected_rewards, shift) if quality == "bco" else zeros
+    if pair_weights is not None:
+        preference_losses, quality_losses = pair_weights * preference_losses, pair_weights * quality_losses
 
+    imitated = policy_chosen if generation_logps is None else _wide(generation_logps)
     step_pairs = len(policy_chosen) if num_pairs is None else num_pairs
     generation_losses = zeros
     if generation == "sft":
-        generation_losses = -policy_chosen / chosen_lengths
+        generation_losses = -imitated / chosen_lengths
     elif generation == "sft_token":  # scaled so that its mean over pairs is the mean over tokens
         step_tokens = chosen_lengths.sum() if num_chosen_tokens is None else num_chosen_tokens
-        generation_losses = -policy_chosen * step_pairs / step_tokens
+        generation_losses = -imitated * step_pairs / step_tokens
 
     w_p, w_q, w_g = weights
     per_pair = w_p * preference_losses + w_q * quality_losses + w_g * generation_losses
@@ -140,81 +160,27 @@ def mpo_loss(
 
 
 def needs_reference(preference: Preference, quality: Quality) -> bool:
-    """Say whether a mix of terms compares the policy with a reference; ORPO and plain SFT do not."""
-    return preference not in ("orpo", "none") or quality != "none"
-
-
-def preference_term(
-    kind: Preference,
-    chosen_logratios: Tensor,
-    rejected_logratios: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-    policy_logps: tuple[Tensor, Tensor] | None = None,
-    lengths: tuple[Tensor, Tensor | None] | None = None,
-) -> Tensor:
-    """Return the preference loss of each pair. Shape: (P,)
-
-    With x = beta (D_c - D_r) and eps = `label_smoothing`:
-
-    - dpo (arXiv 2305.18290): -logsigmoid(x)
-    - cdpo: -(1-eps) logsigmoid(x) - eps logsigmoid(-x)
-    - robust_dpo (arXiv 2403.00409): [-(1-eps) logsigmoid(x) + eps logsigmoid(-x)] / (1 - 2 eps)
-    - rso (arXiv 2309.06657): the hinge max(0, 1 - x)
-    - ipo (arXiv 2310.12036): (D_c/|c| - D_r/|r| - 1/(2 beta))^2, log-ratios per token as in TRL
-    - sppo (arXiv 2405.00675): (D_c - 1/(2 beta))^2 + (D_r + 1/(2 beta))^2
-    - aot (arXiv 2406.05882, paired): DPO between the sorted policy margins and the sorted reference margins. The sort
-      runs over the pairs of one call, so this term alone depends on how a step is split.
-    - orpo (arXiv 2403.07691): -logsigmoid(log odds ratio of the per-token probabilities); no reference
-
-    Args:
-        kind: one of the names above.
-        chosen_logratios: D_c. Shape: (P,)
-        rejected_logratios: D_r. Shape: (P,)
-        beta: as in `mpo_loss`.
-        label_smoothing: as in `mpo_loss`.
-        policy_logps: chosen and rejected log-probs under the policy (aot, orpo). Shape: 2 x (P,)
-        lengths: scored tokens of chosen and rejected (ipo, orpo). Shape: 2 x (P,)
-
-    Raises:
-        ValueError: the kind needs something that was not given, or `label_smoothing` has no meaning for it.
-    """
-    if kind in ("ipo", "orpo") and (lengths is None or lengths[1] is None):
-        raise ValueError(f"preference '{kind}' needs the lengths of both responses")
-    if kind == "robust_dpo" and not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"robust_dpo divides by 1 - 2 * label_smoothing, so {label_smoothing} must be below 0.5")
-    margins = beta * (chosen_logratios - rejected_logratios)
-    match kind:
-        case "dpo":
-            return -F.logsigmoid(margins)
-        case "cdpo":
-            return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
-        case "robust_dpo":
-            kept, flipped = F.logsigmoid(margins), F.logsigmoid(-margins)
-            return (-(1 - label_smoothing) * kept + label_smoothing * flipped) / (1 - 2 * label_smoothing)
-        case "rso":
-            return F.relu(1 - margins)
-        case "ipo":
-            per_token = chosen_logratios / lengths[0] - rejected_logratios / lengths[1]
-            return (per_token - 1 / (2 * beta)) ** 2
-        case "sppo":
-            return (chosen_logratios - 1 / (2 * beta)) ** 2 + (rejected_logratios + 1 / (2 * beta)) ** 2
-        case "aot":
-            policy_margins = policy_logps[0] - policy_logps[1]
-            reference_margins = policy_margins - (chosen_logratios - rejected_logratios)
-            gaps = policy_margins.sort().values - reference_margins.detach().sort().values
-            return -F.logsigmoid(beta * gaps)
-        case "orpo":
-            chosen, rejected = policy_logps[0] / lengths[0], policy_logps[1] / lengths[1]
-            return -F.logsigmoid((chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected)))
-        case _:
-            raise ValueError(f"unknown preference '{kind}'")
+    """Say whether a mix of terms compares the policy with a reference; SimPO, ORPO and plain SFT do not."""
+    return preference not in REFERENCE_FREE or quality != "none"
 
 
 def quality_term(chosen_rewards: Tensor, rejected_rewards: Tensor, shift: float | Tensor) -> Tensor:
     """Return the BCO loss of each pair (arXiv 2404.04656): a classifier of good and bad around `shift`. Shape: (P,)"""
     return -F.logsigmoid(chosen_rewards - shift) - F.logsigmoid(-(rejected_rewards - shift))
+
+
+def wpo_weights(mean_chosen: Tensor, mean_rejected: Tensor) -> Tensor:
+    """Return the weight of each pair in WPO (arXiv 2406.11827, eq. 2): how much it looks like the policy's own samples.
+
+    w = w(chosen) w(rejected) with w(y) = exp(mean over tokens of [log p(y_t) - log sum over words v of p(v)^2]). A
+    response that the policy would sample itself weighs about 1, one that it would never write about 0. Constants: no
+    gradient goes through them.
+
+    Args:
+        mean_chosen: the mean of the brackets over each chosen response. Shape: (P,)
+        mean_rejected: the same of the rejected ones. Shape: (P,)
+    """
+    return (mean_chosen + mean_rejected).detach().exp()
 
 
 class RewardShift:
@@ -312,13 +278,6 @@ def to_float64(values: Tensor) -> Tensor:
 def _wide(values: Tensor) -> Tensor:
     """Half precision to float32; wider types stay."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _log1mexp(values: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, accurate at both ends; exactly 0 is kept finite."""
-    values = values.clamp(max=-torch.finfo(values.dtype).eps)
-    near_zero = values > -0.6931  # log 2: where the two forms swap accuracy
-    return torch.where(near_zero, torch.log(-torch.expm1(values)), torch.log1p(-torch.exp(values)))
 
 
 def _check_choice(what: str, value: str, choices: Any) -> None:

@@ -32,6 +32,7 @@ from internvl_mpo.monitor import (
     weights_not_finite,
 )
 from internvl_mpo.packing import Group, pack_groups
+from internvl_mpo.preference_terms import REFERENCE_FREE, SMOOTHED, TERMS
 from internvl_mpo.records import PreferencePair
 from internvl_mpo.throughput import FlopModel, device_peak, num_visible, peak_tflops
 from internvl_mpo.trainer import ConsoleCallback, MPOTrainer
@@ -165,15 +166,38 @@ def test_kl_is_the_k3_estimator_of_the_mean_log_ratio():
     assert (sequence_kl(torch.randn(99), torch.randn(99), torch.ones(99)) >= 0).all()
 
 
-@pytest.mark.parametrize("preference", ["dpo", "cdpo", "robust_dpo", "aot", "rso", "ipo", "sppo", "orpo", "none"])
+def test_the_words_of_the_first_preference_term_spell_its_value():
+    log, eps, beta = math.log, 0.1, 0.3
+    spelled = {
+        "1": 1,
+        "1/(2 beta)^2": 1 / (2 * beta) ** 2,
+        "2/(2 beta)^2": 2 / (2 * beta) ** 2,
+        "ln 2": log(2),
+        "2 ln 2": 2 * log(2),
+        "(1 + ln 2)/2": (1 + log(2)) / 2,
+        "-ln(4 eps (1 - eps))/2": -log(4 * eps * (1 - eps)) / 2,
+    }
+    seen = set()
+    for preference in TERMS.keys() - set(REFERENCE_FREE):
+        args = SimpleNamespace(preference=preference, quality="none", beta=beta, label_smoothing=eps)
+        value, words = expected_first_terms(args)["loss_preference"]
+        assert value == pytest.approx(spelled[words], rel=1e-6), preference
+        seen.add(words)
+    assert seen == spelled.keys()
+
+
+@pytest.mark.parametrize(
+    "preference", ["dpo", "cdpo", "robust_dpo", "exo", "aot", "rso", "ipo", "sppo", "discopop", "orpo", "simpo", "none"]
+)
 def test_the_first_loss_is_the_expected_one_for_every_variant(world, tmp_path, preference, capsys):  # noqa: F811
-    quality = "none" if preference in ("orpo", "none") else "bco"
+    quality = "none" if preference in REFERENCE_FREE else "bco"
+    smoothing = 0.1 if preference in SMOOTHED else 0.0
     more = ["--preference", preference, "--quality", quality, "--max_steps", "1", "--save_strategy", "no"]
-    assert train(world, tmp_path / "run", *more, "--label_smoothing", "0.1" if "d" in preference else "0") == 0
+    assert train(world, tmp_path / "run", *more, "--label_smoothing", str(smoothing)) == 0
     first = lines(tmp_path / "run")[0]
     args = SimpleNamespace(
         preference=preference, quality=quality, generation="sft", beta=0.1, preference_weight=0.8, quality_weight=0.2,
-        generation_weight=1.0,
+        generation_weight=1.0, label_smoothing=smoothing,
     )  # fmt: skip
     expected, words = expected_first_loss(args, first["loss_generation"])
     shown = "".join(capsys.readouterr())
@@ -182,7 +206,7 @@ def test_the_first_loss_is_the_expected_one_for_every_variant(world, tmp_path, p
     for name, value in {**terms, **dict.fromkeys(("rewards/chosen", "rewards/rejected", "reward_shift"), 0.0)}.items():
         assert first[name] == pytest.approx(value, rel=1e-3, abs=1e-3)
         assert (f"{name} {first[name]:.4f}, expected {value:.4f}" in shown) is bool(terms)
-    if preference == "orpo":
+    if preference in ("orpo", "simpo"):
         assert expected is None
         assert "no fixed value" in shown
     else:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from internvl_mpo.objective import RewardShift, mpo_loss, preference_term
+from internvl_mpo.objective import RewardShift, mpo_loss
 from internvl_mpo.trainer import MeanMeter
 
 GOLDENS = Path(__file__).resolve().parent.parent.parent / "shared" / "oracle" / "mpo" / "mpo_losses.json"
@@ -114,62 +114,10 @@ def test_half_precision_logps_are_compared_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        # D_c = 2, D_r = -1, beta = 0.5 -> x = 1.5
-        ("dpo", math.log1p(math.exp(-1.5))),
-        ("cdpo", 0.9 * math.log1p(math.exp(-1.5)) + 0.1 * math.log1p(math.exp(1.5))),
-        ("robust_dpo", (0.9 * math.log1p(math.exp(-1.5)) - 0.1 * math.log1p(math.exp(1.5))) / 0.8),
-        ("rso", 0.0),
-        ("ipo", (2 / 4 - (-1) / 5 - 1) ** 2),
-        ("sppo", (2 - 1) ** 2 + (-1 + 1) ** 2),
-        ("aot", math.log1p(math.exp(-1.5))),  # with one pair there is nothing to sort
-        (
-            "orpo",
-            math.log1p(math.exp(-((-1.5 + 2.6) - (math.log1p(-math.exp(-1.5)) - math.log1p(-math.exp(-2.6)))))),
-        ),
-    ],
-)
-def test_preference_terms_by_hand(kind, expected):
-    loss = preference_term(
-        kind,
-        torch.tensor([2.0], dtype=torch.float64),
-        torch.tensor([-1.0], dtype=torch.float64),
-        beta=0.5,
-        label_smoothing=0.1,
-        policy_logps=(torch.tensor([-6.0], dtype=torch.float64), torch.tensor([-13.0], dtype=torch.float64)),
-        lengths=(torch.tensor([4]), torch.tensor([5])),
-    )
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_aot_compares_quantiles_of_the_margins():
-    # policy margins 3, 0 and reference margins 1, 2: sorted they differ by -1 and 1, pair by pair by 2 and -2
-    policy = (torch.tensor([3.0, 0.0]), torch.tensor([0.0, 0.0]))
-    logratios = (torch.tensor([2.0, -2.0]), torch.tensor([0.0, 0.0]))
-    loss = preference_term("aot", *logratios, beta=1.0, policy_logps=policy)
-    assert loss.tolist() == pytest.approx([math.log1p(math.exp(1.0)), math.log1p(math.exp(-1.0))])
-
-
-def test_orpo_near_probability_one_has_a_finite_gradient():
-    chosen = torch.tensor([-1e-9, 0.0, -50.0], requires_grad=True)
-    rejected = torch.tensor([-3.0, -1.0, 0.0])
-    lengths = torch.tensor([1, 1, 1])
-    out = mpo_loss(
-        chosen, rejected, None, None, lengths,
-        beta=0.1, weights=(1, 0, 0), preference="orpo", quality="none", rejected_lengths=lengths,
-    )  # fmt: skip
-    out.loss.backward()
-    assert torch.isfinite(out.loss)
-    assert torch.isfinite(chosen.grad).all()
-
-
-@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"preference": "dop"}, "unknown preference 'dop'"),
         ({"preference": "ipo"}, "needs the lengths of both"),
-        ({"preference": "robust_dpo", "label_smoothing": 0.5}, "below 0.5"),
         ({"chosen_lengths": torch.tensor([0])}, "no scored token"),
         ({"reference_chosen_logps": None}, "needs reference"),
     ],
@@ -314,3 +262,26 @@ def test_rewards_and_means_are_summed_in_float64_off_a_device_that_has_none():
     means = meter.reduce(SimpleNamespace(device=torch.device("mps"), reduce=lambda values, reduction: values))
     assert means["rewards/chosen"] == pytest.approx(0.2)
     assert means["rewards/accuracy"] == 0.5
+
+
+# float32 has 24 bits: it drops the ones that the large values stand around
+LARGE_AND_ONES = torch.tensor([2.0**25, 1.0, 1.0, -(2.0**25)])
+
+
+@pytest.mark.parametrize("mode", ["previous", "inclusive", "ema"])
+def test_a_shift_loses_no_small_reward_beside_a_large_one(mode):
+    assert RewardShift(mode).update(LARGE_AND_ONES) == 0.5
+    shift = RewardShift(mode, momentum=0.0)
+    for value in LARGE_AND_ONES:
+        shift.update(value[None])
+    assert shift.value == (-(2.0**25) if mode == "ema" else 0.5)
+
+
+def test_a_mean_over_pairs_loses_no_small_value_beside_a_large_one():
+    whole, pairwise = MeanMeter(), MeanMeter()
+    whole.add(4, {"x": LARGE_AND_ONES})
+    for value in LARGE_AND_ONES:
+        pairwise.add(1, {"x": value[None]})
+    for meter in (whole, pairwise):
+        accelerator = SimpleNamespace(device=torch.device("cpu"), reduce=lambda values, reduction: values)
+        assert meter.reduce(accelerator)["x"] == 0.5

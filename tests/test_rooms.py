@@ -33,7 +33,8 @@ ROOMS = {
     "internvl_mpo/answer_wording.py": set(),
     "internvl_mpo/answers.py": {METHOD + "answer_wording", METHOD + "math_equality"},
     "internvl_mpo/pairing.py": {METHOD + "answers", METHOD + "prompts", METHOD + "records"},
-    "internvl_mpo/objective.py": {"torch"},
+    "internvl_mpo/preference_terms.py": {"torch"},
+    "internvl_mpo/objective.py": {"torch", METHOD + "preference_terms"},
     "internvl_mpo/packing.py": {"torch"},
     "internvl_mpo/steps.py": {METHOD + "packing"},
     "internvl_mpo/packed_attention.py": {"torch", "transformers", "flash_attn", METHOD + "packing"},
@@ -43,7 +44,8 @@ ROOMS = {
         *("torch", "liger_kernel", METHOD + "errors", METHOD + "logps", METHOD + "packed_attention"),
     },
     "internvl_mpo/encoding.py": {"torch", "PIL", METHOD + "packing", METHOD + "records"},
-    "internvl_mpo/monitor.py": {"torch", "pandas", METHOD + "mmpr", METHOD + "packing", METHOD + "records"},
+    "internvl_mpo/monitor.py": {"torch", "pandas"}
+    | {METHOD + name for name in ("mmpr", "packing", "preference_terms", "records")},
     "internvl_mpo/throughput.py": {"torch", "psutil", METHOD + "last_layer", METHOD + "packing"},
     "internvl_mpo/memory_estimate.py": {
         *("torch", "transformers", "modeling_internvl_mpo"),
