@@ -28,77 +28,23 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
 from internvl_mpo.benchmarks import load_benchmark
-from internvl_mpo.benchmarks.common import Benchmark, Example, Mode, Picture, Rule, Score, open_image, picture_bytes
-from internvl_mpo.benchmarks.comparison import compare_runs
-from internvl_mpo.benchmarks.model_card import add_to_card
-from internvl_mpo.benchmarks.report import MAX_QUESTIONS, report_html
-from internvl_mpo.benchmarks.run_files import Log
+from internvl_mpo.benchmarks.common import Benchmark, Picture, Rule, Score, open_image, picture_bytes
 from internvl_mpo.engines import Engine, Request, Sampling
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.records import atomic_writer, content_id
-from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
-
-
-@dataclass
-class EvaluateSettings:
-    """Settings of `evaluate_mpo.py`."""
-
-    benchmarks: list[str] = setting(help="names, separated by commas: mini, m3cot, mathvista, ...")
-    output: str = setting(help="folder of the run: answers, verdicts, scores, report")
-    model: str | None = setting(
-        None, help="folder or Hub id of any image-text model; name of the served model with --engine http"
-    )
-    data: str | None = setting(
-        None, help="local copy: a file or folder, or a folder with one entry per benchmark; without it, the Hub"
-    )
-    image_root: str | None = setting(None, help="folder of the pictures where they do not lie beside the rows")
-    mode: list[Mode] = setting(["direct"], help="direct, cot, or both")
-    rule: Rule = setting("ours", help="ours, official, vlmevalkit or internvl")
-    limit: int | None = setting(None, help="first questions of each benchmark only")
-    engine: Literal["transformers", "http"] = setting(
-        "transformers", help="transformers (in this process) or http (an OpenAI-compatible server)"
-    )
-    base_url: str = setting("http://127.0.0.1:8000/v1", help="address of the server with --engine http")
-    batch_size: int = setting(32, help="answers generated at the same time")
-    max_new_tokens: int | None = setting(None, help="longest answer; without it, the benchmark's own limit")
-    max_tiles: int | None = setting(6, help="most 448x448 crops per picture, thumbnail not counted")
-    device: str = setting("auto", help="auto, cpu, cuda, cuda:1, mps")
-    dtype: str = setting("auto", help="auto, float32, bfloat16, float16")
-    trust_remote_code: bool = setting(False, help="run code inside the model folder (not needed for InternVL)")
-    judge: str | None = setting(None, help="model that judges; its kept replies are used again")
-    judge_url: str = setting("https://api.openai.com/v1", help="address of the judge's server")
-    judge_runs: int = setting(1, help="replies per answer; scores are means over runs with their deviation")
-    judge_temperature: float = setting(0.0, help="of the judge's replies")
-    judge_concurrency: int = setting(8, help="judge requests at the same time")
-    judge_prompts: str | None = setting(None, help="folder with NAME.txt files that replace our judge prompts")
-    max_unscored: float = setting(0.05, help="largest share of unscored questions a headline number is shown with")
-    score_only: bool = setting(False, help="score the answers that are there; load no model")
-
-    def __post_init__(self) -> None:
-        for name in self.benchmarks:
-            load_benchmark(name)
-        if not self.score_only and not self.model:
-            raise BadInputError("missing setting 'model'; give --model VALUE, or --score_only to score stored answers")
-        for key in ("limit", "max_new_tokens", "batch_size", "judge_runs", "judge_concurrency"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise BadInputError(f"setting '{key}' is {value}; give at least 1")
-
-
-class Task(NamedTuple):
-    """One benchmark in one mode, with its questions."""
-
-    name: str
-    mode: Mode
-    benchmark: Benchmark
-    examples: list[Example]
+from internvl_mpo.evaluation.comparison import compare_runs
+from internvl_mpo.evaluation.judge import Judged, judge_tasks
+from internvl_mpo.evaluation.model_card import add_to_card
+from internvl_mpo.evaluation.report import MAX_QUESTIONS, report_html
+from internvl_mpo.evaluation.run_files import Log
+from internvl_mpo.evaluation.settings import EvalTask, EvaluateSettings, answer_key
+from internvl_mpo.files import atomic_writer
+from internvl_mpo.settings import parse_settings, show_settings, write_settings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -129,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def load_tasks(settings: EvaluateSettings) -> list[Task]:
+def load_tasks(settings: EvaluateSettings) -> list[EvalTask]:
     """Return the questions of every benchmark and mode asked for."""
     tasks = []
     for name in settings.benchmarks:
@@ -146,7 +92,7 @@ def load_tasks(settings: EvaluateSettings) -> list[Task]:
             raise BadInputError(f"{source} holds the question '{twice[0]}' of {name} more than once")
         for mode in settings.mode:
             if mode in benchmark.MAX_NEW_TOKENS:
-                tasks.append(Task(name, mode, benchmark, examples))
+                tasks.append(EvalTask(name, mode, benchmark, examples))
             else:
                 print(f"{name} is never asked in mode {mode}; left out", file=sys.stderr)
     return tasks
@@ -166,7 +112,9 @@ def data_source(settings: EvaluateSettings, benchmark: Benchmark) -> str | Path:
     return settings.data
 
 
-def answer_tasks(tasks: Sequence[Task], answers: Log, settings: EvaluateSettings, rank: int, world_size: int) -> None:
+def answer_tasks(
+    tasks: Sequence[EvalTask], answers: Log, settings: EvaluateSettings, rank: int, world_size: int
+) -> None:
     """Generate the answers that are missing and append each to the log as it comes."""
     questions = [(answer_key(task, example), task, example) for task in tasks for example in task.examples]
     questions = questions[rank::world_size]
@@ -244,102 +192,9 @@ def for_engine(image: Picture, engine: Engine) -> Any:
     return open_image(image) if engine.name == "http" else io.BytesIO(picture_bytes(image))
 
 
-def answer_key(task: Task, example: Example) -> str:
-    """Return the name of an answer in the run's files."""
-    return f"{task.name}/{task.mode}/{example.id}"
-
-
-class Judged(NamedTuple):
-    """A judge's replies by answer, one per run, and who gave them."""
-
-    replies: dict[str, list[str]]
-    identity: dict[str, Any]
-
-
-def judge_tasks(tasks: Sequence[Task], answers: Log, settings: EvaluateSettings) -> Judged:
-    """Ask the judge for every reply that is missing, keep it, and return the replies of all runs.
-
-    A reply is kept under the judge's model, the whole prompt (which holds the answer) and the run, so that a new judge,
-    prompt or answer is asked anew and nothing is paid twice.
-    """
-    if settings.judge is None:
-        return Judged({}, {})
-    questions: dict[str, list[tuple[str, str, int]]] = {}
-    for task in tasks:
-        template = judge_template(task, settings)
-        for example in task.examples if template else ():
-            row = answers.rows.get(answer_key(task, example))
-            asked = row and task.benchmark.judge_request(example, row["answer"], template)
-            for run in range(settings.judge_runs if asked else 0):
-                about = (settings.judge, settings.judge_temperature, asked)
-                key = f"{answer_key(task, example)}/{content_id(*about)}/{run}"
-                text = asked.replace("<image>", "(image)")  # an engine would look for the picture
-                limit = task.benchmark.JUDGE_MAX_NEW_TOKENS
-                questions.setdefault(answer_key(task, example), []).append((key, text, limit))
-    identity = {
-        "asked": settings.judge,
-        "temperature": settings.judge_temperature,
-        "runs": settings.judge_runs,
-        "prompts": {
-            task.name: content_id(judge_template(task, settings)) for task in tasks if judge_template(task, settings)
-        },
-    }
-    with Log(Path(settings.output) / "judgements.jsonl") as judgements:
-        missing = [entry for entries in questions.values() for entry in entries if entry[0] not in judgements.rows]
-        if missing and not settings.score_only:
-            ask_judge(missing, judgements, settings)
-        replies = {
-            answer: [judgements.rows[key]["reply"] for key, _, _ in entries if key in judgements.rows]
-            for answer, entries in questions.items()
-        }
-        kept = [
-            judgements.rows[key] for entries in questions.values() for key, _, _ in entries if key in judgements.rows
-        ]
-    return Judged(replies, {**identity, "served": sorted({row["served"] for row in kept})})
-
-
-def judge_template(task: Task, settings: EvaluateSettings) -> str | None:
-    """Return the prompt of a task's judge, None for a benchmark without one."""
-    template = getattr(task.benchmark, "JUDGE_PROMPT", None)
-    if template is None or settings.judge_prompts is None:
-        return template
-    path = Path(settings.judge_prompts) / f"{task.name}.txt"
-    return path.read_text(encoding="utf-8") if path.exists() else template
-
-
-def ask_judge(missing: Sequence[tuple[str, str, int]], judgements: Log, settings: EvaluateSettings) -> None:
-    """Ask for replies through the judge's server and append each as it comes; failures are named and counted."""
-    from internvl_mpo.engines.http_engine import HttpEngine
-
-    num_words = sum(len(text.split()) for _, text, _ in missing)
-    print(f"{len(missing)} judge requests, about {num_words * 4 // 3:,} tokens to read", file=sys.stderr)
-    engine = HttpEngine(
-        settings.judge_url,
-        settings.judge,
-        concurrency=settings.judge_concurrency,
-        api_key=os.environ.get("JUDGE_API_KEY"),
-    )
-    requests = (
-        Request(
-            id=key,
-            question=text,
-            seed=int(key.rsplit("/", 1)[-1]),
-            sampling=Sampling(temperature=settings.judge_temperature, max_new_tokens=limit),
-        )
-        for key, text, limit in missing
-    )
-    num_failed = 0
-    for reply in tqdm(engine.generate(requests), total=len(missing), desc="judge", unit="reply"):
-        if reply.error:
-            num_failed += 1
-            tqdm.write(f"no judgement of {reply.id}: {reply.error}", file=sys.stderr)
-        else:
-            judgements.append(reply.id, {"asked": settings.judge, "served": reply.served_model, "reply": reply.text})
-    if num_failed:
-        print(f"{num_failed} judgements are missing; the same command asks only for these again", file=sys.stderr)
-
-
-def score_tasks(tasks: Sequence[Task], answers: Log, judged: Judged, rule: Rule) -> list[tuple[Task, list[Score]]]:
+def score_tasks(
+    tasks: Sequence[EvalTask], answers: Log, judged: Judged, rule: Rule
+) -> list[tuple[EvalTask, list[Score]]]:
     """Return the verdict on every question; a question without an answer is unscored."""
     verdicts = []
     for task in tasks:
@@ -358,7 +213,7 @@ def score_tasks(tasks: Sequence[Task], answers: Log, judged: Judged, rule: Rule)
 
 
 def write_scores(
-    verdicts: Sequence[tuple[Task, list[Score]]], answers: Log, judged: Judged, settings: EvaluateSettings
+    verdicts: Sequence[tuple[EvalTask, list[Score]]], answers: Log, judged: Judged, settings: EvaluateSettings
 ) -> dict[str, Any]:
     """Write scores.json (the numbers) and verdicts.jsonl (question, answer, verdict, reason); return the numbers."""
     output = Path(settings.output)

@@ -10,48 +10,38 @@ that was killed goes on with the same command. Every field of transformers' Trai
 options below.
 """
 
-import contextlib
 import hashlib
 import json
-import math
 import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from internvl_mpo.errors import BadInputError, need_package, run_program
-from internvl_mpo.mmpr import PairRow, Resample, iter_pairs, mixture_table, repeats
-from internvl_mpo.records import RowError, atomic_writer, content_id
-from internvl_mpo.settings import parse_settings, plain, setting, show_settings, write_settings
+from internvl_mpo.mmpr.pairs import PairRow, Resample
+from internvl_mpo.mmpr.reading import iter_pairs
+from internvl_mpo.records import RowError, content_id
+from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 if TYPE_CHECKING:
-    from internvl_mpo.packing import PairSize
-    from internvl_mpo.reference_cache import ReferenceCache
-    from internvl_mpo.trainer import MPOTrainer
+    from internvl_mpo.pack_plan import PairSize
+    from internvl_mpo.training.reference_cache import ReferenceCache
+    from internvl_mpo.training.trainer import MPOTrainer
+
+from internvl_mpo.files import whole_folder
+from internvl_mpo.training.held_out import hold_out
+from internvl_mpo.training.pairs import check_pairs, plan
+from internvl_mpo.training.settings import (
+    WITHOUT_EFFECT,
+    check_lora_settings,
+    check_trackers,
+    exact_settings,
+    refuse_without_effect,
+)
 
 PROGRAM = "train_mpo.py"
-# Settings that decide what a step computes: a run cannot go on exactly with another value. Those of optimizer and
-# schedule are among them because a checkpoint brings their states, and with them the old values.
-EXACT = (
-    *("pairs_per_step", "pairs_per_group", "seed", "data_seed", "beta", "preference", "quality", "generation"),
-    *("preference_weight", "quality_weight", "generation_weight", "label_smoothing", "reward_shift"),
-    *("reward_shift_momentum", "reference", "reference_sync_steps", "reference_mixup_alpha", "lora_rank", "lora_alpha"),
-    *("lora_dropout", "lora_on", "freeze_vision", "freeze_projector", "freeze_language", "freeze_language_layers"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
-)
-# Settings of TrainingArguments that packs leave without effect, and what to set instead. (dataloader_pin_memory is not
-# among them: packs are never pinned, but transformers itself sets it to false on a CPU.)
-WITHOUT_EFFECT = {
-    "gradient_accumulation_steps": "pairs_per_step and max_tokens_per_pack decide how many packs a step has",
-    "per_device_train_batch_size": "pairs_per_step counts over all ranks, max_tokens_per_pack limits a forward pass",
-    "per_device_eval_batch_size": "max_tokens_per_pack limits a forward pass",
-    "dataloader_drop_last": "every step holds exactly pairs_per_step pairs",
-    "dataloader_prefetch_factor": "packs are loaded by dataloader_num_workers processes, two ahead each",
-}
 # Found by `plan`, so that a saved run does not give it back.
 FOUND = ("gradient_accumulation_steps",)
 
@@ -91,10 +81,10 @@ def read_settings(argv: list[str]) -> Any:
     """Return the checked settings; without arguments, or with --help, only the usage is printed."""
     if argv and not {"-h", "--help"} & set(argv):
         _check_paths_cheaply(argv)
-    from internvl_mpo.distributed import take_launchers_deepspeed, take_local_rank
-    from internvl_mpo.policy import Part
-    from internvl_mpo.preflight import VerifyImages
-    from internvl_mpo.trainer import MPOArguments  # imports transformers, some seconds
+    from internvl_mpo.training.arguments import MPOArguments  # imports transformers, some seconds
+    from internvl_mpo.training.distributed import take_launchers_deepspeed, take_local_rank
+    from internvl_mpo.training.policy import Part
+    from internvl_mpo.training.preflight import VerifyImages
 
     @dataclass(kw_only=True)
     class TrainSettings(MPOArguments):
@@ -159,72 +149,6 @@ def read_settings(argv: list[str]) -> Any:
     return settings
 
 
-def refuse_without_effect(settings: Any, name: str) -> NoReturn:
-    """Raise a `BadInputError` that says what to set instead."""
-    raise BadInputError(f"{name} is {getattr(settings, name)}, which has no effect here: {WITHOUT_EFFECT[name]}")
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that transformers does not know or that are not installed; the Trainer would, but only later.
-
-    Raises:
-        BadInputError: naming the tracker.
-    """
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise BadInputError(
-                f"report_to names '{name}', which is no tracker; expected none, or of: "
-                + ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            )
-        try:
-            INTEGRATION_TO_CALLBACK[name]()
-        except (ImportError, RuntimeError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            way_out = "" if "pip install" in reason else f"; pip install {name}"
-            raise BadInputError(f"report_to names '{name}': {reason}{way_out}, or leave it out") from error
-
-
-def check_lora_settings(settings: Any) -> None:
-    """Refuse combinations that cannot work.
-
-    Raises:
-        BadInputError: naming the setting to change.
-    """
-    if settings.lora_rank < 0 or not 0 <= settings.lora_dropout < 1 or settings.freeze_language_layers < 0:
-        raise BadInputError("lora_rank and freeze_language_layers must be 0 or more, lora_dropout from 0 to below 1")
-    if settings.lora_alpha is not None and settings.lora_alpha <= 0:
-        raise BadInputError(f"lora_alpha is {settings.lora_alpha}, expected more than 0, or none for twice the rank")
-    frozen = [name for name in EXACT if name.startswith("freeze_") and getattr(settings, name)]
-    if settings.lora_rank and frozen:
-        raise BadInputError(
-            f"{frozen[0]} has no effect with lora_rank, since only adapters are trained; leave it out, and say with "
-            "lora_on which tower gets them"
-        )
-    if not settings.lora_rank:
-        for name in ("load_in_4bit", "save_adapter"):
-            if getattr(settings, name):
-                raise BadInputError(f"{name} needs adapters; set lora_rank above 0")
-        if settings.reference == "adapter_off":
-            raise BadInputError("reference adapter_off needs adapters; set lora_rank above 0, or use reference cache")
-        if not settings.save_merged:
-            raise BadInputError("save_merged is false and there are no adapters, so nothing would be saved")
-    else:
-        need_package("peft", "lora_rank")
-        if settings.load_in_4bit:
-            need_package("bitsandbytes", "load_in_4bit")
-        if not settings.save_merged and not settings.save_adapter:
-            raise BadInputError("save_merged and save_adapter are both false, so nothing would be saved")
-    if settings.reference == "adapter_off" and settings.reference_sync_steps:
-        raise BadInputError("reference adapter_off is the start model and cannot move; use reference cache")
-    from internvl_mpo.distributed import zero_stage
-
-    if zero_stage(settings) == 3 and (settings.load_in_4bit or settings.reference_sync_steps):
-        name = "load_in_4bit" if settings.load_in_4bit else "reference_sync_steps"
-        raise BadInputError(f"{name} does not work with ZeRO-3, which cuts every weight in pieces; use ZeRO-2 or 1")
-
-
 def _check_paths_cheaply(argv: list[str]) -> None:
     """Refuse a config or DeepSpeed file that is not there before transformers is imported."""
     for position, word in enumerate(argv):
@@ -245,8 +169,8 @@ def choose_checkpoint(settings: Any) -> str | None:
     Raises:
         BadInputError: there is none where one was named, or it was made with other settings.
     """
-    from internvl_mpo.checkpoint import check_fingerprint, find_checkpoint
-    from internvl_mpo.distributed import agree
+    from internvl_mpo.training.checkpoint import check_fingerprint, find_checkpoint
+    from internvl_mpo.training.distributed import agree
 
     found = find_checkpoint(settings.resume, settings.output_dir)
     checkpoint = agree(None if found is None else str(found), settings)
@@ -259,12 +183,6 @@ def choose_checkpoint(settings: Any) -> str | None:
             "optimizer and the schedule go on as they were saved, whatever is given now"
         )
     return checkpoint
-
-
-def exact_settings(settings: Any) -> dict[str, Any]:
-    """Return the settings that a checkpoint is compared by; adapters leave nothing to freeze."""
-    names = [name for name in EXACT if not (settings.lora_rank and name.startswith("freeze_"))]
-    return {name: plain(getattr(settings, name)) for name in names}
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -285,164 +203,12 @@ def read_pairs(settings: Any) -> tuple[list[PairRow], list[RowError]]:
     return rows, rejects
 
 
-def check_pairs(
-    settings: Any, processor: Any, rows: list[PairRow], rejects: list[RowError]
-) -> tuple[list[PairRow], list["PairSize"]]:
-    """Look at every row; return the usable ones and their sizes.
-
-    The first rank does the work, the others wait for what it leaves on disk.
-
-    Raises:
-        BadInputError: rows are unusable and may not be skipped.
-    """
-    from internvl_mpo.distributed import agree
-    from internvl_mpo.preflight import Preflight, length_report, same_id_twice, show_lengths
-
-    beside = settings.output_dir.rstrip("/")
-    preflight = Preflight(
-        processor,
-        settings.preflight_cache or f"{beside}.preflight",
-        max_tiles=settings.max_tiles,
-        max_length=settings.max_length,
-        verify_images=settings.verify_images,
-        num_workers=settings.preflight_workers,
-    )
-    is_main = settings.process_index == 0
-    token = agree(preflight.reopen() if is_main else None, settings)
-    if is_main:
-        results = preflight.run(rows)
-        preflight.finish()
-    else:
-        results = preflight.wait(rows, token)
-    for index, reason in same_id_twice(rows).items():
-        results[index] = RowError(reason, rows[index].where)
-    for index, size in enumerate(results):
-        if not isinstance(size, RowError) and size.num_tokens > settings.max_tokens_per_pack:
-            limit = f"more than max_tokens_per_pack {settings.max_tokens_per_pack}"
-            results[index] = RowError(f"the pair has {size.num_tokens} tokens, {limit}", rows[index].where)
-
-    bad = [result for result in results if isinstance(result, RowError)]
-    good = [(row, size) for row, size in zip(rows, results, strict=True) if not isinstance(size, RowError)]
-    stop_on_rejects(settings, rejects + bad, num_good=len(good))
-    kept, sizes = [row for row, _ in good], [size for _, size in good]
-    if is_main:
-        report = length_report(sizes)
-        print(show_lengths(report), flush=True)
-        with atomic_writer(f"{beside}.preflight.json") as out:
-            json.dump({**report, "num_rejected": len(rejects) + len(bad), "data": settings.data}, out, indent=2)
-    return kept, sizes
-
-
-def hold_out(
-    settings: Any, rows: list[PairRow], sizes: list["PairSize"]
-) -> tuple[list[PairRow], list["PairSize"], list[PairRow], list["PairSize"]]:
-    """Return training rows, their sizes, held-out rows, and theirs.
-
-    A question is held out by a number that depends on it alone, so that all its pairs stay on one side and other data
-    beside it change nothing. Where the share comes to no question, the one with the smallest number is held out: an
-    evaluation that was asked for needs one.
-
-    Raises:
-        BadInputError: that would be the only one.
-    """
-    if not settings.held_out_share:
-        return rows, sizes, [], []
-    shares = [_share_of(row.pair.group_key) for row in rows]
-    border = max(settings.held_out_share, math.nextafter(min(shares), 1))
-    kept = [index for index, share in enumerate(shares) if share >= border]
-    held_out = [index for index, share in enumerate(shares) if share < border]
-    if not kept:
-        raise BadInputError(
-            f"held_out_share {settings.held_out_share} leaves no question to train on; lower it, or give more data"
-        )
-    return (*([values[index] for index in part] for part in (kept, held_out) for values in (rows, sizes)),)
-
-
-def _share_of(key: str) -> float:
-    """A number in [0, 1) that depends on the question only, so that its pairs stay on one side."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
-
-
-def stop_on_rejects(settings: Any, rejects: list[RowError], num_good: int) -> None:
-    """List unusable rows beside the run folder; stop unless they may be skipped.
-
-    Raises:
-        BadInputError: naming the first one.
-    """
-    if not rejects:
-        return
-    path = Path(f"{settings.output_dir.rstrip('/')}.rejects.jsonl")
-    if settings.process_index == 0:
-        with atomic_writer(path) as out:
-            for error in rejects:
-                out.write(json.dumps({"row": str(error), "reason": error.reason}, ensure_ascii=False) + "\n")
-    if settings.on_bad_row == "stop" or not num_good:
-        raise BadInputError(
-            f"{rejects[0]} ({len(rejects)} of {len(rejects) + num_good} rows are unusable, listed in {path}); "
-            "repair them, or leave them out with --on_bad_row skip"
-        )
-    if settings.process_index == 0:
-        print(f"left out {len(rejects)} unusable rows, listed in {path}")
-
-
-def plan(
-    settings: Any, rows: list[PairRow], sizes: list["PairSize"]
-) -> tuple[Any, list[PairRow], list[int], list["PairSize"]]:
-    """Choose how often each pair is seen, and the gradient accumulation that keeps packs within the token budget.
-
-    Returns:
-        Settings, the rows that are seen at all, how often each is seen in an epoch, and their sizes.
-
-    Raises:
-        BadInputError: there are fewer pairs than one step needs, or ranks cannot share a step within the budget.
-    """
-    counts = repeats(rows, settings.seed, settings.resample)
-    total = sum(counts)
-    if settings.process_index == 0:
-        print(mixture_table(rows, counts, [size.num_tokens for size in sizes]), flush=True)
-    seen = [index for index, count in enumerate(counts) if count]
-    rows, counts, sizes = ([values[index] for index in seen] for values in (rows, counts, sizes))
-    if total < settings.pairs_per_step:
-        raise BadInputError(
-            f"one epoch has {total} pairs, fewer than the {settings.pairs_per_step} of one step; lower pairs_per_step"
-        )
-    from internvl_mpo.steps import StepSampler, fit_to_budget
-
-    ranks = settings.world_size
-    sampler = StepSampler(
-        [row.key for row in rows],
-        counts,
-        sizes,
-        pairs_per_step=settings.pairs_per_step,
-        pairs_per_group=settings.pairs_per_group,
-        max_tokens=settings.max_tokens_per_pack,
-        num_ranks=ranks,
-        rank=0,
-        gradient_accumulation_steps=1,
-        seed=settings.data_seed if settings.data_seed is not None else settings.seed,
-    )
-    try:
-        fit_to_budget(sampler, num_epochs=settings.num_train_epochs, max_steps=settings.max_steps)
-    except ValueError as error:
-        raise BadInputError(f"{error}; raise max_tokens_per_pack or pairs_per_step") from error
-    accumulation = sampler.gradient_accumulation_steps
-    if settings.process_index == 0:
-        print(
-            f"{len(rows)} pairs ({total} a pass), {sampler.num_steps} steps a pass of {settings.pairs_per_step} pairs, "
-            f"in {ranks} x {accumulation} packs of at most {settings.max_tokens_per_pack} tokens"
-        )
-        if settings.preference == "aot" and ranks * accumulation > 1:
-            print(
-                "note: aot compares the pairs of one pack, so this cutting is part of the result; see docs/training.md"
-            )
-    return replace(settings, gradient_accumulation_steps=accumulation), rows, counts, sizes
-
-
 def show_memory(settings: Any, sizes: list["PairSize"]) -> None:
     """Print what a device is expected to need, and what to change where that is more than it has."""
     from transformers import AutoConfig
 
-    from internvl_mpo.memory_estimate import Setup, advise, device_bytes, estimate_memory, setup_of_run, show_estimate
+    from internvl_mpo.memory_estimate import advise, device_bytes, estimate_memory, setup_of_run, show_estimate
+    from internvl_mpo.training.fake_pass import Setup
 
     run = {**vars(settings), "optim": str(getattr(settings.optim, "value", settings.optim))}
     plugin = settings.deepspeed_plugin
@@ -515,9 +281,9 @@ def load_policy(settings: Any) -> Any:
     Raises:
         BadInputError: its weights cannot be loaded.
     """
-    from internvl_mpo.distributed import start_ranks
     from internvl_mpo.logps import attach_scoring
-    from internvl_mpo.policy import load_model
+    from internvl_mpo.training.distributed import start_ranks
+    from internvl_mpo.training.policy import load_model
 
     start_ranks(settings)
     try:
@@ -534,7 +300,7 @@ def weights_dtype(settings: Any) -> Any:
     """Return the type the weights compute in: DeepSpeed casts them, and keeps a float32 master copy of its share."""
     import torch
 
-    from internvl_mpo.distributed import zero_stage
+    from internvl_mpo.training.distributed import zero_stage
 
     in_engine = zero_stage(settings) is not None
     name = "bfloat16" if in_engine and settings.bf16 else "float16" if in_engine and settings.fp16 else settings.dtype
@@ -552,8 +318,8 @@ def choose_weights(settings: Any, model: Any) -> Any:
     """Freeze parts or add adapters, and print what is trained."""
     from transformers import set_seed
 
-    from internvl_mpo.distributed import zero_stage
-    from internvl_mpo.policy import add_adapters, freeze, trainable_table
+    from internvl_mpo.training.distributed import zero_stage
+    from internvl_mpo.training.policy import add_adapters, freeze, trainable_table
 
     freeze(
         model,
@@ -585,9 +351,9 @@ def choose_weights(settings: Any, model: Any) -> Any:
 
 def identify(settings: Any, model: Any, processor: Any) -> dict[str, Any]:
     """Return what reference log-probs depend on besides the pairs."""
-    from internvl_mpo.distributed import agree, zero_stage
-    from internvl_mpo.engines.transformers_engine import model_revision
-    from internvl_mpo.reference_cache import model_digest
+    from internvl_mpo.engines.local import model_revision
+    from internvl_mpo.training.distributed import agree, zero_stage
+    from internvl_mpo.training.reference_cache import model_digest
 
     source, dtype = settings.model, weights_dtype(settings)
     in_engine = zero_stage(settings) is not None
@@ -619,8 +385,8 @@ def reference_logps(
         return None
     import torch
 
-    from internvl_mpo.reference_cache import ReferenceCache
-    from internvl_mpo.reference_pass import fill_cache
+    from internvl_mpo.training.reference_cache import ReferenceCache
+    from internvl_mpo.training.reference_pass import fill_cache
 
     cache = ReferenceCache(
         settings.reference_cache or Path(settings.output_dir) / "reference",
@@ -651,7 +417,8 @@ def build_trainer(
     reference: "ReferenceCache | None",
 ) -> "MPOTrainer":
     """Return the trainer; this is the first thing that touches the run folder."""
-    from internvl_mpo.trainer import ConsoleCallback, MPOTrainer
+    from internvl_mpo.training.callbacks import ConsoleCallback
+    from internvl_mpo.training.trainer import MPOTrainer
 
     data = hashlib.sha256()
     for row, count in zip(rows, counts, strict=True):
@@ -675,7 +442,7 @@ def train(settings: Any, trainer: "MPOTrainer", checkpoint: str | None) -> None:
     """Train to the end, from a checkpoint if there is one."""
     import torch
 
-    from internvl_mpo.checkpoint import remove_half_written
+    from internvl_mpo.training.checkpoint import remove_half_written
 
     if checkpoint is not None:
         trainer.check_resumable(checkpoint)
@@ -697,8 +464,8 @@ def train(settings: Any, trainer: "MPOTrainer", checkpoint: str | None) -> None:
 
 def save(settings: Any, trainer: "MPOTrainer", processor: Any) -> None:
     """Write the folders under a temporary name and rename them, so that each is there whole or not at all."""
-    from internvl_mpo.policy import check_saved_weights, plain_base, whole_weights, write_adapter
     from internvl_mpo.publish import write_model_folder
+    from internvl_mpo.training.policy import check_saved_weights, plain_base, whole_weights, write_adapter
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     is_main = settings.process_index == 0
@@ -715,20 +482,6 @@ def save(settings: Any, trainer: "MPOTrainer", processor: Any) -> None:
                 write_model_folder(plain_base(model), processor, folder, weights=weights)
                 check_saved_weights(folder, weights)
                 write_settings(settings, folder / "training_settings.yaml", leave_out=FOUND)
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path, is_main: bool) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of `target` when the block succeeds; only rank 0 touches disk."""
-    temporary = target.with_name(f".{target.name}.part")
-    if is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    yield temporary
-    if is_main:
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        print(f"the trained {target.name} is in {target}")
 
 
 if __name__ == "__main__":

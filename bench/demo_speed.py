@@ -70,13 +70,14 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     """Return the medians of every way, their ratios, and the visitors' waits."""
     from gradio_client import Client, handle_file
 
-    from internvl_mpo.demo.backends import LocalModels, Question
     from internvl_mpo.demo.conversation import SIDES, Message
     from internvl_mpo.demo.examples import make_examples
+    from internvl_mpo.demo.local_models import LocalModels
     from internvl_mpo.demo.page import Page, launch
     from internvl_mpo.demo.pictures import read_picture
     from internvl_mpo.demo.settings import DemoSettings
     from internvl_mpo.demo.sharing import Shelf
+    from internvl_mpo.demo.streaming import VisitorQuestion
     from internvl_mpo.demo.votes import VoteBox
     from internvl_mpo.engines import Sampling
 
@@ -108,7 +109,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     path = examples[0].images[0]
     picture = read_picture(Path(path).read_bytes(), "picture", demo.limits)
     message = Message("user", f"<image>\n{QUESTION}", (picture,))
-    question = Question({side: [message] for side in SIDES}, Sampling(max_new_tokens=settings.tokens))
+    question = VisitorQuestion({side: [message] for side in SIDES}, Sampling(max_new_tokens=settings.tokens))
 
     def bare(number: int) -> Callable[[], tuple[float, float]]:
         return lambda: run_bare(models, number, question, bool(settings.adapter))
@@ -172,7 +173,7 @@ def slow_prompt(forward: Callable[..., Any], seconds: float) -> Callable[..., An
 
 def run_bare(models: list[Any], number: int, question: Any, mixed: bool) -> tuple[float, float]:
     """Generate with nobody reading: seconds until every row has a first token, and until all have ended."""
-    from internvl_mpo.demo.backends import Turns
+    from internvl_mpo.demo.local_models import Turns
 
     start, firsts, stop = time.perf_counter(), [], threading.Event()
     jobs = [(models[0], number)] if mixed else [(model, 1) for model in models[:number]]

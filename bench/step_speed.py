@@ -33,7 +33,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.packed_attention import PackedAttention
+from internvl_mpo.kernels.packed_attention import PackedAttention
 from internvl_mpo.settings import parse_settings, setting, show_settings
 
 WEIGHTS = (0.8, 0.2, 1.0)

@@ -27,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from tqdm import tqdm
 
-from internvl_mpo.answers import FORMATS
+from internvl_mpo.answers.finding import FORMATS
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.pairing import PairRules, Statistics, group_key, match_responses, pair_lines, subset_name, write_meta
-from internvl_mpo.records import Response, atomic_writer, iter_json_lines
+from internvl_mpo.files import atomic_writer
+from internvl_mpo.mmpr.release import subset_name, write_meta
+from internvl_mpo.pairing import PairingStatistics, PairRules, group_key, match_responses, pair_lines
+from internvl_mpo.records import Response, iter_json_lines
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 MEGABYTE = 1 << 20
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> int:
     all_wrong = Path(
         settings.all_wrong or (output / "all_wrong.jsonl" if as_folder else output.with_suffix(".all_wrong.jsonl"))
     )
-    stats = Statistics()
+    stats = PairingStatistics()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         buckets = partition(settings.responses, Path(folder), settings.bucket_mb * MEGABYTE, stats)
@@ -134,7 +136,7 @@ def _without_collector() -> Iterator[None]:
 
 
 @_without_collector()
-def partition(paths: list[str], folder: Path, bucket_bytes: int, stats: Statistics) -> list[Path]:
+def partition(paths: list[str], folder: Path, bucket_bytes: int, stats: PairingStatistics) -> list[Path]:
     """Spread responses over files by the hash of their question, so that each fits in memory and holds whole questions.
 
     Such a file holds lists of (key of the question, values of the response's fields), each after its length, in the
@@ -199,7 +201,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 @_without_collector()
-def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str]], str, Statistics]:
+def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str]], str, PairingStatistics]:
     """Build the pairs of one file of `partition`.
 
     Returns:
@@ -208,7 +210,7 @@ def build_bucket(path: Path, rules: PairRules) -> tuple[list[tuple[str, str, str
     groups: dict[str, list[bytes]] = {}
     for key, values in _read_rows(path):
         groups.setdefault(key, []).append(values)
-    stats = Statistics()
+    stats = PairingStatistics()
     pairs: list[tuple[str, str, str]] = []
     wrong: list[str] = []
     for key in sorted(groups):

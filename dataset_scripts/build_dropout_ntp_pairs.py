@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from internvl_mpo.engines import Engine, Reply, Request, Sampling
 from internvl_mpo.engines.journal import Journal, collect_replies, report_missing, sample_seed
-from internvl_mpo.engines.loading import EngineSettings, load_engine
+from internvl_mpo.engines.loading import load_engine
+from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.pairing import cut_prefix, without_images
 from internvl_mpo.records import PreferencePair, Response, content_id, read_rows
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
+from internvl_mpo.text_checks import cut_prefix, without_images
 
 
 @dataclass(kw_only=True)

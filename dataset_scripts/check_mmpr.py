@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
 
-from internvl_mpo.contamination import build_index
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.mmpr_check import check
-from internvl_mpo.mmpr_check_report import text_table, write_report
-from internvl_mpo.records import atomic_writer
+from internvl_mpo.files import atomic_writer
+from internvl_mpo.mmpr.check import check
+from internvl_mpo.mmpr.check_report import text_table, write_report
+from internvl_mpo.mmpr.contamination import build_index
 from internvl_mpo.settings import parse_settings, setting, show_settings
 
 

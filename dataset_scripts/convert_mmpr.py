@@ -19,9 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
 
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.mmpr_card import write_card
-from internvl_mpo.mmpr_convert import MEGABYTE, Options, convert
-from internvl_mpo.mmpr_restore import restore
+from internvl_mpo.mmpr.card import write_card
+from internvl_mpo.mmpr.convert import convert
+from internvl_mpo.mmpr.restore import restore
+from internvl_mpo.mmpr.shard_plan import MEGABYTE, Options
 from internvl_mpo.settings import parse_settings, setting, show_settings
 
 

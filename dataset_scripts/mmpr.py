@@ -9,7 +9,7 @@
     builder.download_and_prepare()  # the same rows as a memory-mapped data set
     pairs = builder.as_dataset(split="train")
 
-Columns are those of the Parquet form (`internvl_mpo/mmpr_parquet.py`). Every subset of meta.json is a shard, so that a
+Columns are those of the Parquet form (`internvl_mpo/mmpr/parquet.py`). Every subset of meta.json is a shard, so that a
 stream can be shuffled, split over workers and resumed. To publish, use convert_mmpr.py: `datasets` runs no code from
 the Hub any more, a data set there is Parquet.
 """
@@ -28,9 +28,9 @@ import datasets
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.mmpr import Subset, parse_line, read_subsets
-from internvl_mpo.mmpr_files import Member, check_picture, read_lines
-from internvl_mpo.mmpr_parquet import FEATURES, to_columns
+from internvl_mpo.mmpr.files import Member, check_picture, read_lines
+from internvl_mpo.mmpr.parquet import FEATURES, to_columns
+from internvl_mpo.mmpr.release import Subset, parse_line, read_subsets
 from internvl_mpo.records import RowError
 
 log = logging.getLogger(__name__)

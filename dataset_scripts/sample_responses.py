@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from internvl_mpo.engines import Engine, Reply, Request, Sampling
 from internvl_mpo.engines.journal import Journal, collect_replies, report_missing, sample_seed
-from internvl_mpo.engines.loading import EngineSettings, load_engine
+from internvl_mpo.engines.loading import load_engine
+from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.prompts import STYLES, ask, language_of, style_for
 from internvl_mpo.records import Question, Response, content_id, read_rows

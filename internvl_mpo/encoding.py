@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from PIL import ExifTags, Image
 
-from internvl_mpo.packing import Group, PairSize, tree_tokens
+from internvl_mpo.pack_plan import PairSize
+from internvl_mpo.packing import Group, tree_tokens
 from internvl_mpo.records import PreferencePair, RowError
 
 PLACEHOLDER = "<image>"

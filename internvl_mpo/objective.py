@@ -23,7 +23,11 @@ from torch import Tensor
 from internvl_mpo.preference_terms import REFERENCE_FREE, SORTED, Pairs, Preference, preference_term
 
 Quality = Literal["bco", "none"]
+
+
 Generation = Literal["sft", "sft_token", "none"]
+
+
 ShiftMode = Literal["previous", "inclusive", "ema", "none"]
 
 
@@ -283,3 +287,21 @@ def _wide(values: Tensor) -> Tensor:
 def _check_choice(what: str, value: str, choices: Any) -> None:
     if value not in get_args(choices):
         raise ValueError(f"unknown {what} '{value}', expected one of {', '.join(get_args(choices))}")
+
+
+def sequence_kl(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor) -> Tensor:
+    """Return an estimate of KL(reference || policy) in nats a token, one per response.
+
+    The estimator: k3 = exp(d) - 1 - d (Schulman 2020, "Approximating KL Divergence") with d the mean log-ratio a token,
+    (log policy - log reference) / length. It is never negative and 0 for equal models. Responses must be samples of the
+    reference for k3 to estimate this direction: true of pairs that were sampled from the start model, as MMPR's are for
+    their own models, and approximate for any other data. Averaging d over a response before the exponential makes it a
+    lower bound of the token-wise k3 (Jensen).
+
+    Args:
+        policy_logps: summed log-probs of responses. Shape: (P,)
+        reference_logps: Shape: (P,)
+        lengths: scored tokens. Shape: (P,)
+    """
+    mean_ratio = (policy_logps - reference_logps) / lengths
+    return torch.expm1(mean_ratio) - mean_ratio

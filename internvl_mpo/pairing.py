@@ -5,34 +5,21 @@ sorted, and every choice is drawn from a hash of the seed and the content. So th
 the same bytes on any number of workers.
 """
 
-import json
 import math
-import os
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from internvl_mpo.answers import Outcome, Verdict, compare_answers, parse_answer
+from internvl_mpo.answers.comparing import Outcome, Verdict, compare_answers
+from internvl_mpo.answers.finding import parse_answer
 from internvl_mpo.prompts import STYLES, language_of
-from internvl_mpo.records import (
-    PairLines,
-    PreferencePair,
-    Question,
-    Response,
-    atomic_writer,
-    json_quoted,
-    to_json_text,
-)
+from internvl_mpo.records import PairLines, PreferencePair, Question, Response, json_quoted, to_json_text
+from internvl_mpo.text_checks import LONG_WORDS, LOOP_SHARE, entails, has_similar, is_repetitive, word_shingles
 
 # How far ahead in the diverse order a pair may be preferred because its lengths balance the pairs taken before.
 BALANCE_WINDOW = 8
-# A text of at least so many words loops where less than this share of its runs of four words is distinct.
-LONG_WORDS, LOOP_SHARE = 24, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +50,7 @@ class PairRules:
 
 
 @dataclass
-class Statistics:
+class PairingStatistics:
     """Counts by source, mergeable; `table` prints them."""
 
     counts: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
@@ -72,7 +59,7 @@ class Statistics:
         """Add to one count."""
         self.counts[source][key] += amount
 
-    def merge(self, other: "Statistics") -> None:
+    def merge(self, other: "PairingStatistics") -> None:
         """Add all counts of another."""
         for source, counts in other.counts.items():
             self.counts[source].update(counts)
@@ -124,7 +111,7 @@ class Match(NamedTuple):
 
 
 def correctness_pairs(
-    responses: Iterable[Response], rules: PairRules, stats: Statistics
+    responses: Iterable[Response], rules: PairRules, stats: PairingStatistics
 ) -> tuple[list[PreferencePair], Question | None]:
     """Return the pairs of one question as rows, and the question where no response was right; see `match_responses`."""
     matches, question = match_responses(responses, rules, stats)
@@ -132,7 +119,7 @@ def correctness_pairs(
 
 
 def match_responses(
-    responses: Iterable[Response], rules: PairRules, stats: Statistics
+    responses: Iterable[Response], rules: PairRules, stats: PairingStatistics
 ) -> tuple[list[Match], Question | None]:
     """Choose the pairs of one question: right over wrong, and right over unparsable.
 
@@ -224,21 +211,7 @@ def _unfit(response: Response, rules: PairRules, is_varied: bool) -> str | None:
     return None
 
 
-def is_repetitive(text: str) -> bool:
-    """Return whether a text loops: fewer than half of its runs of four words (or of eight characters) are distinct."""
-    words = text.split()
-    if len(words) >= LONG_WORDS:
-        if len(set(words)) - 3 >= LOOP_SHARE * len(words):
-            return False  # every distinct word opens a distinct run
-        runs = [*zip(words, words[1:], words[2:], words[3:], strict=False)]
-        return len(set(runs)) < LOOP_SHARE * len(runs)
-    if len(text) >= 96:
-        runs = [text[start : start + 8] for start in range(len(text) - 7)]
-        return len(set(runs)) < 0.35 * len(runs)
-    return False
-
-
-def _diverse(items: list[Judged], rules: PairRules, stats: Statistics, as_chosen: bool = False) -> list[Judged]:
+def _diverse(items: list[Judged], rules: PairRules, stats: PairingStatistics, as_chosen: bool = False) -> list[Judged]:
     """Usable responses without near copies, in a seeded order in which different answers come first."""
     draws = _draws(items, rules.seed)
     ordered = [items[index] for index in sorted(range(len(items)), key=draws.__getitem__)]
@@ -257,7 +230,7 @@ def _diverse(items: list[Judged], rules: PairRules, stats: Statistics, as_chosen
             continue
         compares = like[answer] > 1 and rules.max_similarity < 1
         words = text.lower().split() if compares else []
-        mine = _shingles(words)
+        mine = word_shingles(words)
         if as_chosen:
             # every triple but the last begins another run of four words: most texts are seen not to loop from here
             is_varied = len(words) >= LONG_WORDS and len(mine) - 1 >= LOOP_SHARE * len(words)
@@ -266,7 +239,7 @@ def _diverse(items: list[Judged], rules: PairRules, stats: Statistics, as_chosen
                 stats.add(response.source, f"drop {reason}")
                 continue
         if compares:
-            if _has_similar(mine, shingles[answer], rules.max_similarity):
+            if has_similar(mine, shingles[answer], rules.max_similarity):
                 stats.add(response.source, "drop near copies")
                 continue
             shingles[answer].append(mine)
@@ -280,25 +253,8 @@ def _diverse(items: list[Judged], rules: PairRules, stats: Statistics, as_chosen
     return [kept[index] for index in sorted(range(len(kept)), key=turns.__getitem__)]
 
 
-def _shingles(words: list[str]) -> frozenset[int]:
-    """The word triples of a text by their hashes, which compare faster than the words."""
-    return frozenset(map(hash, zip(words, words[1:], words[2:], strict=False))) or frozenset(map(hash, words))
-
-
-def _has_similar(mine: frozenset, others: list[frozenset], limit: float) -> bool:
-    """Whether the Jaccard similarity with any other reaches the limit."""
-    size = len(mine)
-    share = limit / (1 + limit)  # |A & B| / |A | B| >= limit, in terms of |A| + |B|
-    smallest, largest = limit * size, size / limit
-    for other in others:
-        number = len(other)
-        if smallest <= number <= largest and len(mine & other) >= share * (size + number):
-            return True
-    return False
-
-
 def _choose(
-    chosen: list[Judged], rejected: list[Judged], cap: int, rules: PairRules, stats: Statistics
+    chosen: list[Judged], rejected: list[Judged], cap: int, rules: PairRules, stats: PairingStatistics
 ) -> tuple[list[tuple[Judged, Judged]], float]:
     """Take up to `cap` pairs: every response is used once before one is used twice, and lengths are kept in balance.
 
@@ -348,22 +304,6 @@ def _unfit_pair(right: Judged, other: Judged, rules: PairRules) -> str | None:
     if rules.max_length_ratio and math.exp(abs(right.log_length - other.log_length)) > rules.max_length_ratio:
         return "pairs of too different lengths"
     return None
-
-
-@lru_cache(maxsize=65536)
-def entails(answer: str, part: str) -> bool:
-    """Return whether `part` occurs in `answer` as whole words, so that calling `answer` wrong would be unsafe.
-
-    "12" does not contain "1", and "none" does not contain "no".
-    """
-    words, wanted = _answer_words(answer), _answer_words(part)
-    if not wanted:
-        return False
-    return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
-
-
-def _answer_words(text: str) -> list[str]:
-    return re.findall(r"-?\d+(?:[.,]\d+)*|[^\W\d_]+|[^\w\s]", text.lower().strip(" ."))
 
 
 # Of a response's provenance, what a pair keeps.
@@ -450,61 +390,3 @@ def group_key(response: Response) -> str:
     names = "\x1f".join(response.images)
     text = f"{names}\x1f\x1f{response.question}\x1f{response.answer}"
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------- Dropout-NTP
-
-_UNIT = re.compile(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]|[^\s\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
-_IMAGE_LINE = re.compile(r"(?:(?:Image|图)-?\d+\s*[:：]\s*)?<image>[ \t]*\n?")
-
-
-def cut_prefix(text: str, ratio: float) -> str:
-    """Return the first `ratio` of a text, counted in words, in Chinese in characters, without trailing space.
-
-    At most all but the last word: something must be left to continue.
-    """
-    units = list(_UNIT.finditer(text))
-    count = min(math.floor(len(units) * ratio), len(units) - 1)
-    return text[: units[count - 1].end()] if count > 0 else ""
-
-
-def without_images(question: str) -> str:
-    """Return the question without its `<image>` placeholders and their numbering."""
-    return _IMAGE_LINE.sub("", question).strip()
-
-
-# ---------------------------------------------------------------------------------------------------- MMPR layout
-
-
-def subset_name(source: str, rule: str, *, ratio: float = 0.5, with_image: bool = False) -> str:
-    """Return the name of a file in MMPR's suffix grammar, e.g. `m3cot_train_pairs_vqa_correctness_rules`."""
-    base = re.sub(r"[^\w.+-]", "_", source) or "unnamed"
-    if rule in ("correctness", "format", "direct"):
-        return f"{base}_pairs_vqa_{rule}_rules"
-    if rule in ("dropout_ntp", "prefix_with_image"):
-        return f"{base}_prefix_pair_sr{ratio}_{'with' if with_image else 'wo'}_image"
-    return f"{base}_{rule}"
-
-
-def write_meta(path: str | Path, subsets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write MMPR's meta.json.
-
-    Args:
-        path: the file to write.
-        subsets: name -> {"root": image folder, "annotation": jsonl file, and any of "data_augment", "repeat_time",
-            "length", "max_dynamic_patch"}. Paths are given as this process sees them and written relative to the
-            folder of `path`, so that the release can be moved. A missing length is counted.
-    """
-    folder = Path(path).resolve().parent
-    meta = {}
-    for name, subset in subsets.items():
-        entry = {"data_augment": False, "repeat_time": 1, **subset}
-        for key in ("root", "annotation"):
-            entry[key] = Path(os.path.relpath(Path(subset[key]).resolve(), folder)).as_posix()
-        if "length" not in entry:
-            with open(subset["annotation"], encoding="utf-8") as lines:
-                entry["length"] = sum(1 for line in lines if line.strip())
-        meta[name] = {key: entry[key] for key in ("root", "annotation", *sorted(entry)) if key in entry}
-    with atomic_writer(path) as out:
-        json.dump(meta, out, ensure_ascii=False, indent=2)
-        out.write("\n")

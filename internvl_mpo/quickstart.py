@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.records import atomic_writer, content_id
+from internvl_mpo.files import atomic_writer
+from internvl_mpo.records import content_id
 from internvl_mpo.settings import parse_settings, read_yaml, setting
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,7 +230,7 @@ def main(argv: list[str]) -> int:
     with atomic_writer(out / "results.json") as file:
         json.dump(found, file, indent=2)
 
-    from internvl_mpo.mini_report import write_report
+    from internvl_mpo.mini.report import write_report
 
     write_report(out, found)
     print(f"\n{table(found)}\n")

@@ -8,17 +8,16 @@ On disk a row is one JSON object per line in MMPR's own form, so that official a
 `provenance`; readers of MMPR ignore them.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, ClassVar, NoReturn, Self, TypeVar
+from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.files import atomic_writer
 
 RULES = ("correctness", "format", "direct", "dropout_ntp", "prefix_with_image", "vote", "other")
 
@@ -286,26 +285,6 @@ def write_rows(rows: Iterable[Row], path: str | Path) -> int:
             out.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
             count += 1
     return count
-
-
-@contextlib.contextmanager
-def atomic_writer(path: str | Path) -> Iterator[IO[str]]:
-    """Open a text file that appears under `path` only when the block succeeds, flushed to the disk.
-
-    Half of a character outside the basic plane, which JSON can bring along, is written as JSON's own escape: it must
-    not cost a run its output.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _loads(line: str) -> Any:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from internvl_mpo.checkpoint import whole_checkpoints
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.logps import attach_scoring, pair_logps
@@ -28,6 +27,7 @@ from internvl_mpo.objective import mpo_loss
 from internvl_mpo.packing import pack_groups
 from internvl_mpo.records import PreferencePair
 from internvl_mpo.settings import parse_settings, setting
+from internvl_mpo.training.checkpoint import whole_checkpoints
 
 
 @dataclass

@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Hashable, Iterator, Sequence
 
-from internvl_mpo.packing import PairSize, group_tokens, plan_packs
+from internvl_mpo.pack_plan import PairSize, group_tokens, plan_packs
 
 Rows = tuple[int, ...]  # pairs of one group, as indices into the data
 

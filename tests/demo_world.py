@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from internvl_mpo.demo.backends import Activity, Names, Pane, Question, follow
 from internvl_mpo.demo.conversation import SIDES, Answer
 from internvl_mpo.demo.pictures import Cutter
 from internvl_mpo.demo.settings import DemoSettings
 from internvl_mpo.demo.sharing import Shelf
+from internvl_mpo.demo.streaming import Activity, Names, Pane, VisitorQuestion, follow
 from internvl_mpo.demo.votes import VoteBox
 
 REPLY = {
@@ -29,9 +29,9 @@ class ScriptedBackend:
 
     def __init__(self, pause: float = 0.0):
         self.pause, self.activity = pause, Activity()
-        self.questions: list[Question] = []
+        self.questions: list[VisitorQuestion] = []
 
-    def stream(self, question: Question) -> Iterator[tuple[Answer, Answer]]:
+    def stream(self, question: VisitorQuestion) -> Iterator[tuple[Answer, Answer]]:
         """See `Backend.stream`."""
         self.questions.append(question)
         stop, changed = threading.Event(), threading.Event()
@@ -48,7 +48,7 @@ class ScriptedBackend:
         work = [lambda side=side, pane=pane: write(side, pane) for side, pane in zip(SIDES, panes, strict=True)]
         yield from follow(panes, work, stop, changed, self.activity)
 
-    def _reply(self, side: str, question: Question) -> str:
+    def _reply(self, side: str, question: VisitorQuestion) -> str:
         messages = question.chats[side]
         _, said, text = messages[-1].text.partition("say:")
         if said:

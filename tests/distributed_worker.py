@@ -20,10 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_mpo  # noqa: E402
-from internvl_mpo import logps, trainer  # noqa: E402
-from internvl_mpo.distributed import from_all_ranks  # noqa: E402
+from internvl_mpo import logps  # noqa: E402
 from internvl_mpo.errors import run_program  # noqa: E402
 from internvl_mpo.packing import Pack  # noqa: E402
+from internvl_mpo.training import trainer  # noqa: E402
+from internvl_mpo.training.distributed import from_all_ranks  # noqa: E402
 
 
 def main(path: str) -> None:

@@ -6,18 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from internvl_mpo.answers import (
-    FORMATS,
-    Outcome,
-    anls,
-    compare_answers,
-    judge_response,
-    parse_answer,
-    parse_date,
-    parse_number,
-    parse_options,
-    rules_of_source,
-)
+from internvl_mpo.answers.choices import parse_options
+from internvl_mpo.answers.comparing import Outcome, compare_answers, judge_response, rules_of_source
+from internvl_mpo.answers.dates import parse_date
+from internvl_mpo.answers.finding import FORMATS, parse_answer
+from internvl_mpo.answers.numbers import parse_number
+from internvl_mpo.answers.texts import anls
 
 CASES = Path(__file__).parent / "cases"
 

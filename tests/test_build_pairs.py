@@ -10,7 +10,7 @@ import pytest
 from dataset_scripts import build_correctness_pairs, convert_mmpr, verify_pairs
 from internvl_mpo.engines import Reply
 from internvl_mpo.errors import run_program
-from internvl_mpo.mmpr import iter_pairs
+from internvl_mpo.mmpr.reading import iter_pairs
 from internvl_mpo.prompts import ask
 from internvl_mpo.records import PreferencePair, Question, Response, read_rows, write_rows
 

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from internvl_mpo.demo import browser, show
-from internvl_mpo.demo.backends import LocalModels, Question, Servers
 from internvl_mpo.demo.conversation import (
     SIDES,
     Answer,
@@ -31,14 +30,17 @@ from internvl_mpo.demo.conversation import (
 )
 from internvl_mpo.demo.examples import make_examples
 from internvl_mpo.demo.guard import Guard
+from internvl_mpo.demo.local_models import LocalModels
 from internvl_mpo.demo.pictures import Cutter, Limits, read_data_uri, read_picture, take_uploads
+from internvl_mpo.demo.servers import Servers
 from internvl_mpo.demo.service import Service
 from internvl_mpo.demo.settings import DemoSettings
 from internvl_mpo.demo.sharing import Shelf
+from internvl_mpo.demo.streaming import VisitorQuestion
 from internvl_mpo.demo.votes import VoteBox
 from internvl_mpo.engines import Sampling
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.mmpr import iter_pairs
+from internvl_mpo.mmpr.reading import iter_pairs
 from modeling_internvl_mpo.image_processing_internvl_mpo import dynamic_preprocess
 from tests.demo_world import ScriptedBackend, finish, settings_for, wait_until
 from tests.tiny_world import make_model_folder
@@ -377,15 +379,15 @@ def model_folder(tmp_path_factory):
     return str(make_model_folder(tmp_path_factory.mktemp("demo_model")))
 
 
-def ask_question(text: str = "What is this?", images=(), **changes) -> Question:
+def ask_question(text: str = "What is this?", images=(), **changes) -> VisitorQuestion:
     message = Message("user", "<image>\n" * len(images) + text, tuple(images))
     sampling = Sampling(temperature=changes.pop("temperature", 0.0), max_new_tokens=changes.pop("length", 8))
-    return Question({side: [message] for side in SIDES}, sampling, **changes)
+    return VisitorQuestion({side: [message] for side in SIDES}, sampling, **changes)
 
 
 def test_streamed_answers_equal_those_of_the_engine(model_folder):
     from internvl_mpo.engines import Request
-    from internvl_mpo.engines.transformers_engine import TransformersEngine
+    from internvl_mpo.engines.internvl_engine import InternVLEngine
 
     image = picture(width=90, height=40)
     for temperature in (0.0, 1.0):
@@ -401,7 +403,7 @@ def test_streamed_answers_equal_those_of_the_engine(model_folder):
             seed=5,
             sampling=Sampling(temperature=temperature, max_new_tokens=8),
         )
-        (reply,) = TransformersEngine(model_folder).generate([request])
+        (reply,) = InternVLEngine(model_folder).generate([request])
         assert streamed["base"].text == streamed["mpo"].text == reply.text
         assert streamed["base"].num_tokens == reply.num_tokens
 
@@ -450,7 +452,7 @@ def test_one_mixed_batch_answers_as_base_and_as_merged_model(model_folder, tmp_p
         ]
         for side in SIDES
     }
-    again = Question(chats, Sampling(max_new_tokens=10))
+    again = VisitorQuestion(chats, Sampling(max_new_tokens=10))
     one, two = finish(mixed.stream(again)), finish(apart.stream(again))
     assert {side: one[side].text for side in SIDES} == {side: two[side].text for side in SIDES}
 
@@ -649,11 +651,11 @@ def test_stopping_hangs_up_on_the_server(openai):
 
 
 def test_our_own_server_streams_and_remembers_the_first_question(model_folder, monkeypatch):
+    from internvl_mpo.engines.internvl_engine import InternVLEngine
     from internvl_mpo.engines.serve import BatchServer
-    from internvl_mpo.engines.transformers_engine import TransformersEngine
 
     monkeypatch.setattr("internvl_mpo.engines.DRAFT_SECONDS", 0.0)
-    server = BatchServer(TransformersEngine(model_folder), "mini")
+    server = BatchServer(InternVLEngine(model_folder), "mini")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         backend = Servers({"base": server.url, "mpo": server.url}, {"base": None, "mpo": None})
@@ -667,7 +669,7 @@ def test_our_own_server_streams_and_remembers_the_first_question(model_folder, m
             side: [*first.chats[side], Message("assistant", here[side].text), Message("user", "Sure?")]
             for side in SIDES
         }
-        second = Question(chats, first.sampling)
+        second = VisitorQuestion(chats, first.sampling)
         served, here = finish(backend.stream(second)), finish(local.stream(second))
         assert {answer.error for answer in served.values()} == {""}
         assert served["mpo"].text == here["mpo"].text
@@ -799,7 +801,7 @@ def write_run(folder: Path, answers: dict[str, tuple[float | None, str]]) -> Pat
             "reason": "number",
             "groups": {},
             "details": {},
-            "question": f"Question {id} <b>?",
+            "question": f"VisitorQuestion {id} <b>?",
             "choices": [],
             "gold": "7",
             "images": [],

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from internvl_mpo.mmpr import iter_pairs
+from internvl_mpo.mmpr.reading import iter_pairs
 from tests.demo_world import ScriptedBackend, make_page, wait_until
 
 gradio = pytest.importorskip("gradio", reason="the demo needs gradio")

@@ -21,7 +21,7 @@ from test_train_mpo import ROOT, arguments, losses, train, world  # noqa: F401 -
 sys.path.insert(0, str(ROOT / "bench"))
 from kill_train import tiny_world, torture
 
-from internvl_mpo.mmpr import iter_pairs
+from internvl_mpo.mmpr.reading import iter_pairs
 
 pytest.importorskip("deepspeed")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -171,8 +171,8 @@ def test_ranks_may_change_without_deepspeed_and_not_with_it(world, alone, togeth
 
 
 def test_zero_checkpoints_of_another_number_of_ranks_are_refused(tmp_path):
-    from internvl_mpo.checkpoint import check_resumable, write_state
     from internvl_mpo.errors import BadInputError
+    from internvl_mpo.training.checkpoint import check_resumable, write_state
 
     state = {"fingerprint": {}, "engine": "ZeRO-3", "num_ranks": 8, "steps_per_epoch": 10}
     write_state(tmp_path, state)
@@ -193,7 +193,7 @@ def test_kill_9_and_the_same_command_give_the_same_losses(tmp_path, way, kills):
 
 
 def test_the_local_rank_that_the_deepspeed_launcher_adds_is_taken(monkeypatch):
-    from internvl_mpo.distributed import take_local_rank
+    from internvl_mpo.training.distributed import take_local_rank
 
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert take_local_rank(["--local_rank=3", "--beta", "0.1"]) == ["--beta", "0.1"]
@@ -204,8 +204,8 @@ def test_the_local_rank_that_the_deepspeed_launcher_adds_is_taken(monkeypatch):
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_the_deepspeed_file_of_accelerate_launch_counts_or_is_refused(monkeypatch, name):
-    from internvl_mpo.distributed import take_launchers_deepspeed
     from internvl_mpo.errors import BadInputError
+    from internvl_mpo.training.distributed import take_launchers_deepspeed
 
     monkeypatch.chdir(ROOT)
     text = (ROOT / "configs/accelerate" / f"{name}.yaml").read_text()
@@ -223,8 +223,8 @@ def test_the_deepspeed_file_of_accelerate_launch_counts_or_is_refused(monkeypatc
 
 
 def test_deepspeed_without_a_file_from_accelerate_launch_is_refused(monkeypatch):
-    from internvl_mpo.distributed import take_launchers_deepspeed
     from internvl_mpo.errors import BadInputError
+    from internvl_mpo.training.distributed import take_launchers_deepspeed
 
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
@@ -266,7 +266,7 @@ def test_accelerate_launch_trains_with_its_own_stage(world, alone, tmp_path):  #
 
 
 def test_a_lock_that_a_killed_compiler_left_does_not_stop_the_next_run(tmp_path, monkeypatch):
-    from internvl_mpo.distributed import release_stale_locks
+    from internvl_mpo.training.distributed import release_stale_locks
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     for name in ("stale", "held"):

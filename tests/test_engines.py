@@ -10,9 +10,11 @@ from PIL import Image
 from tiny_world import make_model_folder, make_pictures
 
 from internvl_mpo.engines import Reply, Request, Sampling
+from internvl_mpo.engines.internvl_engine import InternVLEngine
 from internvl_mpo.engines.journal import Journal, sample_seed
-from internvl_mpo.engines.loading import EngineSettings, load_engine
-from internvl_mpo.engines.transformers_engine import TransformersEngine, draw_tokens, model_revision
+from internvl_mpo.engines.loading import load_engine
+from internvl_mpo.engines.local import draw_tokens, model_revision
+from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.records import iter_jsonl
 
@@ -26,8 +28,8 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(model_folder) -> TransformersEngine:
-    return TransformersEngine(model_folder, batch_size=8)
+def engine(model_folder) -> InternVLEngine:
+    return InternVLEngine(model_folder, batch_size=8)
 
 
 @pytest.fixture(scope="module")

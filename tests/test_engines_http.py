@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from internvl_mpo.engines import Reply, Request, Sampling, http_engine
-from internvl_mpo.engines.http_engine import HttpEngine, chat_payload, data_uri
-from internvl_mpo.engines.serve import BatchServer, read_requests
-from internvl_mpo.engines.transformers_engine import TransformersEngine
+from internvl_mpo.engines import Reply, Request, Sampling
+from internvl_mpo.engines.chat_format import chat_payload, data_uri, read_requests
+from internvl_mpo.engines.connections import seconds_to_wait
+from internvl_mpo.engines.http_engine import HttpEngine
+from internvl_mpo.engines.internvl_engine import InternVLEngine
+from internvl_mpo.engines.serve import BatchServer
 from internvl_mpo.errors import BadInputError
 from tests.tiny_world import make_model_folder
 
@@ -250,10 +252,10 @@ def test_retry_after_is_waited_for(serve):
 
 
 def test_retry_after_may_be_a_date():
-    assert http_engine._retry_after("7") == 7
-    assert 28 < http_engine._retry_after(formatdate(time.time() + 30, usegmt=True)) <= 30
+    assert seconds_to_wait("7") == 7
+    assert 28 < seconds_to_wait(formatdate(time.time() + 30, usegmt=True)) <= 30
     for value in ("", "Wed, 21 Oct 2015 07:28:00 GMT", "soon", "²", "Wed, 99 Foo"):
-        assert http_engine._retry_after(value) == 0
+        assert seconds_to_wait(value) == 0
 
 
 def test_pauses_grow_up_to_a_minute(serve):
@@ -525,8 +527,8 @@ def test_system_message_and_n_are_served():
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> TransformersEngine:
-    return TransformersEngine(make_model_folder(tmp_path_factory.mktemp("served_model")))
+def engine(tmp_path_factory) -> InternVLEngine:
+    return InternVLEngine(make_model_folder(tmp_path_factory.mktemp("served_model")))
 
 
 @pytest.fixture

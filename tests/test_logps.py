@@ -16,8 +16,14 @@ from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from internvl_mpo.logps import ScoringHead, attach_scoring, pair_logps, response_logps, twin_logps
-from internvl_mpo.packed_attention import flex_block_mask, segment_attention, use_packed_attention, varlen_attention
+from internvl_mpo.kernels.packed_attention import (
+    flex_block_mask,
+    segment_attention,
+    use_packed_attention,
+    varlen_attention,
+)
+from internvl_mpo.kernels.scoring_head import ScoringHead
+from internvl_mpo.logps import attach_scoring, pair_logps, response_logps, twin_logps
 from internvl_mpo.packing import Group, pack_groups
 
 BACKBONES = ["internlm2", "llama", "phi3", "qwen2", "qwen3"]

@@ -16,8 +16,11 @@ from tiny import tiny_config, tiny_model
 
 from internvl_mpo import memory_estimate as module
 from internvl_mpo.errors import run_program
-from internvl_mpo.memory_estimate import SHAPES, Setup, _ways_out, advise, estimate_memory, read_shape, setup_of_run
-from internvl_mpo.policy import add_adapters
+from internvl_mpo.logps import attach_scoring
+from internvl_mpo.memory_estimate import SHAPES, _ways_out, advise, estimate_memory, read_shape, setup_of_run
+from internvl_mpo.training.fake_pass import Setup, fake_pack, peak_of_a_pass
+from internvl_mpo.training.policy import add_adapters
+from modeling_internvl_mpo import InternVLChatModel
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -37,11 +40,11 @@ def test_fake_tensors_take_what_real_ones_take(backbone, checkpointing):
     setup = Setup(**{**SMALL, "gradient_checkpointing": checkpointing})
     expected = estimate_memory(config, setup)
     model = tiny_model(backbone, llm_config=WIDE)
-    module.attach_scoring(model, attention="segments")
+    attach_scoring(model, attention="segments")
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert sum(p.numel() for p in model.parameters()) == expected.num_weights == expected.num_trained
-    real = module._peak_of_a_pass(model.train(), module._pack(config, setup), setup)
+    real = peak_of_a_pass(model.train(), fake_pack(config, setup), setup)
     assert real == pytest.approx(expected.activations, rel=0.05)
 
 
@@ -104,11 +107,14 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch
 from tiny import tiny_config
+from dataclasses import replace
 from internvl_mpo import memory_estimate as module
+from internvl_mpo.logps import attach_scoring
+from internvl_mpo.training.fake_pass import fake_pack, peak_of_a_pass
 from modeling_internvl_mpo import InternVLChatModel
 shape = dict(hidden_size=512, num_hidden_layers=4, intermediate_size=1536, vocab_size=8000)
 setup = module.Setup(dtype="float32", attention="segments", max_tokens_per_pack=3000, num_tiles=20)
-setup = module.replace(setup, gradient_checkpointing={checkpointing})
+setup = replace(setup, gradient_checkpointing={checkpointing})
 warm = torch.nn.Linear(64, 64); warm(torch.ones(2, 64)).sum().backward(); torch.optim.AdamW(warm.parameters()).step()
 config = tiny_config("internlm2", llm_config=shape)
 if sys.argv[1] == "estimate":
@@ -118,12 +124,12 @@ def peak():  # not ru_maxrss: a child inherits that from the process that starte
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 idle = peak()
 model = InternVLChatModel(config).train()
-module.attach_scoring(model, attention="segments")
+attach_scoring(model, attention="segments")
 if {checkpointing}:
     model.gradient_checkpointing_enable({{"use_reentrant": False}})
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 for step in range(1):
-    module._peak_of_a_pass(model, module._pack(config, setup), setup)
+    peak_of_a_pass(model, fake_pack(config, setup), setup)
     optimizer.step()
 print(peak() - idle)
 """.format(tests=str(ROOT / "tests"), root=str(ROOT), checkpointing=checkpointing)
@@ -146,7 +152,7 @@ def test_every_official_size_is_known_by_size_and_by_name(size):
     assert read_shape(size).to_dict() == read_shape(f"OpenGVLab/InternVL2-{size.upper()}").to_dict()
     assert read_shape(size).num_image_token == 256
     with torch.device("meta"):
-        count = sum(p.numel() for p in module.InternVLChatModel(read_shape(size)).parameters())
+        count = sum(p.numel() for p in InternVLChatModel(read_shape(size)).parameters())
     published = {"1b": 0.94, "2b": 2.21, "4b": 4.15, "8b": 8.08, "26b": 25.5, "40b": 40.1, "76b": 76.3}
     assert count / 1e9 == pytest.approx(published[size], rel=0.005)
 

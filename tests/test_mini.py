@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from internvl_mpo import mini
 from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.mini.__main__ import main
+from internvl_mpo.mini.digits import DIGIT_PIXELS, Painter
+from internvl_mpo.mini.start_model import StartSettings, train_start_model
+from internvl_mpo.mini.world import TASKS, WorldSettings, chain_of_thought, make_world
 from internvl_mpo.quickstart import METHODS, Stage, run_stages, table
 from internvl_mpo.records import Question, Response, read_rows
 
@@ -17,19 +20,19 @@ SIZES = {"num_annotated": 40, "num_drills": 3, "num_questions": 6, "num_open": 4
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    mini.make_world(mini.WorldSettings(output=str(folder), **SIZES))
+    make_world(WorldSettings(output=str(folder), **SIZES))
     return folder
 
 
 def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
-    mini.make_world(mini.WorldSettings(output=str(tmp_path), **SIZES))
+    make_world(WorldSettings(output=str(tmp_path), **SIZES))
     files = sorted(path.relative_to(world) for path in world.rglob("*") if path.is_file())
     assert len(files) > 50
     assert all((world / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
 
 
 def test_digits_of_the_test_split_are_in_no_training_picture(tmp_path):
-    one, other = (mini.Painter(tmp_path, seed) for seed in (0, 1))
+    one, other = (Painter(tmp_path, seed) for seed in (0, 1))
     train, test = set(one.split["train"]), set(one.split["test"])
     assert not train & test
     assert len(train | test) == 1797
@@ -53,8 +56,8 @@ def test_direct_annotations_are_right_and_chains_of_thought_only_partly(world):
 
 @pytest.mark.parametrize("habit", [False, True])
 def test_every_sentence_of_a_chain_of_thought_is_true_arithmetic(habit):
-    for task in mini.TASKS:
-        text = mini.chain_of_thought(task, [3, 4, 5][: len(task.operations) + 1], habit=habit, final_line=True)
+    for task in TASKS:
+        text = chain_of_thought(task, [3, 4, 5][: len(task.operations) + 1], habit=habit, final_line=True)
         sentences = re.findall(r"(\d+) (times|plus) (\d+) is (\d+)\.", text)
         assert len(sentences) == len(task.operations)
         for a, word, b, c in sentences:
@@ -69,13 +72,13 @@ def test_pictures_are_cut_into_one_tile_per_digit_and_a_thumbnail(world):
 
     for row in read_rows(world / "test.jsonl", Question):
         image = Image.open(world / row.images[0])
-        tiles = dynamic_preprocess(image, max_num=3, image_size=mini.DIGIT_PIXELS, use_thumbnail=True)
+        tiles = dynamic_preprocess(image, max_num=3, image_size=DIGIT_PIXELS, use_thumbnail=True)
         assert len(tiles) == len(row.provenance["digits"]) + 1
 
 
 def test_a_start_model_is_trained_and_saved_with_one_token_per_tile(world, tmp_path):
-    settings = mini.StartSettings(world=str(world), output=str(tmp_path / "start"), steps=2, vision_steps=2)
-    mini.train_start_model(settings)
+    settings = StartSettings(world=str(world), output=str(tmp_path / "start"), steps=2, vision_steps=2)
+    train_start_model(settings)
     config = json.loads((tmp_path / "start" / "config.json").read_text())
     assert config["architectures"] == ["InternVLChatModel"]
     assert config["llm_config"]["architectures"] == ["InternLM2ForCausalLM"]
@@ -83,7 +86,7 @@ def test_a_start_model_is_trained_and_saved_with_one_token_per_tile(world, tmp_p
 
 
 def test_an_unknown_command_is_named(capsys):
-    assert run_program(mini.main, ["moon"]) == 2
+    assert run_program(main, ["moon"]) == 2
     assert "unknown command 'moon', expected one of world, start" in capsys.readouterr().err
 
 

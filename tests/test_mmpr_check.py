@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from internvl_mpo.contamination import build_index, signature
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.mini_mmpr import MMPRSettings, make_release
-from internvl_mpo.mmpr_check import KINDS, check, similarity_hash
-from internvl_mpo.mmpr_convert import Options, convert
+from internvl_mpo.mini.release import MMPRSettings, make_release
+from internvl_mpo.mmpr.check import check
+from internvl_mpo.mmpr.contamination import build_index, signature
+from internvl_mpo.mmpr.convert import convert
+from internvl_mpo.mmpr.copies import similarity_hash
+from internvl_mpo.mmpr.findings import KINDS
+from internvl_mpo.mmpr.shard_plan import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 SUMS = "CLEVR_math_digits_pairs_vqa_correctness_rules"
@@ -142,7 +145,7 @@ def test_a_part_that_is_cut_off_is_an_error(tmp_path):
 
 
 def test_lines_keep_their_numbers_when_a_file_is_cut_into_parts(raw, monkeypatch):
-    from internvl_mpo import mmpr_check
+    from internvl_mpo.mmpr import check as mmpr_check
 
     monkeypatch.setattr(mmpr_check, "INDEX_BYTES", 700)  # two to three rows
     path = edit(raw, SUMS, lambda rows: rows[11].update(rejected=rows[11]["chosen"]))

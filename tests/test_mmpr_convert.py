@@ -21,13 +21,16 @@ import pytest
 from PIL import Image
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.mini_mmpr import MMPRSettings, make_release
-from internvl_mpo.mmpr import iter_pairs, parse_line, read_subsets
-from internvl_mpo.mmpr_card import write_card
-from internvl_mpo.mmpr_convert import Options, convert, read_manifest
-from internvl_mpo.mmpr_files import read_lines
-from internvl_mpo.mmpr_parquet import FEATURES, arrow_schema, prompt_blocks, to_raw
-from internvl_mpo.mmpr_restore import restore
+from internvl_mpo.mini.release import MMPRSettings, make_release
+from internvl_mpo.mmpr.card import write_card
+from internvl_mpo.mmpr.convert import convert
+from internvl_mpo.mmpr.files import read_lines
+from internvl_mpo.mmpr.manifest import read_manifest
+from internvl_mpo.mmpr.parquet import FEATURES, arrow_schema, prompt_blocks, to_raw
+from internvl_mpo.mmpr.reading import iter_pairs
+from internvl_mpo.mmpr.release import parse_line, read_subsets
+from internvl_mpo.mmpr.restore import restore
+from internvl_mpo.mmpr.shard_plan import Options
 from internvl_mpo.records import PreferencePair, RowError
 from internvl_mpo.settings import read_yaml
 
@@ -145,8 +148,8 @@ def test_raw_to_parquet_to_load_dataset_to_raw_is_equal_in_every_field_and_byte(
     ],
 )
 def test_odd_spellings_of_a_row_come_back_as_they_were(row):
-    from internvl_mpo.mmpr import Subset
-    from internvl_mpo.mmpr_parquet import to_columns
+    from internvl_mpo.mmpr.parquet import to_columns
+    from internvl_mpo.mmpr.release import Subset
 
     subset = Subset("s_pairs_vqa_correctness_rules", None, Path("x.jsonl"), entry={"root": "images/s"})
     pair = subset.pair(row, "")
@@ -155,8 +158,8 @@ def test_odd_spellings_of_a_row_come_back_as_they_were(row):
 
 
 def test_rows_of_this_package_cost_nothing_extra_to_restore():
-    from internvl_mpo.mmpr import Subset
-    from internvl_mpo.mmpr_parquet import to_columns
+    from internvl_mpo.mmpr.parquet import to_columns
+    from internvl_mpo.mmpr.release import Subset
 
     pair = PreferencePair(question="q", chosen="a", rejected="b", source="s", rule="format", provenance={"seed": [1]})
     columns = to_columns(pair.to_json(), pair, Subset("s", None, Path("x.jsonl")), [])
@@ -421,8 +424,8 @@ def test_a_zip_entry_that_leads_out_of_its_folder_is_never_read(world, tmp_path)
 
 
 def test_a_decompression_bomb_in_a_zip_is_not_unpacked(world, tmp_path):
-    from internvl_mpo.archives import Archive
-    from internvl_mpo.mmpr_files import MAX_FILE_BYTES
+    from internvl_mpo.mmpr.archives import Archive
+    from internvl_mpo.mmpr.files import MAX_FILE_BYTES
 
     path = tmp_path / "bomb.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
@@ -564,7 +567,8 @@ def test_blocks_keep_pictures_where_the_placeholders_were():
 
 
 def test_a_line_that_is_far_too_long_is_refused(monkeypatch, tmp_path):
-    from internvl_mpo import mmpr, mmpr_files
+    from internvl_mpo.mmpr import files as mmpr_files
+    from internvl_mpo.mmpr import release as mmpr
 
     monkeypatch.setattr(mmpr_files, "MAX_LINE_BYTES", 100)
     monkeypatch.setattr(mmpr, "MAX_LINE_BYTES", 100)

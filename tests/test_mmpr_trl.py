@@ -6,10 +6,11 @@ import torch
 from tiny import tiny_model, tiny_processor
 
 from internvl_mpo.encoding import encode_group
-from internvl_mpo.mini_mmpr import MMPRSettings, make_release
-from internvl_mpo.mmpr import iter_pairs
-from internvl_mpo.mmpr_card import write_card
-from internvl_mpo.mmpr_convert import Options, convert
+from internvl_mpo.mini.release import MMPRSettings, make_release
+from internvl_mpo.mmpr.card import write_card
+from internvl_mpo.mmpr.convert import convert
+from internvl_mpo.mmpr.reading import iter_pairs
+from internvl_mpo.mmpr.shard_plan import Options
 from internvl_mpo.publish import write_model_folder
 from modeling_internvl_mpo import InternVLChatModel
 

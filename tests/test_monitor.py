@@ -16,26 +16,24 @@ from test_train_mpo import arguments, train, world  # noqa: F401 - `world` is a 
 from tiny import tiny_model, tiny_processor
 from torch.utils.flop_counter import FlopCounterMode
 
-from internvl_mpo import replay, throughput, trainer
+from internvl_mpo import replay
 from internvl_mpo.errors import run_program
 from internvl_mpo.logps import attach_scoring, response_logps
-from internvl_mpo.mini_mmpr import MMPRSettings, make_release
-from internvl_mpo.mmpr import iter_pairs
-from internvl_mpo.mmpr_convert import Options, convert
-from internvl_mpo.monitor import (
-    Watch,
-    expected_first_loss,
-    expected_first_terms,
-    repetition,
-    rounding_noise,
-    sequence_kl,
-    weights_not_finite,
-)
+from internvl_mpo.mini.release import MMPRSettings, make_release
+from internvl_mpo.mmpr.convert import convert
+from internvl_mpo.mmpr.reading import iter_pairs
+from internvl_mpo.mmpr.shard_plan import Options
+from internvl_mpo.objective import sequence_kl
 from internvl_mpo.packing import Group, pack_groups
 from internvl_mpo.preference_terms import REFERENCE_FREE, SMOOTHED, TERMS
 from internvl_mpo.records import PreferencePair
-from internvl_mpo.throughput import FlopModel, device_peak, num_visible, peak_tflops
-from internvl_mpo.trainer import ConsoleCallback, MPOTrainer
+from internvl_mpo.training import throughput, trainer
+from internvl_mpo.training.callbacks import ConsoleCallback
+from internvl_mpo.training.held_out import repetition
+from internvl_mpo.training.not_finite import weights_not_finite
+from internvl_mpo.training.throughput import FlopModel, device_peak, num_visible, peak_tflops
+from internvl_mpo.training.trainer import MPOTrainer
+from internvl_mpo.training.watch import Watch, expected_first_loss, expected_first_terms, rounding_noise
 
 
 def lines(folder: Path, name: str = "log.jsonl") -> list[dict]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from internvl_mpo.objective import RewardShift, mpo_loss
-from internvl_mpo.trainer import MeanMeter
+from internvl_mpo.training.meters import MeanMeter
 
 GOLDENS = Path(__file__).resolve().parent.parent.parent / "shared" / "oracle" / "mpo" / "mpo_losses.json"
 

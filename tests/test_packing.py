@@ -9,17 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internvl_mpo.packing import (
-    Group,
-    PairSize,
-    Segment,
-    fill_packs,
-    group_tokens,
-    pack_groups,
-    plan_packs,
-    tree_tokens,
-    unpack_groups,
-)
+from internvl_mpo.pack_plan import PairSize, fill_packs, group_tokens, plan_packs
+from internvl_mpo.packing import Group, Segment, pack_groups, tree_tokens, unpack_groups
 
 X, Y, Z, W, V, END = 10, 11, 12, 13, 14, 99
 

@@ -7,21 +7,10 @@ from itertools import groupby
 
 import pytest
 
-from internvl_mpo.pairing import (
-    PairRules,
-    Statistics,
-    correctness_pairs,
-    cut_prefix,
-    entails,
-    group_key,
-    is_repetitive,
-    match_responses,
-    pair_lines,
-    subset_name,
-    without_images,
-    write_meta,
-)
+from internvl_mpo.mmpr.release import subset_name, write_meta
+from internvl_mpo.pairing import PairingStatistics, PairRules, correctness_pairs, group_key, match_responses, pair_lines
 from internvl_mpo.records import Response
+from internvl_mpo.text_checks import cut_prefix, entails, is_repetitive, without_images
 
 WAYS = ("I count them one by one.", "First the left ones, then the right ones.", "There are some here and there.")
 
@@ -40,7 +29,7 @@ def response(answer: str | None, *, gold: str = "12", way: str = WAYS[0], seed: 
 
 
 def build(responses: list[Response], **rules) -> list:
-    return correctness_pairs(responses, PairRules(**rules), Statistics())[0]
+    return correctness_pairs(responses, PairRules(**rules), PairingStatistics())[0]
 
 
 def test_right_is_chosen_over_wrong_and_over_unparsable():
@@ -51,7 +40,7 @@ def test_right_is_chosen_over_wrong_and_over_unparsable():
 
 
 def test_table_tells_how_much_longer_the_chosen_are():
-    stats = Statistics()
+    stats = PairingStatistics()
     right, wrong = response("12", way=" ".join(map(str, range(80)))), response("13")
     correctness_pairs([right, wrong], PairRules(), stats)
     assert f"{len(right.response) / len(wrong.response):.2f}" in stats.table().splitlines()[1].split()
@@ -71,7 +60,7 @@ def test_lines_of_pairs_are_those_of_the_rows(changes):
     rows = [response(str(12 + i % 3), way=f"{WAYS[i % 3]} \u00fc\\ {i}\ud800", seed=i) for i in range(9)]
     rows += [response(None, way=WAYS[2], model="m", revision="\u00e9")]
     rows = [replace(row, **({**changes, "id": ""} if changes else {})) for row in rows]
-    matches, _ = match_responses(rows, PairRules(), Statistics())
+    matches, _ = match_responses(rows, PairRules(), PairingStatistics())
     pairs = build(rows)
     assert {pair.rule for pair in pairs} == {"correctness", "format"}
     runs = groupby(pairs, key=lambda pair: (pair.source, pair.rule))
@@ -164,7 +153,7 @@ def test_lengths_are_balanced_where_there_is_a_choice():
 
 
 def test_question_without_right_answer_is_handed_on_as_it_was():
-    stats = Statistics()
+    stats = PairingStatistics()
     asked = response("13", original_question="How many?\nAnswer the question using a single word or phrase.")
     pairs, question = correctness_pairs([asked], PairRules(), stats)
     assert pairs == []

@@ -15,8 +15,8 @@ from test_train_mpo import losses, train, world  # noqa: F401 - world is a fixtu
 from tiny import tiny_model
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.live_reference import MovingReference
-from internvl_mpo.policy import (
+from internvl_mpo.training.live_reference import MovingReference
+from internvl_mpo.training.policy import (
     add_adapters,
     check_saved_weights,
     freeze,

@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 from tiny import tiny_processor
 
-from internvl_mpo import preflight as module
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.mmpr import PairRow, iter_pairs
-from internvl_mpo.packing import PairSize
-from internvl_mpo.preflight import Preflight, length_report, same_id_twice, show_lengths
+from internvl_mpo.mmpr.pairs import PairRow
+from internvl_mpo.mmpr.reading import iter_pairs
+from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.records import PreferencePair, RowError
+from internvl_mpo.training import preflight as module
+from internvl_mpo.training.lengths import length_report, show_lengths
+from internvl_mpo.training.preflight import Preflight, same_id_twice
 
 LIMITS = {"max_tiles": 4, "max_length": 700}
 

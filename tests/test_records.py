@@ -6,16 +6,8 @@ import json
 import pytest
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.records import (
-    PreferencePair,
-    Question,
-    Response,
-    RowError,
-    atomic_writer,
-    content_id,
-    read_rows,
-    write_rows,
-)
+from internvl_mpo.files import atomic_writer
+from internvl_mpo.records import PreferencePair, Question, Response, RowError, content_id, read_rows, write_rows
 
 
 def test_rows_survive_the_file(tmp_path):

@@ -9,10 +9,11 @@ from tiny import tiny_model
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.logps import attach_scoring, pair_logps
-from internvl_mpo.mmpr import PairRow, iter_pairs
+from internvl_mpo.mmpr.pairs import PairRow
+from internvl_mpo.mmpr.reading import iter_pairs
 from internvl_mpo.packing import Group, pack_groups
 from internvl_mpo.records import PreferencePair
-from internvl_mpo.reference_cache import ReferenceCache, model_digest
+from internvl_mpo.training.reference_cache import ReferenceCache, model_digest
 
 SETTINGS = {"model": "0123abcd", "template": "internlm2-chat", "max_tiles": 12, "max_length": 6144, "dtype": "float32"}
 

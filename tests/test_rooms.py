@@ -1,138 +1,186 @@
-"""What each room may import. Imports point one way: programs -> method -> nothing of ours; the model files stand alone.
+"""Which room may import which. Imports point one way, from programs down to the ground; the model files stand alone.
 
-The table is read together with `docs/design.md`; a new import that breaks it is either a mistake or a decision, and a
-decision changes both.
+`ROOMS` is the drawing of `docs/design.md`, from the ground up: a file imports from its own room and from rooms above it
+in this list, never from one below. A new room or a new package is a decision, and a decision changes both.
 """
 
 import ast
+import functools
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PLAIN = {"tqdm", "yaml"}  # progress bars and settings files may appear anywhere
-METHOD = "internvl_mpo."
-# module -> third-party packages and modules of ours it may import
+PACKAGE = "internvl_mpo"
+EVERYWHERE = {"tqdm", "yaml"}  # progress bars and settings files
+# room -> the packages of others that its files may import, from the ground up
 ROOMS = {
-    "internvl_mpo/errors.py": set(),
-    "internvl_mpo/settings.py": {METHOD + "errors"},
-    "internvl_mpo/records.py": {METHOD + "errors"},
-    "internvl_mpo/prompts.py": {METHOD + "errors"},
-    "internvl_mpo/archives.py": {METHOD + "errors", "numpy"},
-    "internvl_mpo/mmpr_files.py": {METHOD + "archives", METHOD + "errors", METHOD + "records", "PIL"},
-    "internvl_mpo/mmpr.py": {METHOD + name for name in ("errors", "records", "mmpr_files", "mmpr_parquet")},
-    "internvl_mpo/mmpr_statistics.py": {METHOD + "records"},
-    "internvl_mpo/mmpr_parquet.py": {METHOD + name for name in ("errors", "records", "mmpr", "mmpr_files")}
-    | {"pyarrow", "datasets"},
-    "internvl_mpo/mmpr_card.py": {METHOD + name for name in ("records", "mmpr_convert", "mmpr_statistics")}
-    | {"matplotlib"},
-    "internvl_mpo/contamination.py": {METHOD + "benchmarks", METHOD + "errors", "numpy", "PIL"},
-    "internvl_mpo/mini_mmpr.py": {METHOD + "digits", METHOD + "errors", METHOD + "settings"},
-    "internvl_mpo/math_equality.py": {METHOD + "errors", "math_verify"},
-    "internvl_mpo/answer_wording.py": set(),
-    "internvl_mpo/answers.py": {METHOD + "answer_wording", METHOD + "math_equality"},
-    "internvl_mpo/pairing.py": {METHOD + "answers", METHOD + "prompts", METHOD + "records"},
-    "internvl_mpo/preference_terms.py": {"torch"},
-    "internvl_mpo/objective.py": {"torch", METHOD + "preference_terms"},
-    "internvl_mpo/packing.py": {"torch"},
-    "internvl_mpo/steps.py": {METHOD + "packing"},
-    "internvl_mpo/packed_attention.py": {"torch", "transformers", "flash_attn", METHOD + "packing"},
-    "internvl_mpo/last_layer.py": {"torch"},
-    "internvl_mpo/logps.py": {"torch", METHOD + "last_layer", METHOD + "packing", METHOD + "packed_attention"},
-    "internvl_mpo/speed.py": {
-        *("torch", "liger_kernel", METHOD + "errors", METHOD + "logps", METHOD + "packed_attention"),
+    "errors": set(),
+    "files": {"pyarrow"},
+    "text_checks": set(),
+    "pack_plan": set(),
+    "settings": set(),
+    "records": set(),
+    "prompts": set(),
+    "packing": {"torch"},
+    "preference_terms": {"torch"},
+    "objective": {"torch"},
+    "steps": set(),
+    "kernels": {"torch", "transformers", "flash_attn"},
+    "logps": {"torch"},
+    "encoding": {"PIL"},
+    "answers": {"math_verify"},
+    "pairing": set(),
+    "engines": {"torch", "transformers", "modeling_internvl_mpo", "PIL", "jinja2", "pyarrow", "ray", "vllm"},
+    "benchmarks": {"PIL", "datasets", "gradio"},
+    "evaluation": {"huggingface_hub"},
+    "mmpr": {"PIL", "datasets", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "transformers"},
+    "publish": {
+        *("PIL", "datasets", "huggingface_hub", "matplotlib", "modeling_internvl_mpo", "peft", "pyarrow"),
+        *("safetensors", "torch", "transformers"),
     },
-    "internvl_mpo/encoding.py": {"torch", "PIL", METHOD + "packing", METHOD + "records"},
-    "internvl_mpo/monitor.py": {"torch", "pandas"}
-    | {METHOD + name for name in ("mmpr", "packing", "preference_terms", "records")},
-    "internvl_mpo/throughput.py": {"torch", "psutil", METHOD + "last_layer", METHOD + "packing"},
-    "internvl_mpo/memory_estimate.py": {
-        *("torch", "transformers", "modeling_internvl_mpo"),
-        *(METHOD + name for name in ("errors", "logps", "packed_attention", "packing", "policy", "settings", "speed")),
+    "training": {
+        *("bitsandbytes", "deepspeed", "liger_kernel", "modeling_internvl_mpo", "pandas", "peft", "psutil", "pyarrow"),
+        *("safetensors", "torch", "transformers"),
     },
-    "internvl_mpo/replay.py": {
-        *("torch", "transformers", "peft", "modeling_internvl_mpo"),
-        *(METHOD + name for name in ("checkpoint", "encoding", "errors", "logps", "objective", "packing", "records")),
-        METHOD + "settings",
-    },
-    "internvl_mpo/preflight.py": {
-        *("pyarrow", METHOD + "encoding", METHOD + "errors", METHOD + "mmpr", METHOD + "packing", METHOD + "records"),
-        METHOD + "reference_cache",
-    },
-    "internvl_mpo/checkpoint.py": {METHOD + "errors", METHOD + "records"},
-    "internvl_mpo/live_reference.py": {"torch", "safetensors", METHOD + "errors", METHOD + "logps", METHOD + "packing"},
-    "internvl_mpo/policy.py": {
-        *("torch", "transformers", "safetensors", "peft", "bitsandbytes", "deepspeed"),
-        *(METHOD + "errors", "modeling_internvl_mpo"),
-    },
-    "internvl_mpo/distributed.py": {"torch", "deepspeed", METHOD + "errors", METHOD + "policy"},
-    "internvl_mpo/reference_cache.py": {"torch", "pyarrow", METHOD + "errors", METHOD + "records"},
-    "internvl_mpo/publish/hub.py": {"huggingface_hub", METHOD + "errors", METHOD + "publish.faults"},
-    "internvl_mpo/publish/faults.py": set(),
-    "internvl_mpo/publish/clean_load.py": {"torch", "transformers", "safetensors", "peft"},
-    "internvl_mpo/publish/clean_rows.py": {"datasets"},
+    "mini": {"PIL", "matplotlib", "modeling_internvl_mpo", "numpy", "sklearn", "tokenizers", "torch", "transformers"},
+    "demo": {"PIL", "gradio", "huggingface_hub", "modeling_internvl_mpo", "peft", "starlette", "torch", "transformers"},
+    "convert": {"huggingface_hub", "modeling_internvl_mpo", "safetensors", "torch", "transformers"},
+    "memory_estimate": {"modeling_internvl_mpo", "torch", "transformers"},
+    "replay": {"modeling_internvl_mpo", "peft", "torch", "transformers"},
+    "quickstart": set(),
 }
-# folder -> packages and modules that no file in it may import
-FORBIDDEN = {
-    "modeling_internvl_mpo": {"internvl_mpo", "peft", "deepspeed", "datasets", "torchvision", "timm", "einops"},
-    "internvl_mpo": {"train_mpo", "evaluate_mpo", "app", "dataset_scripts", "torchvision", "trl"},
-    "internvl_mpo/benchmarks": {"internvl_mpo.engines", "internvl_mpo.trainer", "torch", "transformers"},
-    "internvl_mpo/publish": {"internvl_mpo.trainer", "internvl_mpo.demo", "gradio", "deepspeed"},
-    "internvl_mpo/demo": {"internvl_mpo.trainer", "torchvision", "datasets"},
-    "dataset_scripts": {"train_mpo", "evaluate_mpo", "app", "internvl_mpo.trainer"},
+# room -> rooms it never imports although they lie below it
+STRANGERS = {
+    "benchmarks": {"engines"},  # a scorer never knows which model answered
+    "engines": {"pairing", "steps", "logps", "objective"},  # who answers knows nothing of pairs and training
+    "publish": {"steps", "logps", "objective", "kernels"},
+    "training": {"publish", "benchmarks", "evaluation", "engines", "pairing", "answers"},
+    "demo": {"training", "publish", "mmpr", "logps", "objective"},
 }
+# packages that only these files of a room may import, so that the others can be used without them
+CONFINED = {
+    "gradio": {"demo/page.py", "demo/pictures.py", "benchmarks/metric.py"},
+    "ray": {"engines/ray_engine.py"},
+    "vllm": {"engines/vllm_engine.py"},
+    "deepspeed": {"training/distributed.py", "training/policy.py"},
+}
+FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 
+def name_of(path: Path) -> str:
+    """`answers/dates.py` for a file of the package."""
+    return str(path.relative_to(ROOT / PACKAGE))
+
+
+def room_of(name: str) -> str:
+    """The room of a file or of a dotted module name: `answers` for `internvl_mpo.answers.dates`."""
+    return re.split(r"[./]", name.removeprefix(f"{PACKAGE}."))[0]
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
-    """Dotted names a file imports anywhere, relative ones left out."""
+    """Dotted names of modules a file imports anywhere; `if TYPE_CHECKING` counts, relative imports do not."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module)
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if is_module(name) else node.module for name in full}
     return names
 
 
-def within(name: str, allowed: set[str]) -> bool:
-    return any(name == entry or name.startswith(f"{entry}.") for entry in allowed)
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-@pytest.mark.parametrize("file", ROOMS)
-def test_a_room_imports_only_what_the_table_allows(file):
-    allowed = ROOMS[file] | PLAIN
-    outside = {
-        name
-        for name in imports(ROOT / file)
-        if name.split(".")[0] not in sys.stdlib_module_names and not within(name, allowed)
-    }
-    assert not outside
+def ours(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.startswith(f"{PACKAGE}.")}
 
 
-@pytest.mark.parametrize("folder", FORBIDDEN)
-def test_a_folder_never_imports_what_depends_on_it(folder):
-    found = {
-        (path.name, name)
-        for path in (ROOT / folder).rglob("*.py")
-        for name in imports(path)
-        if within(name, FORBIDDEN[folder])
-    }
-    assert not found
+def others(path: Path) -> set[str]:
+    tops = {name.split(".")[0] for name in imports(path)}
+    return {top for top in tops if top not in sys.stdlib_module_names and top != PACKAGE}
 
 
-def test_model_files_are_flat_and_use_single_dot_imports():
+def test_every_file_lies_in_a_room():
+    assert {room_of(name_of(path)) for path in FILES} - {"__init__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_imports_only_from_its_own_room_and_from_rooms_below(path):
+    room = room_of(name_of(path))
+    if room == "__init__":
+        assert not ours(path)
+        return
+    order = list(ROOMS)
+    allowed = set(order[: order.index(room) + 1]) - STRANGERS.get(room, set())
+    assert not {name for name in ours(path) if room_of(name) not in allowed}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_imports_only_the_packages_of_its_room(path):
+    room = room_of(name_of(path))
+    packages = others(path) - EVERYWHERE
+    assert packages <= ROOMS.get(room, set())
+    assert not {package for package in packages if name_of(path) not in CONFINED.get(package, {name_of(path)})}
+
+
+def test_no_circle_of_imports():
+    graph = {".".join((PACKAGE, *path.relative_to(ROOT / PACKAGE).with_suffix("").parts)): path for path in FILES}
+    graph = {name.removesuffix(".__init__"): ours(path) for name, path in graph.items()}
+    # a room's front page names its files, and its files do not need the page
+    waiting = {name: {other for other in needs if not name.startswith(other)} for name, needs in graph.items()}
+    while free := [name for name, needs in waiting.items() if not needs & set(waiting)]:
+        for name in free:
+            del waiting[name]
+    assert not waiting, f"these import each other in a circle: {sorted(waiting)}"
+
+
+def test_programs_do_not_import_each_other_and_nothing_imports_a_program():
+    programs = {path.stem: path for path in [*ROOT.glob("*.py"), *(ROOT / "dataset_scripts").glob("*.py")]}
+    programs.pop("setup")
+    for path in [*FILES, *programs.values()]:
+        assert not {name.split(".")[0] for name in imports(path)} & (set(programs) | {"dataset_scripts"}), path
+
+
+def test_data_scripts_load_no_trainer():
+    for path in (ROOT / "dataset_scripts").glob("*.py"):
+        assert "training" not in {room_of(name) for name in ours(path)}, path
+
+
+def test_model_files_are_flat_stand_alone_and_use_single_dot_imports():
     folder = ROOT / "modeling_internvl_mpo"
     assert not [path for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"]
     for path in folder.glob("*.py"):
+        assert others(path) <= {"torch", "transformers", "tokenizers", "PIL", "numpy", "sentencepiece"}, path
+        assert not ours(path)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1, f"{path.name}: only siblings travel with a checkpoint"
                 assert node.module, f"{path.name}: 'from . import name' is not understood by remote code"
 
 
+def test_the_drawing_in_the_design_page_names_every_room():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    drawing = re.search(r"```rooms\n(.*?)```", page, re.DOTALL)[1]
+    missing = [room for room in ROOMS if not re.search(rf"\b{room}\b", drawing)]
+    assert not missing
+
+
+def test_every_file_the_design_page_points_at_is_there():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)", page))
+    assert len(named) > 12
+    assert not {name for name in named if not (ROOT / PACKAGE / name).is_file() and not (ROOT / name).is_file()}
+
+
 def test_no_file_evaluates_text():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "internvl_mpo").rglob("*.py"), *(ROOT / "dataset_scripts").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *FILES, *(ROOT / "dataset_scripts").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in ("eval", "exec"), f"{path.name}:{node.lineno}"

@@ -16,8 +16,8 @@ from tiny_world import make_model_folder, make_questions
 
 from dataset_scripts import build_dropout_ntp_pairs, sample_responses
 from internvl_mpo.engines import Reply
+from internvl_mpo.engines.internvl_engine import InternVLEngine
 from internvl_mpo.engines.serve import BatchServer
-from internvl_mpo.engines.transformers_engine import TransformersEngine
 from internvl_mpo.errors import run_program
 from internvl_mpo.records import PreferencePair, Response, read_rows
 
@@ -78,14 +78,14 @@ def test_a_finished_file_is_extended_without_asking_again(world, tmp_path, monke
     sample(world, tmp_path / "three.jsonl")
     sample(world, tmp_path / "out.jsonl", num_samples=1)
     asked: list[str] = []
-    answer = TransformersEngine.generate
+    answer = InternVLEngine.generate
 
     def counting(self, requests, done=()):
         for reply in answer(self, requests, done):
             asked.append(reply.id)
             yield reply
 
-    monkeypatch.setattr(TransformersEngine, "generate", counting)
+    monkeypatch.setattr(InternVLEngine, "generate", counting)
     sample(world, tmp_path / "out.jsonl")
     assert len(asked) == 12
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "three.jsonl").read_bytes()
@@ -139,7 +139,7 @@ def test_bad_settings_end_with_one_sentence(world, tmp_path, capsys, settings, m
 
 def test_through_http_the_same_replies(world, tmp_path):
     sample(world, tmp_path / "local.jsonl")
-    server = BatchServer(TransformersEngine(world / "model"), "served")
+    server = BatchServer(InternVLEngine(world / "model"), "served")
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         assert sample(world, tmp_path / "http.jsonl", engine="http", base_url=server.url, model="served") == 0
@@ -264,10 +264,8 @@ def test_killed_at_any_moment_it_ends_in_the_same_file(world, tmp_path, monkeypa
     assert kept == sorted(kept)
     left = 180 - kept[-1]
     asked: list[int] = []
-    answer = TransformersEngine._answer
-    monkeypatch.setattr(
-        TransformersEngine, "_answer", lambda self, batch: asked.append(len(batch)) or answer(self, batch)
-    )
+    answer = InternVLEngine._answer
+    monkeypatch.setattr(InternVLEngine, "_answer", lambda self, batch: asked.append(len(batch)) or answer(self, batch))
     assert sample(world, output, **settings) == 0
     assert sum(asked) <= left + 2 * 4  # nothing that was kept is paid for again, but for the batches in flight
     assert output.read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
@@ -327,14 +325,14 @@ def drop(world: Path, responses: Path, output: Path, **settings) -> int:
 
 def test_dropout_ntp_keeps_the_prefix_and_never_sees_the_image(world, responses, tmp_path, monkeypatch, capsys):
     seen = []
-    answer = TransformersEngine.generate
+    answer = InternVLEngine.generate
 
     def watching(self, requests, done=()):
         requests = list(requests)
         seen.extend(requests)
         return answer(self, requests, done)
 
-    monkeypatch.setattr(TransformersEngine, "generate", watching)
+    monkeypatch.setattr(InternVLEngine, "generate", watching)
     assert drop(world, responses, tmp_path / "pairs.jsonl", num_continuations=2) == 0
     pairs = read_rows(tmp_path / "pairs.jsonl", PreferencePair)
     assert len(pairs) == 4
@@ -360,7 +358,7 @@ def test_dropout_ntp_with_image_and_without_prefix(world, responses, tmp_path):
 
 
 def test_dropout_ntp_continuation_equal_to_chosen_is_left_out(world, responses, tmp_path, monkeypatch, capsys):
-    answer = TransformersEngine.generate
+    answer = InternVLEngine.generate
 
     def parrot(self, requests, done=()):
         import dataclasses
@@ -368,7 +366,7 @@ def test_dropout_ntp_continuation_equal_to_chosen_is_left_out(world, responses, 
         for reply in answer(self, requests, done):
             yield dataclasses.replace(reply, text=" red things on a table.", finish_reason="stop")
 
-    monkeypatch.setattr(TransformersEngine, "generate", parrot)
+    monkeypatch.setattr(InternVLEngine, "generate", parrot)
     assert drop(world, responses, tmp_path / "pairs.jsonl") == 0
     assert "1 continuations equal to the chosen response" in capsys.readouterr().out
     (pair,) = read_rows(tmp_path / "pairs.jsonl", PreferencePair)
@@ -388,7 +386,7 @@ def test_dropout_ntp_asks_again_only_for_what_is_missing(world, responses, tmp_p
             error = "no server" if request.prefix in broken else None
             yield Reply(id=request.id, text=words, finish_reason="stop", num_tokens=1, error=error)
 
-    monkeypatch.setattr(TransformersEngine, "generate", answer)
+    monkeypatch.setattr(InternVLEngine, "generate", answer)
     output = tmp_path / "pairs.jsonl"
     assert drop(world, responses, output, num_continuations=2) == 1
     assert len(read_rows(output, PreferencePair)) == 1
@@ -411,14 +409,14 @@ def test_dropout_ntp_asks_again_only_for_what_is_missing(world, responses, tmp_p
 def test_dropout_ntp_is_extended_without_asking_again(world, responses, tmp_path, monkeypatch):
     assert drop(world, responses, tmp_path / "two.jsonl", num_continuations=2) == 0
     assert drop(world, responses, tmp_path / "pairs.jsonl") == 0
-    answer, asked = TransformersEngine.generate, []
+    answer, asked = InternVLEngine.generate, []
 
     def counting(self, requests, done=()):
         for reply in answer(self, requests, done):
             asked.append(reply.id)
             yield reply
 
-    monkeypatch.setattr(TransformersEngine, "generate", counting)
+    monkeypatch.setattr(InternVLEngine, "generate", counting)
     assert drop(world, responses, tmp_path / "pairs.jsonl", num_continuations=2) == 0
     assert len(asked) == 2
     assert (tmp_path / "pairs.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()

@@ -11,7 +11,7 @@ from tiny import tiny_model
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.logps import response_logps
 from internvl_mpo.packing import pack_groups
-from internvl_mpo.speed import apply_speed_settings, check_speed_settings, use_liger_kernels
+from internvl_mpo.training.speed import apply_speed_settings, check_speed_settings, use_liger_kernels
 
 
 def speed_settings(**changes) -> types.SimpleNamespace:

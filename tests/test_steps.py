@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_mpo.mmpr import PairRow, iter_pairs, mixture_table, read_meta, repeats, split_subset_name
-from internvl_mpo.packing import PairSize
+from internvl_mpo.mmpr.pairs import PairRow, mixture_table, repeats
+from internvl_mpo.mmpr.reading import iter_pairs
+from internvl_mpo.mmpr.release import read_meta, split_subset_name
+from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.records import PreferencePair
 from internvl_mpo.steps import StepSampler, fit_to_budget, plan_steps, split_step
 

@@ -19,10 +19,19 @@ from safetensors.torch import load_file
 from tiny_world import make_model_folder, make_training_pairs
 
 import train_mpo
-from internvl_mpo.checkpoint import STATE_FILE, check_resumable, read_state, rotate, whole_checkpoints, write_state
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.settings import write_settings
-from internvl_mpo.trainer import ConsoleCallback, MPOArguments, MPOTrainer
+from internvl_mpo.training.arguments import MPOArguments
+from internvl_mpo.training.callbacks import ConsoleCallback
+from internvl_mpo.training.checkpoint import (
+    STATE_FILE,
+    check_resumable,
+    read_state,
+    rotate,
+    whole_checkpoints,
+    write_state,
+)
+from internvl_mpo.training.trainer import MPOTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -353,7 +362,7 @@ def test_smaller_packs_give_the_same_losses(world, unbroken, tmp_path, more):
 
 @pytest.mark.slow
 def test_the_token_budget_holds_in_every_epoch_that_max_steps_reaches(world, tmp_path, monkeypatch):
-    from internvl_mpo import trainer
+    from internvl_mpo.training import trainer
 
     sizes = []
     pack_groups = trainer.pack_groups

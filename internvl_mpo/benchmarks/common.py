@@ -109,7 +109,7 @@ class Benchmark(Protocol):
 Source = str | Path | Iterable[Mapping[str, Any]]
 
 
-def plain_text(answer: str | None, longest: int = MAX_REPLY) -> str:
+def reply_text(answer: str | None, longest: int = MAX_REPLY) -> str:
     """Return the answer as text: None is empty, and of a runaway reply the middle is left out (scoring stays quick)."""
     text = "" if answer is None else str(answer)
     return text if len(text) <= longest else text[: longest // 2] + text[-longest // 2 :]

@@ -30,7 +30,7 @@ from internvl_mpo.benchmarks.common import (
     count_outcomes,
     first_marked_answer,
     percent,
-    plain_text,
+    reply_text,
 )
 from internvl_mpo.benchmarks.extraction import choose_option
 from internvl_mpo.benchmarks.sources import image_source, read_rows
@@ -78,7 +78,7 @@ def prompt(example: Example, mode: Mode) -> str:
 
 def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot") -> Score:
     """Return whether this row names the right option; see the rules above."""
-    text = plain_text(answer)
+    text = reply_text(answer)
     gold = example.answer or ""
     if rule == "ours":
         letter, reason = choose_option(text, example.choices or "ABCD")

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, plain_text
+from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, reply_text
 from internvl_mpo.benchmarks.judging import by_run, fill, mean_of, summarise_runs
 from internvl_mpo.benchmarks.sources import find_file, image_source, read_rows
 
@@ -125,7 +125,7 @@ def score(
     return Score(
         id=example.id,
         value=None if mean is None else mean / 10,
-        extracted=plain_text(answer).strip() or None,
+        extracted=reply_text(answer).strip() or None,
         reason="no judge reply" if not runs else f"{sum(run is not None for run in runs)} of {len(runs)} runs scored",
         groups=example.groups,
         details={"runs": runs},

@@ -29,7 +29,7 @@ from internvl_mpo.benchmarks.common import (
     Score,
     Source,
     first_marked_answer,
-    plain_text,
+    reply_text,
     summarise_accuracy,
 )
 from internvl_mpo.benchmarks.extraction import choose_option
@@ -71,7 +71,7 @@ def prompt(example: Example, mode: Mode) -> str:
 
 def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot") -> Score:
     """Return whether the answer names the gold option; see the rules above."""
-    text = plain_text(answer)
+    text = reply_text(answer)
     if rule == "ours":
         letter, reason = choose_option(text, example.choices)
     elif rule == "official":

@@ -32,7 +32,7 @@ from internvl_mpo.benchmarks.common import (
     Score,
     Source,
     first_marked_answer,
-    plain_text,
+    reply_text,
     summarise_accuracy,
 )
 from internvl_mpo.benchmarks.extraction import choose_option, final_segment, quantity, vlmevalkit_option
@@ -79,7 +79,7 @@ def prompt(example: Example, mode: Mode) -> str:
 
 def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot") -> Score:
     """Return whether the answer is the gold answer; see the rules above."""
-    text = plain_text(answer, SLOW_REPLY)
+    text = reply_text(answer, SLOW_REPLY)
     if rule == "ours":
         right, extracted, reason = _ours(example, text)
     elif rule == "vlmevalkit":

@@ -34,7 +34,7 @@ from internvl_mpo.benchmarks.common import (
     Score,
     Source,
     first_marked_answer,
-    plain_text,
+    reply_text,
     summarise_accuracy,
 )
 from internvl_mpo.benchmarks.extraction import MAX_LINE, choose_option, final_segment, quantity, vlmevalkit_option
@@ -122,7 +122,7 @@ def score(
     example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot", replies: Sequence[str] = ()
 ) -> Score:
     """Return whether the answer, or a judge's extraction of it, is the gold answer; see the rules above."""
-    text = replies[0].strip() if replies else plain_text(answer, SLOW_REPLY if rule == "vlmevalkit" else MAX_REPLY)
+    text = replies[0].strip() if replies else reply_text(answer, SLOW_REPLY if rule == "vlmevalkit" else MAX_REPLY)
     if rule == "ours":
         right, extracted, reason = _ours(example, text)
     elif rule == "vlmevalkit":

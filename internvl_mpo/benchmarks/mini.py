@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.answers import Outcome, judge_response
-from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, plain_text, summarise_accuracy
+from internvl_mpo.answers.comparing import Outcome, judge_response
+from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, reply_text, summarise_accuracy
 from internvl_mpo.benchmarks.sources import image_source, read_rows
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.prompts import ask
@@ -54,7 +54,7 @@ def prompt(example: Example, mode: Mode) -> str:
 def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot") -> Score:
     """Return whether the final answer equals the ground truth."""
     verdict = judge_response(
-        plain_text(answer), example.answer or "", answer_format="marker" if mode == "cot" else "text"
+        reply_text(answer), example.answer or "", answer_format="marker" if mode == "cot" else "text"
     )
     return Score(
         id=example.id,

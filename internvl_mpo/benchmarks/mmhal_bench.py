@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, breakdown, percent, plain_text
+from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, breakdown, percent, reply_text
 from internvl_mpo.benchmarks.judging import fill, mean_of, summarise_runs
 from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows
 
@@ -117,7 +117,7 @@ def score(
     return Score(
         id=example.id,
         value=mean_of(runs),
-        extracted=plain_text(answer).strip() or None,
+        extracted=reply_text(answer).strip() or None,
         reason="no judge reply" if not runs else f"{sum(run is not None for run in runs)} of {len(runs)} runs scored",
         groups=example.groups,
         details={"runs": runs},

@@ -35,7 +35,7 @@ from internvl_mpo.benchmarks.common import (
     count_outcomes,
     first_marked_answer,
     percent,
-    plain_text,
+    reply_text,
 )
 from internvl_mpo.benchmarks.extraction import final_segment
 from internvl_mpo.benchmarks.sources import image_source, read_rows
@@ -85,7 +85,7 @@ def prompt(example: Example, mode: Mode) -> str:
 
 def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode = "cot") -> Score:
     """Return whether the answer says what the label says; see the rules above."""
-    text = plain_text(answer, SLOW_REPLY if rule == "vlmevalkit" else MAX_REPLY)
+    text = reply_text(answer, SLOW_REPLY if rule == "vlmevalkit" else MAX_REPLY)
     if mode == "cot" and rule in ("internvl", "vlmevalkit"):
         text = first_marked_answer(text).strip()
     said, reason = _READERS[rule](text)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from internvl_mpo.benchmarks.common import open_image
-from internvl_mpo.benchmarks.report import verdict_state
 from internvl_mpo.demo.pictures import data_uri
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.evaluation.report import verdict_state
 from internvl_mpo.records import iter_jsonl
 
 FILTERS = {

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from internvl_mpo.answers import Outcome, clean_answer, compare_answers, parse_answer
+from internvl_mpo.answers.common import clean_answer
+from internvl_mpo.answers.comparing import Outcome, compare_answers
+from internvl_mpo.answers.finding import parse_answer
 from internvl_mpo.demo.pictures import Picture
 from internvl_mpo.engines import Sampling
 from internvl_mpo.errors import BadInputError

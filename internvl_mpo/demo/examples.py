@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from internvl_mpo.digits import Painter
+from internvl_mpo.mini.digits import Painter
 
 INK, PAPER, BLUE, ORANGE, GREEN = "#1f2937", "#ffffff", "#3b6fb6", "#e08a2e", "#3d8b5f"
 

@@ -18,7 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 from internvl_mpo.demo.conversation import Message
 from internvl_mpo.demo.pictures import Cutter
 from internvl_mpo.engines import Sampling
-from internvl_mpo.engines.transformers_engine import TransformersEngine, draw_tokens, load_processor
+from internvl_mpo.engines.internvl_engine import InternVLEngine, load_internvl_processor
+from internvl_mpo.engines.local import draw_tokens
 from internvl_mpo.errors import BadInputError
 
 BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
@@ -146,13 +147,13 @@ class ChatModel:
         return features.repeat(copies, 1, 1)
 
 
-def _load(path: str, device: str, dtype: str, four_bit: bool) -> TransformersEngine:
+def _load(path: str, device: str, dtype: str, four_bit: bool) -> InternVLEngine:
     if device != "auto":
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise BadInputError(f"device '{device}' is not there ({str(error).splitlines()[0]}); try auto") from error
-    return TransformersEngine(path, device=device, dtype=dtype, four_bit=four_bit)
+    return InternVLEngine(path, device=device, dtype=dtype, four_bit=four_bit)
 
 
 def _attach(model: Any, adapter: str) -> Any:
@@ -220,6 +221,6 @@ class _Draw(LogitsProcessor):
 def load_cutter(path: str) -> Cutter:
     """Return how a model cuts pictures, without loading its weights; InternVL2's way where there is no such folder."""
     try:
-        return Cutter.of(load_processor(str(Path(path)) if Path(path).is_dir() else path))
+        return Cutter.of(load_internvl_processor(str(Path(path)) if Path(path).is_dir() else path))
     except (OSError, ValueError):
         return Cutter()

@@ -15,13 +15,13 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from internvl_mpo.demo import browser, show
-from internvl_mpo.demo.backends import Backend
 from internvl_mpo.demo.conversation import SIDES, STYLE_NAMES, Conversation, safe_markdown
 from internvl_mpo.demo.examples import Example
 from internvl_mpo.demo.guard import Guard
 from internvl_mpo.demo.service import Service
 from internvl_mpo.demo.settings import DemoSettings
 from internvl_mpo.demo.sharing import Shelf
+from internvl_mpo.demo.streaming import Backend
 from internvl_mpo.demo.votes import VoteBox
 from internvl_mpo.errors import BadInputError
 

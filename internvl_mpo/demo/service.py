@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.demo.backends import Backend, Question
 from internvl_mpo.demo.conversation import (
     SIDES,
     Answer,
@@ -30,6 +29,7 @@ from internvl_mpo.demo.pictures import (
     read_upload,
     take_uploads,
 )
+from internvl_mpo.demo.streaming import Backend, VisitorQuestion
 from internvl_mpo.errors import BadInputError
 
 STOP_SECONDS = 5.0  # a token takes less on any machine one would show this on
@@ -230,7 +230,7 @@ class Service:
     def _answer(self, conversation: Conversation, stop: threading.Event) -> Iterator[None]:
         """What is there when the visitor stops counts as the answer."""
         turn = conversation.turns[-1]
-        question = Question(
+        question = VisitorQuestion(
             chats={side: conversation.messages(side) for side in SIDES},
             sampling=turn.controls.sampling,
             seed=turn.controls.seed,

@@ -19,8 +19,8 @@ import uuid
 from pathlib import Path
 from typing import Any, Literal
 
-from internvl_mpo.demo.backends import Names
 from internvl_mpo.demo.conversation import SIDES, Conversation, transcript
+from internvl_mpo.demo.streaming import Names
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.records import PreferencePair
 

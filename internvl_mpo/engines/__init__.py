@@ -1,6 +1,6 @@
 """Who answers prompts: one interface, several engines.
 
-    engine = TransformersEngine("outputs/mini/model")
+    engine = InternVLEngine("outputs/mini/model")
     for reply in engine.generate([Request(id="1", question="What is shown?", images=("a.png",))]):
         print(reply.id, reply.text)
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from internvl_mpo.engines import Engine, Reply, Request
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.records import atomic_writer, iter_jsonl
+from internvl_mpo.files import atomic_writer
+from internvl_mpo.records import iter_jsonl
 
 
 class Journal:

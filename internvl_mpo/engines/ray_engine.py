@@ -8,14 +8,14 @@ machine must see them under the same path.
 import dataclasses
 import itertools
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import ray
 
-from internvl_mpo.engines import Reply, Request, Sampling
-from internvl_mpo.engines.loading import EngineSettings, load_local_engine
+from internvl_mpo.engines import Engine, Reply, Request, Sampling
+from internvl_mpo.engines.settings import EngineSettings
 
 # Requests of one Ray dataset: large enough to keep every actor busy, small enough for the driver's memory.
 PART = 65536
@@ -27,16 +27,18 @@ class RayEngine:
     Args:
         settings: the engine, `num_actors` and `gpus_per_actor`. Connects to the cluster `RAY_ADDRESS` names, or starts
             Ray on this machine.
+        build: builds one engine from the settings, in the process of an actor.
     """
 
-    def __init__(self, settings: EngineSettings):
+    def __init__(self, settings: EngineSettings, build: Callable[[EngineSettings], Engine]):
         self.settings = settings
+        self.build = build
         self.name = settings.engine
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        self.model_id, self.revision = ray.get(ray.remote(_identity).remote(settings))
+        self.model_id, self.revision = ray.get(ray.remote(_identity).remote(settings, build))
 
     def generate(self, requests: Iterable[Request], done: Collection[str] = ()) -> Iterator[Reply]:
         """Yield replies as chunks come back; see `Engine.generate`. A broken actor's chunk is given to another."""
@@ -46,7 +48,7 @@ class RayEngine:
             chunks = [_table(part[start : start + size]) for start in range(0, len(part), size)]
             replies = ray.data.from_arrow(chunks).map_batches(
                 _Actor,
-                fn_constructor_args=(self.settings,),
+                fn_constructor_args=(self.settings, self.build),
                 batch_size=None,  # one chunk at a time
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=self.settings.num_actors),
@@ -59,8 +61,8 @@ class RayEngine:
 class _Actor:
     """One engine in a process of its own."""
 
-    def __init__(self, settings: EngineSettings):
-        self.engine = load_local_engine(settings)
+    def __init__(self, settings: EngineSettings, build: Callable[[EngineSettings], Engine]):
+        self.engine = build(settings)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         requests = [_request(row) for row in table.to_pylist()]
@@ -94,11 +96,11 @@ def _request(row: dict[str, Any]) -> Request:
     return Request(**{**row, "images": tuple(row["images"]), "history": history, "sampling": sampling})
 
 
-def _identity(settings: EngineSettings) -> tuple[str, str | None]:
+def _identity(settings: EngineSettings, build: Callable[[EngineSettings], Engine]) -> tuple[str, str | None]:
     """What the rows will name as model and revision, found out on the cluster without loading weights."""
     if settings.engine == "http":
-        engine = load_local_engine(settings)
+        engine = build(settings)
         return engine.model_id, engine.revision
-    from internvl_mpo.engines.transformers_engine import model_revision
+    from internvl_mpo.engines.local import model_revision
 
     return str(settings.model), model_revision(str(settings.model))

@@ -8,9 +8,6 @@ It exists so that the HTTP path can be used and tested without a serving engine;
 LMDeploy behind the same URL. Listens on this machine only unless told otherwise, reads pictures from data URIs only.
 """
 
-import base64
-import binascii
-import io
 import json
 import queue
 import socket
@@ -21,13 +18,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from PIL import Image
 
-from internvl_mpo.engines import Draft, Engine, Reply, Request, Sampling
+from internvl_mpo.engines import Draft, Engine, Reply, Request
+from internvl_mpo.engines.chat_format import read_requests
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.settings import parse_settings, setting, show_settings
 
@@ -293,98 +290,6 @@ class _Stream:
 
     def _send_choice(self, index: int, delta: dict[str, str], reason: str | None = None) -> None:
         self.send({**self._head, "choices": [{"index": index, "delta": delta, "finish_reason": reason}]})
-
-
-def read_requests(payload: dict[str, Any]) -> list[Request]:
-    """Turn the body of a chat completion into requests, one per choice asked for.
-
-    Raises:
-        ValueError: it asks for something this server does not do, or is malformed.
-    """
-    messages = payload.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadInputError("'messages' must be a list of objects")
-    messages = list(messages)
-    prefix = ""
-    if messages and messages[-1].get("role") == "assistant" and payload.get("continue_final_message"):
-        prefix = _read_text(messages.pop())
-    system = _read_text(messages.pop(0)) if messages and messages[0].get("role") == "system" else None
-    roles = [message.get("role") for message in messages]
-    if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
-        raise BadInputError(f"expected user and assistant in turn, a user last, after a system or none; found {roles}")
-    asked = [_read_content(message.get("content")) for message in messages[::2]]
-    answers = [_read_text(message) for message in messages[1::2]]
-    question = asked[-1][0]
-    history = tuple(zip((text for text, _ in asked), answers, strict=False))
-    number = int(payload.get("n") or 1)
-    if not 1 <= number <= 64:
-        raise BadInputError(f"n is {number}; give 1 to 64")
-    temperature = payload.get("temperature")
-    sampling = Sampling(
-        temperature=1.0 if temperature is None else float(temperature),
-        top_k=max(0, int(payload.get("top_k") or 0)),
-        top_p=float(payload.get("top_p") or 1.0),
-        max_new_tokens=int(payload.get("max_tokens") or payload.get("max_completion_tokens") or 1024),
-    )
-    seed = payload.get("seed")
-    seed = uuid.uuid4().int % 2**31 if seed is None else int(seed)
-    return [
-        Request(
-            id=uuid.uuid4().hex,
-            question=question,
-            images=tuple(image for _, images in asked for image in images),
-            history=history,
-            system=system,
-            prefix=prefix,
-            seed=seed + index,
-            sampling=sampling,
-        )
-        for index in range(number)
-    ]
-
-
-def _read_content(content: Any) -> tuple[str, list[Image.Image]]:
-    """Text with `<image>` where a picture was, and the pictures."""
-    if isinstance(content, str):
-        return content, []
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise BadInputError("'content' must be text or a list of parts")
-    texts, images = [], []
-    for part in content:
-        if part.get("type") == "text":
-            texts.append(str(part.get("text", "")))
-        elif part.get("type") == "image_url":
-            images.append(_read_image(part.get("image_url")))
-            texts.append("<image>")
-        else:
-            raise BadInputError(f"content of type '{part.get('type')}' is not served")
-    return "\n".join(texts), images
-
-
-def _read_text(message: dict[str, Any]) -> str:
-    """Text of a message that may hold no pictures."""
-    text, images = _read_content(message.get("content"))
-    if images:
-        raise BadInputError(f"a message of role '{message.get('role')}' holds a picture; only user messages may")
-    return text
-
-
-def _read_image(reference: Any) -> Image.Image:
-    url = reference.get("url") if isinstance(reference, dict) else reference
-    if not isinstance(url, str) or not url.startswith("data:image/") or ";base64," not in url:
-        raise BadInputError("pictures must be data URIs (data:image/...;base64,...)")
-    return _decode_image(url)
-
-
-@lru_cache(maxsize=64)  # equal pictures become one object, which the engine encodes once
-def _decode_image(url: str) -> Image.Image:
-    try:
-        content = base64.b64decode(url.partition(";base64,")[2], validate=True)
-    except binascii.Error as error:
-        raise BadInputError(f"a picture is not base64: {error}") from error
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return image
 
 
 def main(argv: list[str]) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Iterator
 from vllm import LLM, SamplingParams
 
 from internvl_mpo.engines import Reply, Request
-from internvl_mpo.engines.http_engine import chat_payload
-from internvl_mpo.engines.transformers_engine import model_revision
+from internvl_mpo.engines.chat_format import chat_payload
+from internvl_mpo.engines.local import model_revision
 
 # Requests handed over together: vLLM batches them itself and answers when all are done.
 WINDOW = 1024

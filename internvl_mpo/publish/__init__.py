@@ -1,6 +1,6 @@
 """Builds the exact folders that go to the Hub, proves them, and pushes them as the last step."""
 
-from internvl_mpo.publish.folders import read_json
+from internvl_mpo.files import read_json
 from internvl_mpo.publish.model_folder import (
     AUTO_MAP,
     build_model_folder,

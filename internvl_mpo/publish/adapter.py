@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.publish.folders import link, read_json, update_json
+from internvl_mpo.files import link, read_json, update_json
 from internvl_mpo.publish.model_folder import write_model_folder
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl_mpo.benchmarks import load_benchmark
-from internvl_mpo.benchmarks.model_card import add_to_card
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.evaluation.model_card import add_to_card
+from internvl_mpo.files import read_json
 from internvl_mpo.publish import card_texts
 from internvl_mpo.publish.curves import CURVES, draw_curves
-from internvl_mpo.publish.folders import read_json
 from internvl_mpo.settings import read_yaml
 
 TRAINING_SETTINGS = "training_settings.yaml"

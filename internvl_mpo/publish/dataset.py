@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.publish.folders import link, read_json, replaced_folder
+from internvl_mpo.files import link, read_json, replaced_folder
 from internvl_mpo.publish.hub import Pushed, files_of
 from internvl_mpo.publish.hygiene import check_nothing_private
 from internvl_mpo.publish.picture_names import shorten, shorten_names

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.files import link, read_json, replaced_folder
 from internvl_mpo.publish.adapter import build_adapter_folder, find_base, is_adapter, merge_adapter
 from internvl_mpo.publish.card import CardFacts, write_card
-from internvl_mpo.publish.folders import link, read_json, replaced_folder
 from internvl_mpo.publish.hygiene import check_nothing_private
 from internvl_mpo.publish.model_folder import AUTO_MAP, build_model_folder
 from internvl_mpo.publish.proof import prove_model
@@ -99,7 +99,7 @@ def _variant(settings: ModelSettings, source: Path) -> str:
 
 def _check_scores(evaluation: Path, source: Path) -> None:
     """Refuse scores of other weights; those of a served or a Hub model cannot be compared and are taken."""
-    from internvl_mpo.engines.transformers_engine import model_revision
+    from internvl_mpo.engines.local import model_revision
 
     answers = evaluation / "answers.jsonl"
     _, first = next(iter_jsonl(answers), (None, {})) if answers.exists() else (None, {})

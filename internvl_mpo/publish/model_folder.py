@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.files import read_json, update_json
 from internvl_mpo.publish.card import CardFacts, write_card
-from internvl_mpo.publish.folders import read_json, update_json
 from internvl_mpo.publish.weights import place_weights
 
 CODE_FOLDER = Path(__file__).parents[2] / "modeling_internvl_mpo"

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.mmpr_convert import ShardWriter
+from internvl_mpo.mmpr.shard_writer import ShardWriter
 
 # Columns of strings, lists of strings, and lists of pictures.
 _COLUMNS = ("image_root", "image_paths", "images")

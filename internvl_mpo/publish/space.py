@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.publish.folders import replaced_folder
+from internvl_mpo.files import replaced_folder
 from internvl_mpo.publish.hygiene import check_nothing_private
 from internvl_mpo.publish.settings import Built, HubSettings
 from internvl_mpo.publish.space_start import try_out

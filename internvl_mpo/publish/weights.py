@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.publish.folders import link, read_json, update_json
+from internvl_mpo.files import link, read_json, update_json
 
 INDEX = "model.safetensors.index.json"
 

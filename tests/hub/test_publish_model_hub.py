@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_processor
 
 import internvl_mpo.publish.model as publishing
-from internvl_mpo.engines.transformers_engine import model_revision
+from internvl_mpo.engines.local import model_revision
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.publish import write_model_folder
 from internvl_mpo.publish.__main__ import main

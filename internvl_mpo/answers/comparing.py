@@ -1,0 +1,168 @@
+r"""Find the final answer in a response and compare it with the ground truth. Text in, verdict out.
+
+    verdict = judge_response("3 + 9 = 12.\nFinal answer: 12", "12", answer_format="marker", source="geometry3k")
+    verdict.outcome, verdict.rule      # Outcome.RIGHT, "number"
+
+Outcomes: right, wrong, unparsable (no final answer could be found, which is not a wrong answer), and undecided
+(algebra ran out of time or memory: such a response belongs on neither side of a pair). A wrong answer taken for right
+poisons the chosen side of the training data, so every rule is exact unless a source is known to need more:
+`RULES_OF_SOURCE` is the whole policy. Nothing from the data is ever evaluated as code; formulas go to math-verify in a
+child process with a time limit.
+"""
+
+import enum
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from internvl_mpo.answers.choices import decide_choice, decide_yes_no, parse_options
+from internvl_mpo.answers.common import Decision, Options, clean_answer
+from internvl_mpo.answers.dates import decide_date
+from internvl_mpo.answers.finding import MAX_ANSWER_CHARS, parse_answer
+from internvl_mpo.answers.formulas import decide_math
+from internvl_mpo.answers.numbers import decide_number, decide_relaxed, parse_number
+from internvl_mpo.answers.texts import decide_anls, decide_list, decide_text
+from internvl_mpo.answers.wording import bare_choice, reword, same_ratio, same_saying
+
+
+class Outcome(enum.StrEnum):
+    """What comparing a response with the ground truth can come to."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    UNPARSABLE = "unparsable"
+    UNDECIDED = "undecided"
+
+
+_OUTCOMES = {True: Outcome.RIGHT, False: Outcome.WRONG, None: Outcome.UNDECIDED}
+
+
+class Verdict(NamedTuple):
+    """The outcome, the answer that was found, the rule that decided, and why in a few words."""
+
+    outcome: Outcome
+    answer: str | None
+    rule: str
+    reason: str
+
+
+# First match wins. `relaxed` (5 %) is for charts alone, where values are read off an axis; counts in charts that are
+# synthetic or integer-only stay exact. `anls` is for transcribed text. Everything else is exact.
+EXACT_RULES = ("choice", "yes_no", "number", "date", "text", "list", "math")
+RULES_OF_SOURCE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"chartqa|plotqa", ("choice", "yes_no", "relaxed", "number", "date", "text", "list")),
+    (r"docvqa|infographic|infovqa|sroie|ocrvqa|textvqa|stvqa", (*EXACT_RULES, "anls")),
+    (r"", EXACT_RULES),
+)
+
+
+# ------------------------------------------------------------------------------------------- comparing two answers
+
+
+def judge_response(
+    response: str, gold: str, *, answer_format: str = "marker", source: str = "", question: str = ""
+) -> Verdict:
+    """Parse a response and compare its final answer with the ground truth; see `parse_answer`, `compare_answers`."""
+    parsed = parse_answer(response, answer_format)
+    if parsed.answer is None:
+        return Verdict(Outcome.UNPARSABLE, None, "parse", parsed.reason)
+    return compare_answers(parsed.answer, gold, source=source, question=question)
+
+
+def compare_answers(prediction: str, gold: str, *, source: str = "", question: str = "") -> Verdict:
+    """Compare a final answer with the ground truth.
+
+    Args:
+        prediction: the answer alone, as `parse_answer` finds it.
+        gold: the ground truth.
+        source: data set name; `rules_of_source` says which rules it gets.
+        question: where options A, B, ... are listed, if any.
+
+    Returns:
+        RIGHT or WRONG; UNPARSABLE when nothing is left of the prediction after clean-up.
+    """
+    if len(prediction) > max(MAX_ANSWER_CHARS, 2 * len(gold)):
+        return Verdict(Outcome.UNPARSABLE, None, "parse", f"{len(prediction)} characters are no final answer")
+    clean = clean_answer(prediction)
+    wanted = clean_answer(gold)
+    if not clean:
+        return Verdict(Outcome.UNPARSABLE, prediction, "parse", "the answer is empty")
+    if clean == wanted:
+        return Verdict(Outcome.RIGHT, clean, "same", "same text")
+    options = parse_options(question)
+    if not options:
+        return _compare_open(clean, wanted, rules_of_source(source))
+    return _compare(clean, wanted, rules_of_source(source), options)
+
+
+def _compare(clean: str, wanted: str, rules: Sequence[str], options: "Options") -> Verdict:
+    verdict = _apply_rules(clean, wanted, rules, options)
+    if verdict.outcome is Outcome.WRONG and not (clean.isdecimal() and wanted.isdecimal()):
+        return _second_look(verdict, wanted, rules, options)
+    return verdict
+
+
+@lru_cache(maxsize=65536)
+def _compare_open(clean: str, wanted: str, rules: Sequence[str]) -> Verdict:
+    """`_compare` without options, where the same short answers meet again and again."""
+    return _compare(clean, wanted, rules, {})
+
+
+def _apply_rules(clean: str, wanted: str, rules: Sequence[str], options: "Options") -> Verdict:
+    for rule in rules:
+        decided = _RULES[rule](clean, wanted, options)
+        if decided is not None:
+            right, reason = decided
+            return Verdict(_OUTCOMES[right], clean, rule, reason)
+    return Verdict(Outcome.WRONG, clean, "none", f"no rule finds '{clean[:40]}' equal to '{wanted[:40]}'")
+
+
+def _second_look(verdict: Verdict, wanted: str, rules: Sequence[str], options: "Options") -> Verdict:
+    """What two answers found different come to when both are put into one wording; only right changes the verdict."""
+    clean = verdict.answer
+    if verdict.rule == "choice":
+        bare = bare_choice(clean)
+        second = _apply_rules(bare, wanted, ("choice",), options) if bare != clean else verdict
+        if second.outcome is Outcome.RIGHT:
+            return second._replace(answer=clean)
+        starts = re.match(r"[A-H]\b", clean)  # "A blue" may be an article or an option
+        said = [
+            letter for letter, option in options.items() if not starts and same_saying(reword(clean), reword(option))
+        ]
+        both = re.fullmatch(r"([A-H])\s*[-–—(]?\s*(.+?)\)?", clean)
+        if both and both[1] in options and same_saying(reword(both[2]), reword(options[both[1]])):
+            said = [both[1]]
+        if len(said) == 1:
+            second = _apply_rules(said[0], wanted, ("choice",), options)
+        return second._replace(answer=clean) if second.outcome is Outcome.RIGHT else verdict
+    given, gold = reword(clean), reword(wanted)
+    if not given or not gold:
+        return verdict
+    if (given, gold) != (clean, wanted):
+        second = _apply_rules(given, gold, [rule for rule in rules if rule != "choice"], options)
+        is_whole = second.rule != "number" or parse_number(given) is not None  # "1/2 of 12" only holds a number
+        if second.outcome is Outcome.RIGHT and is_whole:
+            return second._replace(answer=clean, reason=f"in other words: {second.reason}")
+    if same_saying(given, gold) or same_ratio(clean, wanted):
+        return Verdict(Outcome.RIGHT, clean, "wording", f"says '{gold[:40]}' in other words")
+    return verdict
+
+
+@lru_cache(maxsize=4096)
+def rules_of_source(source: str) -> tuple[str, ...]:
+    """Return the rules for a data set by its name: the first row of `RULES_OF_SOURCE` that matches."""
+    return next(rules for pattern, rules in RULES_OF_SOURCE if re.search(pattern, source.lower()))
+
+
+_RULES: dict[str, Callable[[str, str, Options], Decision]] = {
+    "choice": decide_choice,
+    "yes_no": decide_yes_no,
+    "number": decide_number,
+    "relaxed": decide_relaxed,
+    "date": decide_date,
+    "text": decide_text,
+    "list": decide_list,
+    "math": decide_math,
+    "anls": decide_anls,
+}

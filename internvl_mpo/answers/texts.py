@@ -1,0 +1,101 @@
+"""Short texts and lists of them; ANLS."""
+
+import re
+
+from internvl_mpo.answers.common import Decision, Options, plain_words, said_values
+from internvl_mpo.answers.numbers import equal_numbers, parse_number
+
+
+def decide_text(prediction: str, gold: str, options: Options) -> Decision:
+    wanted = plain_words(gold)
+    if not wanted:
+        return None
+    said = [text for text in said_values(prediction) if plain_words(text) == wanted]
+    if not said or not any(same_marks(text, gold) for text in said):
+        return None
+    return (True, "same words")
+
+
+_BRACKETED = re.compile(r"(?:.*=\s*)?(?:\\left)?([\[(]).*,.*?(?:\\right)?([\])])")
+
+
+def same_marks(given: str, gold: str) -> bool:
+    """Whether marks that `plain_words` drops agree: both are in (1, 2] or in neither, -x is not x, a/b is not b/a."""
+    if "\\frac" in given and "\\frac" in gold:
+        return "".join(given.split()) == "".join(gold.split())
+    if bool(re.match(r"-[a-z]", given)) != bool(re.match(r"-[a-z]", gold)):
+        return False
+    if any(re.search(r"\b[A-Za-z]\s*[-+*/]\s*[A-Za-z]\b", text) for text in (given, gold)):
+        return "".join(given.lower().split()) == "".join(gold.lower().split())
+    pairs = [_BRACKETED.fullmatch(text) for text in (given, gold)]
+    return not all(pairs) or pairs[0].groups() == pairs[1].groups()
+
+
+# -- lists
+
+_SEPARATOR = re.compile(r"\s*(?:,\s*and\b|;|,|、|\band\b|&|和)\s*")
+
+
+def decide_list(prediction: str, gold: str, options: Options) -> Decision:
+    """Several items: numbers in order (in any order inside braces), words in any order."""
+    wanted, given = list_items(gold), list_items(prediction)
+    if len(wanted) < 2:
+        return None
+    if len(wanted) != len(given):
+        return None
+    any_order = gold.strip().startswith(("{", "\\{")) or not any(parse_number(item) for item in wanted)
+    pairs = matching(given, wanted) if any_order else zip(given, wanted, strict=True)
+    right = pairs is not None and same_marks(prediction, gold) and all(same_item(a, b) for a, b in pairs)
+    return (True, "same items") if right else None
+
+
+def list_items(text: str) -> list[str]:
+    text = text.strip().removeprefix("\\{").removesuffix("\\}").strip("{}()[] ")
+    return [item for item in _SEPARATOR.split(text) if item]
+
+
+def same_item(given: str, wanted: str) -> bool:
+    number = parse_number(wanted)
+    return equal_numbers(parse_number(given), number) if number else plain_words(given) == plain_words(wanted)
+
+
+def matching(given: list[str], wanted: list[str]) -> list[tuple[str, str]] | None:
+    left = list(given)
+    pairs = []
+    for item in wanted:
+        found = next((other for other in left if same_item(other, item)), None)
+        if found is None:
+            return None
+        left.remove(found)
+        pairs.append((found, item))
+    return pairs
+
+
+# -- transcribed text
+
+
+def anls(prediction: str, gold: str) -> float:
+    """Return the normalised Levenshtein similarity, 1 - distance / longer length: 1 is equal, 0 has nothing in common.
+
+    This is the similarity of DocVQA's ANLS before its 0.5 threshold.
+    """
+    a, b = " ".join(prediction.lower().split()), " ".join(gold.lower().split())
+    if a == b:
+        return 1.0
+    if not a or not b:
+        return 0.0
+    previous = list(range(len(b) + 1))
+    for i, char in enumerate(a, start=1):
+        current = [i]
+        for j, other in enumerate(b, start=1):
+            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (char != other)))
+        previous = current
+    return 1 - previous[-1] / max(len(a), len(b))
+
+
+def decide_anls(prediction: str, gold: str, options: Options) -> Decision:
+    """Text read off a page: a slip of a letter in ten is forgiven, a digit never."""
+    if len(prediction) > 2 * len(gold) or re.findall(r"\d", prediction) != re.findall(r"\d", gold):
+        return None
+    similarity = anls(prediction, gold)
+    return (True, f"ANLS {similarity:.2f}") if similarity > 0.9 else None

@@ -1,0 +1,273 @@
+"""The engine in this process for every other family: any `AutoModelForImageTextToText` model, batched.
+
+LLaVA, Qwen2-VL, SmolVLM, native InternVL and the rest are asked through their own processor, chat template and
+`generate`. The InternVL family has an engine of its own (`transformers_engine`), which runs a prompt once for all its
+samples; this one runs it once per sample. Replies are drawn the same way, one uniform number per token from each
+reply's own seed.
+"""
+
+import functools
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
+    ProcessorMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
+
+from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
+from internvl_mpo.engines.local import (
+    WINDOW,
+    decode_reply,
+    draw_tokens,
+    load_picture,
+    model_revision,
+    torch_device,
+    torch_dtype,
+)
+from internvl_mpo.errors import BadInputError
+
+
+class AnyFamilyEngine:
+    """Answers requests with any image-text model of transformers.
+
+    Args:
+        model_path: model folder or Hub id.
+        device: "auto" (CUDA where there is one), or a torch device.
+        dtype: "auto" (as the config says on CUDA, float32 elsewhere), or a torch dtype name.
+        batch_size: replies generated at the same time.
+        max_tiles: most crops of all pictures of a request together, for image processors that cut crops.
+        trust_remote_code: run code inside the folder.
+
+    Raises:
+        BadInputError: no such model or device, or the model has no chat template.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int = 32,
+        max_tiles: int | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.model_id = str(model_path)
+        self.batch_size = batch_size
+        self.max_tiles = max_tiles
+        self.device = torch_device(device)
+        wanted = torch_dtype(dtype, self.device)
+        try:
+            config = AutoConfig.from_pretrained(self.model_id, trust_remote_code=trust_remote_code)
+            self.processor = load_family_processor(self.model_id, config, trust_remote_code)
+            model = AutoModelForImageTextToText.from_pretrained(
+                self.model_id, dtype=wanted, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BadInputError(f"cannot load an image-text model from {self.model_id}: {reason}") from error
+        if not getattr(self.processor, "chat_template", None):
+            raise BadInputError(f"{self.model_id} has no chat template; give the folder of a chat model")
+        self.model = model.to(self.device).eval()
+        self.revision = model_revision(self.model_id)
+        self.tokenizer = self.processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.stop_ids = sorted({end for end in (*ends, self.tokenizer.eos_token_id) if end is not None})
+
+    def generate(self, requests: Iterable[Request], done: Collection[str] = ()) -> Iterator[Reply]:
+        """Yield replies batch by batch; see `Engine.generate`."""
+        stream = iter(requests)
+        while window := list(itertools.islice(stream, WINDOW)):
+            for batch in self._batches(window):
+                if all(request.id in done for request in batch):
+                    continue
+                yield from (reply for reply in self._answer(batch) if reply.id not in done)
+
+    def render(
+        self,
+        question: str,
+        num_images: int,
+        prefix: str = "",
+        history: Sequence[tuple[str, str]] = (),
+        system: str | None = None,
+    ) -> str:
+        """Return the prompt as text; `<image>` marks where a picture goes, without marks they come first.
+
+        Raises:
+            ValueError: another number of marks than of pictures.
+        """
+        messages = chat_messages(question, num_images, history, system)
+        marks = sum(message["content"].count("<image>") for message in messages)
+        if marks != num_images:
+            raise ValueError(f"{marks} <image> placeholders for {num_images} pictures")
+        messages = [{**message, "content": _content(message["content"])} for message in messages]
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + prefix
+        except TemplateError as error:  # some families know no system message
+            raise ValueError(f"the chat template of {self.model_id} refuses the conversation: {error}") from error
+
+    def _batches(self, window: list[Request]) -> list[list[Request]]:
+        """Requests of one sampler and number of pictures, long questions first."""
+        kinds: dict[tuple[Sampling, int], list[Request]] = {}
+        for request in window:
+            kinds.setdefault((request.sampling, len(request.images)), []).append(request)
+        batches: list[list[Request]] = []
+        for rows in kinds.values():
+            rows.sort(key=lambda request: -len(request.question) - len(request.prefix))
+            batches += [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        return batches
+
+    def _answer(self, batch: list[Request]) -> list[Reply]:
+        """Replies to one batch; a broken picture costs only its own request, lack of memory halves the batch."""
+        replies: list[Reply] = []
+        usable: list[tuple[Request, str, list[Image.Image]]] = []
+        for request in batch:
+            try:
+                text = self.render(
+                    request.question, len(request.images), request.prefix, request.history, request.system
+                )
+                usable.append((request, text, [load_picture(image) for image in request.images]))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                replies.append(Reply(id=request.id, error=str(error)))
+        if not usable:
+            return replies
+        try:
+            return replies + self._run(usable)
+        except torch.OutOfMemoryError:
+            if len(usable) == 1:
+                return [*replies, Reply(id=usable[0][0].id, error="out of memory with a single request")]
+        torch.cuda.empty_cache()
+        requests = [request for request, _, _ in usable]
+        half = len(requests) // 2
+        return replies + self._answer(requests[:half]) + self._answer(requests[half:])
+
+    @torch.inference_mode()
+    def _run(self, rows: list[tuple[Request, str, list[Image.Image]]]) -> list[Reply]:
+        requests, texts, pictures = zip(*rows, strict=True)
+        sampling = requests[0].sampling
+        settings: dict[str, Any] = {}
+        if self.max_tiles and pictures[0] and hasattr(self.processor.image_processor, "max_patches"):
+            settings["max_patches"] = max(1, self.max_tiles // len(pictures[0]))
+        begins = self.tokenizer.bos_token is not None and texts[0].startswith(self.tokenizer.bos_token)
+        inputs = self.processor(
+            text=list(texts),
+            images=list(pictures) if pictures[0] else None,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not begins,  # a template that writes the first token must not get another
+            **settings,
+        ).to(self.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        prompt_ids = inputs["input_ids"]
+        for request, ids in zip(requests, prompt_ids, strict=True):
+            if request.draft:
+                request.draft.begin(functools.partial(self._decode, ids.tolist(), prefix=request.prefix))
+        output = self.model.generate(
+            **inputs,
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_k=None,
+            top_p=None,
+            logits_processor=LogitsProcessorList(_draws(requests)),
+            stopping_criteria=StoppingCriteriaList([_Drafts(requests, self.stop_ids)]),
+            eos_token_id=self.stop_ids or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        output = output[:, prompt_ids.shape[1] :]
+        return [self._reply(request, prompt_ids[row], output[row].tolist()) for row, request in enumerate(requests)]
+
+    def _decode(self, prompt_ids: list[int], words: list[int], prefix: str) -> str:
+        return decode_reply(self.tokenizer, prompt_ids, words, prefix, skip_special_tokens=True)
+
+    def _reply(self, request: Request, prompt_ids: torch.Tensor, output: list[int]) -> Reply:
+        end = next((index for index, token in enumerate(output) if token in self.stop_ids), None)
+        words = output if end is None else output[:end]
+        text = self._decode(prompt_ids.tolist(), words, request.prefix)
+        num_tokens = len(output) if end is None else end + 1
+        return Reply(id=request.id, text=text, finish_reason="length" if end is None else "stop", num_tokens=num_tokens)
+
+
+def _content(text: str) -> list[dict[str, str]]:
+    """Text with `<image>` marks as parts; line breaks around a picture are the template's."""
+    pieces = text.split("<image>")
+    content: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        content += [{"type": "image"}] if number else []
+        piece = piece.strip("\n") if len(pieces) > 1 else piece
+        content += [{"type": "text", "text": piece}] if piece else []
+    return content
+
+
+class _Drafts(StoppingCriteria):
+    """Adds each row's token to its draft, and ends rows that nobody waits for any more."""
+
+    def __init__(self, requests: Sequence[Request], stop_ids: Sequence[int]):
+        self.requests, self.stop_ids = requests, stop_ids
+        self.ended = [False] * len(requests)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        for row, request in enumerate(self.requests):
+            if request.draft and not self.ended[row]:
+                token = int(input_ids[row, -1])
+                self.ended[row] = token in self.stop_ids
+                if not self.ended[row]:
+                    request.draft.add(token)
+                    self.ended[row] = request.draft.cancelled
+        return torch.tensor(self.ended, device=input_ids.device)
+
+
+class _SeededDraw(LogitsProcessor):
+    """Draws each row's token from its own seed and leaves `generate` nothing else to choose."""
+
+    def __init__(self, requests: Iterable[Request], sampling: Sampling):
+        self.sampling = sampling
+        draws = [
+            torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(request.seed))
+            for request in requests
+        ]
+        self.uniform_RL = torch.stack(draws)
+        self.step = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        tokens = draw_tokens(scores.float(), self.sampling, self.uniform_RL[:, self.step].to(scores.device))
+        self.step += 1
+        return torch.full_like(scores, float("-inf")).scatter(1, tokens[:, None], 0.0)
+
+
+def _draws(requests: tuple[Request, ...]) -> list[LogitsProcessor]:
+    sampling = requests[0].sampling
+    return [_SeededDraw(requests, sampling)] if sampling.temperature > 0 else []
+
+
+def load_family_processor(model_path: str, config: PretrainedConfig, trust_remote_code: bool = False) -> ProcessorMixin:
+    """Return a model's own processor; where torchvision is missing, without the part for videos, which needs it."""
+    wanted = PROCESSOR_MAPPING.get(type(config), None)
+    if is_torchvision_available() or wanted is None or "video_processor" not in wanted.get_attributes():
+        return AutoProcessor.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    attributes = [name for name in wanted.get_attributes() if name != "video_processor"]
+    stills = type(wanted.__name__, (wanted,), {"get_attributes": classmethod(lambda cls: attributes)})
+    return stills.from_pretrained(model_path)

@@ -1,0 +1,338 @@
+"""The engine in this process: a model of the InternVL family on one device, batched.
+
+A prompt is run once, pictures included, however many replies it gets: its keys and values are copied to as many rows
+as there are samples. Rows that end leave the batch. Each reply is drawn from its own seed, one uniform number per
+token, so neither its neighbours nor the batch size choose its words.
+
+    prompts   P rows, left-padded        one forward with pictures
+    rows      R >= P, row r continues prompt `parent[r]`
+"""
+
+import functools
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, DynamicCache
+
+from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
+from internvl_mpo.engines.local import (
+    WINDOW,
+    decode_reply,
+    draw_tokens,
+    load_picture,
+    model_revision,
+    picture_size,
+    torch_device,
+    torch_dtype,
+)
+from internvl_mpo.errors import BadInputError
+from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLChatProcessor
+from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid
+
+# Grounding tags are special tokens in InternVL's vocabulary and ordinary words of its answers.
+_SPOKEN = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+_TURN_ENDS = ("<|im_end|>", "<|end|>", "<|endoftext|>", "</s>")
+_IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
+
+Prompt = tuple[Any, ...]  # what two requests must share to be one prompt
+
+
+class InternVLEngine:
+    """Answers requests with a model loaded here.
+
+    Args:
+        model_path: model folder or Hub id.
+        device: "auto" (CUDA where there is one), or a torch device.
+        dtype: "auto" (as the config says on CUDA, float32 elsewhere), or a torch dtype name.
+        batch_size: replies generated at the same time.
+        max_tiles: most crops of all pictures of a request together; None keeps the model's own limit.
+        trust_remote_code: run the model code inside the folder instead of ours, which serves every InternVL 2 and 2.5.
+        four_bit: quantise the language model's weights while loading (bitsandbytes).
+
+    Raises:
+        BadInputError: the folder holds no model, or the device does not exist.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int = 32,
+        max_tiles: int | None = None,
+        trust_remote_code: bool = False,
+        four_bit: bool = False,
+    ):
+        self.model_id = str(model_path)
+        self.batch_size = batch_size
+        self.device = torch_device(device)
+        wanted = torch_dtype(dtype, self.device)
+        try:
+            if trust_remote_code:
+                self.processor = AutoProcessor.from_pretrained(self.model_id, trust_remote_code=True)
+                model = AutoModel.from_pretrained(self.model_id, dtype=wanted, trust_remote_code=True)
+            else:
+                self.processor = load_internvl_processor(self.model_id)
+                extra = _four_bit(wanted, self.device) if four_bit else {}
+                model = InternVLChatModel.from_pretrained(self.model_id, dtype=wanted, **extra)
+        except (OSError, ValueError, ImportError) as error:
+            raise BadInputError(f"cannot load a model from {self.model_id}: {str(error).splitlines()[0]}") from error
+        self.model = (model if four_bit else model.to(self.device)).eval()
+        self.revision = model_revision(self.model_id)
+        self.max_tiles = max_tiles or self.processor.image_processor.max_dynamic_patch
+        self.tokenizer = self.processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        vocab = self.tokenizer.get_vocab()
+        self.stop_ids = self._stop_ids(vocab)
+        self.suppressed = self._suppressed(vocab)
+
+    def generate(self, requests: Iterable[Request], done: Collection[str] = ()) -> Iterator[Reply]:
+        """Yield replies batch by batch; see `Engine.generate`."""
+        stream = iter(requests)
+        while window := list(itertools.islice(stream, WINDOW)):
+            for batch in self._batches(window):
+                if all(request.id in done for request in batch):
+                    continue
+                for reply in self._answer(batch):
+                    if reply.id not in done:
+                        yield reply
+
+    def render(
+        self,
+        question: str,
+        num_images: int,
+        prefix: str = "",
+        history: Sequence[tuple[str, str]] = (),
+        system: str | None = None,
+    ) -> str:
+        """Return the prompt as text, `<image>` placeholders unexpanded; `prefix` opens the assistant's turn."""
+        messages = chat_messages(question, num_images, history, system)
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + prefix
+
+    def _batches(self, window: list[Request]) -> list[list[Request]]:
+        """Requests of like length side by side, longest first, all samples of a prompt together.
+
+        A batch has one `Sampling` and one number of pictures per request, which decides how many tiles each may have.
+        """
+        kinds: dict[tuple[Sampling, int], dict[Prompt, list[Request]]] = {}
+        for request in window:
+            kind = kinds.setdefault((request.sampling, len(request.images)), {})
+            kind.setdefault(_prompt(request), []).append(request)
+        batches: list[list[Request]] = []
+        for prompts in kinds.values():
+            ordered = sorted(prompts.values(), key=lambda group: -self._length(group[0]))
+            rows = [request for group in ordered for request in group]
+            batches += [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        return batches
+
+    def _length(self, request: Request) -> int:
+        """About how many tokens the prompt has."""
+        cutter = self.processor.image_processor
+        total = len(self._text(request)) // 3
+        for image in request.images:
+            try:
+                size = image.size if isinstance(image, Image.Image) else picture_size(image)
+            except (OSError, Image.DecompressionBombError):
+                continue  # the request will fail by itself, with a reason
+            most = max(cutter.min_dynamic_patch, self.max_tiles // len(request.images))
+            columns, rows = best_grid(*size, cutter.min_dynamic_patch, most, cutter.size["height"])
+            total += columns * rows * self.processor.num_image_token
+        return total
+
+    def _answer(self, batch: list[Request]) -> list[Reply]:
+        """Replies to one batch; a broken picture costs only its own requests, lack of memory halves the batch."""
+        replies: list[Reply] = []
+        usable: list[Request] = []
+        pictures: dict[Prompt, list[Image.Image]] = {}
+        refused: dict[Prompt, str] = {}
+        for request in batch:
+            prompt = _prompt(request)
+            if prompt not in pictures and prompt not in refused:
+                try:
+                    pictures[prompt] = self._pictures(request)
+                except (OSError, ValueError, Image.DecompressionBombError) as error:
+                    refused[prompt] = str(error)
+            if prompt in refused:
+                replies.append(Reply(id=request.id, error=refused[prompt]))
+            else:
+                usable.append(request)
+        if usable:
+            try:
+                replies += self._run(usable, pictures)
+            except torch.OutOfMemoryError:
+                if len(usable) == 1:
+                    replies.append(Reply(id=usable[0].id, error="out of memory with a single request"))
+                else:
+                    torch.cuda.empty_cache()
+                    half = len(usable) // 2
+                    replies += self._answer(usable[:half]) + self._answer(usable[half:])
+        return replies
+
+    def _pictures(self, request: Request) -> list[Image.Image]:
+        """Load the pictures of a request.
+
+        Raises:
+            OSError, ValueError: a picture cannot be read, or the text does not have one `<image>` for each.
+        """
+        text = self._text(request)
+        if text.count("<image>") != len(request.images) or any(token in text for token in _IMAGE_TOKENS):
+            raise ValueError(f"{text.count('<image>')} <image> placeholders for {len(request.images)} pictures")
+        return [load_picture(image) for image in request.images]
+
+    def _text(self, request: Request) -> str:
+        return self.render(request.question, len(request.images), request.prefix, request.history, request.system)
+
+    @torch.inference_mode()
+    def _run(self, rows: list[Request], pictures: dict[Prompt, list[Image.Image]]) -> list[Reply]:
+        sampling = rows[0].sampling
+        firsts: dict[Prompt, Request] = {}
+        for request in rows:
+            firsts.setdefault(_prompt(request), request)
+        prompts = list(firsts)
+        inputs = self._inputs(list(firsts.values()), [pictures[prompt] for prompt in prompts])
+        parent = torch.tensor([prompts.index(_prompt(request)) for request in rows], device=self.device)
+
+        watched = self._begin_drafts(rows, inputs["input_ids"][parent])
+
+        cache = DynamicCache()
+        mask = inputs.pop("attention_mask")
+        position = mask.long().cumsum(-1).sub(1).clamp(min=0)
+        logits = self.model(
+            **inputs,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        cache.batch_select_indices(parent)
+        logits, mask, position = logits[parent], mask[parent], position[parent, -1:]
+
+        num_rows, limit = len(rows), sampling.max_new_tokens
+        uniforms = None
+        if sampling.temperature > 0:
+            draws = [torch.rand(limit, generator=torch.Generator().manual_seed(request.seed)) for request in rows]
+            uniforms = torch.stack(draws).to(self.device)
+        output = torch.full((num_rows, limit), -1, dtype=torch.long, device=self.device)
+        live = torch.arange(num_rows, device=self.device)
+        for step in range(limit):
+            logits = logits.float().masked_fill(self.suppressed[: logits.shape[-1]], float("-inf"))
+            tokens = draw_tokens(logits, sampling, None if uniforms is None else uniforms[live, step])
+            output[live, step] = tokens
+            running = ~torch.isin(tokens, self.stop_ids)
+            if watched:
+                running = _fill_drafts([rows[row] for row in live.tolist()], tokens, running)
+            if not running.all():
+                keep = running.nonzero().squeeze(-1)
+                if not len(keep):
+                    break
+                cache.batch_select_indices(keep)
+                live, tokens, mask, position = live[keep], tokens[keep], mask[keep], position[keep]
+            if step + 1 == limit:
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            position = position + 1
+            logits = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        prompt_ids = inputs["input_ids"]
+        return [self._reply(request, prompt_ids[parent[row]], output[row].tolist()) for row, request in enumerate(rows)]
+
+    def _inputs(self, requests: list[Request], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+        texts = [self._text(request) for request in requests]
+        settings = {"max_dynamic_patch": max(1, self.max_tiles // len(images[0]))} if images[0] else {}
+        inputs = self.processor(
+            text=texts, images=images if images[0] else None, padding=True, return_tensors="pt", **settings
+        ).to(self.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return dict(inputs)
+
+    def _reply(self, request: Request, prompt_ids: torch.Tensor, output: list[int]) -> Reply:
+        tokens = [token for token in output if token >= 0]
+        stopped = bool(tokens) and tokens[-1] in self.stop_ids
+        words = tokens[:-1] if stopped else tokens
+        text = decode_reply(self.tokenizer, prompt_ids.tolist(), words, request.prefix)
+        return Reply(id=request.id, text=text, finish_reason="stop" if stopped else "length", num_tokens=len(tokens))
+
+    def _begin_drafts(self, rows: list[Request], prompt_ids: torch.Tensor) -> bool:
+        """Begin the drafts of requests that have one; return whether any has."""
+        watched = [(request, ids) for request, ids in zip(rows, prompt_ids, strict=True) if request.draft]
+        for request, ids in watched:
+            request.draft.begin(functools.partial(decode_reply, self.tokenizer, ids.tolist(), prefix=request.prefix))
+        return bool(watched)
+
+    def _stop_ids(self, vocab: dict[str, int]) -> torch.Tensor:
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = {vocab[token] for token in _TURN_ENDS if token in vocab}
+        ids |= {self.tokenizer.eos_token_id} if self.tokenizer.eos_token_id is not None else set()
+        ids |= set(configured) if isinstance(configured, list) else ({configured} if configured is not None else set())
+        return torch.tensor(sorted(ids), device=self.device)
+
+    def _suppressed(self, vocab: dict[str, int]) -> torch.Tensor:
+        """True for ids no reply may hold: control tokens, image tokens, and rows of the head beyond the vocabulary."""
+        size = self.model.get_output_embeddings().weight.shape[0]
+        suppressed = torch.zeros(size, dtype=torch.bool)
+        suppressed[max(vocab.values()) + 1 :] = True
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(self.tokenizer.all_special_tokens) | set(_IMAGE_TOKENS)
+        for token in special - set(_SPOKEN):
+            if token in vocab:
+                suppressed[vocab[token]] = True
+        suppressed = suppressed.to(self.device)
+        suppressed[self.stop_ids] = False
+        return suppressed
+
+
+def _four_bit(dtype: Any, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for 4-bit weights.
+
+    The tower, the projector and the head stay as they are: they are small beside the language model and feel rounding
+    most.
+    """
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+        llm_int8_skip_modules=["vision_model", "mlp1", "output", "lm_head"],
+    )
+    return {"quantization_config": config, "device_map": {"": str(device)}}
+
+
+def load_internvl_processor(model_path: str) -> InternVLChatProcessor:
+    """Return the processor of a model; official folders have none, theirs is made from config.json."""
+    try:
+        return InternVLChatProcessor.from_pretrained(model_path)
+    except OSError:
+        config = InternVLChatConfig.from_pretrained(model_path)
+        return InternVLChatProcessor.from_config(config, AutoTokenizer.from_pretrained(model_path))
+
+
+def _fill_drafts(rows: list[Request], tokens: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
+    """Add each row's token to its draft; return which rows go on, those that nobody waits for left out."""
+    kept = running.tolist()
+    for index, (request, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        if request.draft and kept[index]:
+            request.draft.add(token)
+            kept[index] = not request.draft.cancelled
+    return torch.tensor(kept, device=running.device)
+
+
+def _prompt(request: Request) -> Prompt:
+    # PIL images have no value to compare by; the same object is the same picture
+    images = tuple(image if isinstance(image, (str, Path)) else id(image) for image in request.images)
+    return request.system, request.history, request.question, images, request.prefix

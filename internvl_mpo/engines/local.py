@@ -1,0 +1,107 @@
+"""What engines in this process share: device, dtype, pictures, seeded draws, streaming."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from internvl_mpo.engines import Sampling
+from internvl_mpo.errors import BadInputError
+from modeling_internvl_mpo.image_processing_internvl_mpo import to_rgb
+
+# Requests looked at together when batches are formed: enough to sort by length, few enough to keep in memory.
+WINDOW = 4096
+
+
+def draw_tokens(logits_RV: torch.Tensor, sampling: Sampling, uniform_R: torch.Tensor | None) -> torch.Tensor:
+    """Return one token per row by inverting the cumulative distribution at a given uniform number.
+
+    Args:
+        logits_RV: (rows, vocabulary).
+        sampling: temperature 0 takes the likeliest token.
+        uniform_R: (rows,) numbers in [0, 1); unused for greedy.
+
+    Returns:
+        Token ids, (rows,).
+    """
+    if sampling.temperature == 0:
+        return logits_RV.argmax(-1)
+    k = min(sampling.top_k or logits_RV.shape[-1], logits_RV.shape[-1])
+    values, ids = (logits_RV / sampling.temperature).topk(k, dim=-1)
+    probs = values.softmax(-1)
+    if sampling.top_p < 1:
+        before = probs.cumsum(-1) - probs
+        probs = probs.masked_fill(before >= sampling.top_p, 0.0)
+    cumulative = probs.cumsum(-1)
+    target = uniform_R[:, None].to(cumulative.dtype) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=k - 1)
+    return ids.gather(-1, index).squeeze(-1)
+
+
+def torch_device(name: str) -> torch.device:
+    """Return a device; "auto" is CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """Return a dtype; "auto" is what the config says on CUDA and float32 elsewhere.
+
+    Raises:
+        BadInputError: torch has no dtype of that name.
+    """
+    if name == "auto":
+        return "auto" if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise BadInputError(f"dtype is '{name}'; give auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def decode_reply(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], words: list[int], prefix: str, **settings: Any
+) -> str:
+    """Return a reply's text: stripped, or after a prefix with the space at the join as the model wrote it."""
+    if not prefix:
+        return tokenizer.decode(words, **settings).strip()
+    # Tokenizers of the SentencePiece family drop the space before the first decoded word; decoding the last tokens of
+    # the prefix with it keeps the join.
+    tail = prompt_ids[-8:]
+    before, both = tokenizer.decode(tail, **settings), tokenizer.decode(tail + words, **settings)
+    return both[len(before) :] if both.startswith(before) else tokenizer.decode(words, **settings)
+
+
+def model_revision(model_path: str) -> str | None:
+    """Return what identifies the weights: the commit of a Hub model, or a short hash of a folder.
+
+    The hash covers names, sizes and both ends of every file: reading 16 GB would take longer than answering.
+    """
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return extract_commit_hash(cached_file(model_path, "config.json"), None)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".model")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    with Image.open(path) as opened:
+        return opened.size
+
+
+def load_picture(image: Any) -> Image.Image:
+    """Return an RGB picture from a path, a file object or a PIL image."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    with Image.open(image) as opened:
+        return to_rgb(opened)
