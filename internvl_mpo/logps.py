@@ -1,12 +1,13 @@
 """Log-probs of the responses in a pack, without logits for the whole pack.
 
     attach_scoring(model)                       # once, before DDP or DeepSpeed wrap the model
-    logps_R = response_logps(wrapped, pack)     # goes through wrapped(pack=pack), so gradient hooks work
+    logps_E = token_logps(wrapped, pack)        # goes through wrapped(pack=pack), so gradient hooks work
+    logps_R = pack.response_sums(logps_E)       # or pack.pair_sums, which knows weights of tokens
 
-`attach_scoring` makes the model's own `forward` answer `model(pack=pack)` with the log-probs of the responses; all
-other calls stay as they are, and so do parameter names, `save_pretrained` and `generate`. Because scoring is a call of
-the outermost module, backward runs through the wrapper's hooks. Because the head is a module that owns its weight and
-computes log-probs in its own `forward`, ZeRO-3 gathers the weight for it.
+`attach_scoring` makes the model's own `forward` answer `model(pack=pack)` with the log-probs of the responses' tokens;
+all other calls stay as they are, and so do parameter names, `save_pretrained` and `generate`. Because scoring is a call
+of the outermost module, backward runs through the wrapper's hooks. Because the head is a module that owns its weight
+and computes log-probs in its own `forward`, ZeRO-3 gathers the weight for it.
 
 The head runs on the positions that predict a scored token only, a part of the vocabulary at a time, and again in the
 backward pass: logits exist for one part and are never kept. The last layer leaves out what is not read. Letters as in
@@ -65,15 +66,15 @@ def attach_scoring(
         if pack is None:
             return plain_forward(*args, **kwargs)
         if plain_twin:
-            return twin_logps(base, unpack_groups(pack), temperature=temperature)
+            return torch.cat(_twin_rows(base, unpack_groups(pack), temperature))
         return _score(base, pack, chunk_size, temperature)  # kwargs: peft adds arguments of its own, all None
 
     base.forward = forward
     return model
 
 
-def response_logps(model: nn.Module, pack: Pack, *, chunk_size: int | None = None, temperature: float = 1.0) -> Tensor:
-    """Return the summed log-prob of each response of a pack, differentiable. Shape: (R,)
+def token_logps(model: nn.Module, pack: Pack, *, chunk_size: int | None = None, temperature: float = 1.0) -> Tensor:
+    """Return the log-prob of each token of each response of a pack, differentiable. Shape: (E,)
 
     Args:
         model: a model that went through `attach_scoring`, wrapped or not.
@@ -87,24 +88,36 @@ def response_logps(model: nn.Module, pack: Pack, *, chunk_size: int | None = Non
     return model(pack=pack, chunk_size=chunk_size, temperature=temperature)
 
 
-def pair_logps(model: nn.Module, pack: Pack, **options: Any) -> tuple[Tensor, Tensor]:
-    """Return the log-probs of the chosen and of the rejected response of each pair. Shape: 2 x (P,)
+def response_logps(model: nn.Module, pack: Pack, **options: Any) -> Tensor:
+    """Return the summed log-prob of each response of a pack. Shape: (R,)
 
     Args:
-        model: as in `response_logps`.
-        pack: as in `response_logps`.
-        options: `chunk_size` and `temperature` of `response_logps`.
+        model: as in `token_logps`.
+        pack: as in `token_logps`.
+        options: `chunk_size` and `temperature` of `token_logps`.
     """
-    logps_R = response_logps(model, pack, **options)
-    return logps_R[pack.chosen_index_P], logps_R[pack.rejected_index_P]
+    return pack.response_sums(token_logps(model, pack, **options))
+
+
+def pair_logps(model: nn.Module, pack: Pack, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return the log-probs of chosen and rejected of each pair, summed with the token weights of the pack.
+
+    Args:
+        model: as in `token_logps`.
+        pack: as in `token_logps`.
+        options: `chunk_size` and `temperature` of `token_logps`.
+
+    Returns:
+        Shape: 2 x (P,)
+    """
+    return pack.pair_sums(token_logps(model, pack, **options))
 
 
 def _score(model: nn.Module, pack: Pack, chunk_size: int | None, temperature: float) -> Tensor:
     hidden_TD = _trunk(model, pack)
     head = model.get_output_embeddings()
     logps_S = head(hidden_TD[pack.predict_index_S], pack.target_ids_S, chunk_size=chunk_size, temperature=temperature)
-    zeros_R = logps_S.new_zeros(pack.num_responses)
-    return zeros_R.index_add(0, pack.entry_response_E, logps_S[pack.entry_scored_E])
+    return logps_S[pack.entry_scored_E]
 
 
 def _trunk(model: nn.Module, pack: Pack) -> Tensor:
@@ -134,11 +147,16 @@ def twin_logps(model: nn.Module, groups: Sequence[Group], *, temperature: float 
         groups: the groups of the pack, in order.
         temperature: divides the logits.
     """
+    return torch.stack([row.sum() for row in _twin_rows(model, groups, temperature)])
+
+
+def _twin_rows(model: nn.Module, groups: Sequence[Group], temperature: float) -> list[Tensor]:
+    """Log-probs of the tokens of every response. Each has shape (tokens,)."""
     device = next(model.parameters()).device
-    return torch.cat([_twin_group(model, group, temperature, device) for group in groups])
+    return [row for group in groups for row in _twin_group(model, group, temperature, device)]
 
 
-def _twin_group(model: nn.Module, group: Group, temperature: float, device: torch.device) -> Tensor:
+def _twin_group(model: nn.Module, group: Group, temperature: float, device: torch.device) -> list[Tensor]:
     rows = [torch.tensor(group.prompt_ids + response) for response in group.responses]
     lengths_R = torch.tensor([len(row) for row in rows], device=device)
     input_ids_RL = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
@@ -151,5 +169,5 @@ def _twin_group(model: nn.Module, group: Group, temperature: float, device: torc
     if logits_RLV.dtype in (torch.float16, torch.bfloat16):
         logits_RLV = logits_RLV.float()
     logps_RL = (logits_RLV / temperature).log_softmax(-1).gather(2, input_ids_RL[:, 1:, None])[..., 0]
-    scored_RL = (real_RL & (place_L >= len(group.prompt_ids)))[:, 1:]
-    return (logps_RL * scored_RL).sum(1)
+    before = len(group.prompt_ids) - 1
+    return [row[before : before + len(response)] for row, response in zip(logps_RL, group.responses, strict=True)]

@@ -19,6 +19,7 @@ Letters: T tokens of a pack, S scored tokens (each stem once), E (response, scor
 """
 
 import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -37,6 +38,8 @@ class Group:
         pairs: (chosen, rejected) as indices into `responses`.
         pair_ids: ids of the rows the pairs come from.
         tiles: pixels of the prompt's images in reading order; None for a text-only prompt. Shape: (I, 3, S, S)
+        token_weights: of each pair, the weights of the tokens of its chosen and of its rejected response; None where
+            all are 1. See `token_weights.py`.
     """
 
     prompt_ids: list[int]
@@ -44,6 +47,7 @@ class Group:
     pairs: list[tuple[int, int]]
     pair_ids: list[str]
     tiles: Tensor | None = None
+    token_weights: list[tuple[list[float], list[float]]] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -93,6 +97,20 @@ class Layout:
         return Layout(self.segments, function(self.visible_until_T), function(self.scored_index_U))
 
 
+class PairTokens(NamedTuple):
+    """Weighted tokens of both responses of every pair of a pack.
+
+    Attributes:
+        entry_W: index of the token among the entries. Shape: (W,)
+        side_W: p for the chosen response of pair p, P + p for its rejected one. Shape: (W,)
+        weight_W: how much the token counts. Shape: (W,)
+    """
+
+    entry_W: Tensor
+    side_W: Tensor
+    weight_W: Tensor
+
+
 @dataclass(frozen=True)
 class Pack:
     """Groups laid out in one row without padding; responses and pairs are numbered through the pack.
@@ -104,13 +122,14 @@ class Pack:
         layout: who may see whom.
         predict_index_S: index of the token whose hidden state predicts each scored token. Shape: (S,)
         target_ids_S: token ids of the scored tokens. Shape: (S,)
-        entry_scored_E: index into the scored tokens, for each token of each response. Shape: (E,)
-        entry_response_E: index of the response it belongs to. Shape: (E,)
+        entry_scored_E: index into the scored tokens, for each token of each response in order. Shape: (E,)
+        entry_response_E: index of the response it belongs to, ascending. Shape: (E,)
         lengths_R: number of scored tokens of each response. Shape: (R,)
         chosen_index_P: chosen response of each pair. Shape: (P,)
         rejected_index_P: rejected response of each pair. Shape: (P,)
         pair_ids: ids of the rows the pairs come from.
         num_tiles: tiles of each group.
+        pair_tokens: weights of tokens in the log-ratios of the pairs; None where all are 1.
     """
 
     input_ids: Tensor
@@ -126,6 +145,7 @@ class Pack:
     rejected_index_P: Tensor
     pair_ids: list[str]
     num_tiles: list[int]
+    pair_tokens: PairTokens | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -152,19 +172,34 @@ class Pack:
         """Scored tokens of the rejected response of each pair. Shape: (P,)"""
         return self.lengths_R[self.rejected_index_P]
 
+    def response_sums(self, values_E: Tensor) -> Tensor:
+        """Return the sum over the tokens of each response. Shape: (R,)"""
+        return values_E.new_zeros(self.num_responses).index_add(0, self.entry_response_E, values_E)
+
+    def pair_sums(self, values_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted sums over the tokens of the chosen and of the rejected response. Shape: 2 x (P,)"""
+        if self.pair_tokens is None:
+            sums_R = self.response_sums(values_E)
+            return sums_R[self.chosen_index_P], sums_R[self.rejected_index_P]
+        entry_W, side_W, weight_W = self.pair_tokens
+        values_W = values_E[entry_W] * weight_W.to(values_E.dtype)
+        sums = values_E.new_zeros(2 * self.num_pairs).index_add(0, side_W, values_W)
+        return sums[: self.num_pairs], sums[self.num_pairs :]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pack":
         """Return the pack with every tensor on `device`."""
-
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-
-        moved = {name: move(value) for name, value in vars(self).items()}
-        return replace(self, **moved | {"layout": self.layout.move(move)})
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Pack":
         """Return the pack in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
-        pinned = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **pinned, layout=self.layout.move(Tensor.pin_memory))
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, function: Callable[[Tensor], Tensor]) -> "Pack":
+        """Return the pack with `function` applied to every tensor."""
+        changed = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if self.pair_tokens is not None:
+            changed["pair_tokens"] = PairTokens(*map(function, self.pair_tokens))
+        return replace(self, **changed, layout=self.layout.move(function))
 
 
 def pack_groups(groups: Sequence[Group]) -> Pack:
@@ -180,6 +215,8 @@ def pack_groups(groups: Sequence[Group]) -> Pack:
         _check(group)
         row.add(group)
     tiles = [group.tiles for group in groups if group.tiles is not None]
+    entry_response = torch.tensor(row.entry_response)
+    order = entry_response.argsort(stable=True)  # the tree is walked stem by stem
     return Pack(
         input_ids=torch.tensor([row.input_ids]),
         position_ids=torch.tensor([row.positions]),
@@ -187,14 +224,36 @@ def pack_groups(groups: Sequence[Group]) -> Pack:
         layout=Layout(row.segments, torch.tensor(row.visible_until), torch.tensor(sorted({*row.predict_index}))),
         predict_index_S=torch.tensor(row.predict_index),
         target_ids_S=torch.tensor(row.target_ids),
-        entry_scored_E=torch.tensor(row.entry_scored),
-        entry_response_E=torch.tensor(row.entry_response),
+        entry_scored_E=torch.tensor(row.entry_scored)[order],
+        entry_response_E=entry_response[order],
         lengths_R=torch.tensor(row.lengths),
         chosen_index_P=torch.tensor(row.chosen_index, dtype=torch.long),
         rejected_index_P=torch.tensor(row.rejected_index, dtype=torch.long),
         pair_ids=[pair_id for group in groups for pair_id in group.pair_ids],
         num_tiles=[0 if group.tiles is None else len(group.tiles) for group in groups],
+        pair_tokens=_pair_tokens(groups, row),
     )
+
+
+def _pair_tokens(groups: Sequence[Group], row: "_Row") -> PairTokens | None:
+    """Return the weighted tokens of the pairs of a row, None where no group has weights."""
+    if all(group.token_weights is None for group in groups):
+        return None
+    weights = [pair for group in groups for pair in group.token_weights or _equal_weights(group)]
+    ends = list(itertools.accumulate(row.lengths))
+    tokens: tuple[list[int], list[int], list[float]] = [], [], []
+    sides = [(index, chosen) for index, (chosen, _) in zip(row.chosen_index, weights, strict=True)]
+    sides += [(index, rejected) for index, (_, rejected) in zip(row.rejected_index, weights, strict=True)]
+    for side, (index, values) in enumerate(sides):
+        tokens[0].extend(range(ends[index] - row.lengths[index], ends[index]))
+        tokens[1].extend([side] * row.lengths[index])
+        tokens[2].extend(values)
+    return PairTokens(*map(torch.tensor, tokens))
+
+
+def _equal_weights(group: Group) -> list[tuple[list[float], list[float]]]:
+    ones = [[1.0] * len(response) for response in group.responses]
+    return [(ones[chosen], ones[rejected]) for chosen, rejected in group.pairs]
 
 
 def unpack_groups(pack: Pack) -> list[Group]:
@@ -226,10 +285,10 @@ def unpack_groups(pack: Pack) -> list[Group]:
 def tree_tokens(responses: Sequence[Sequence[int]]) -> int:
     """Return the tokens that run for the responses of a group: common stems once, last tokens not at all."""
     rows = sorted(list(response[:-1]) for response in responses)
-    return sum(map(len, rows)) - sum(map(_num_common, rows, rows[1:]))
+    return sum(map(len, rows)) - sum(map(num_common, rows, rows[1:]))
 
 
-def _num_common(first: list[int], second: list[int]) -> int:
+def num_common(first: Sequence[int], second: Sequence[int]) -> int:
     """Return the length of the longest common prefix."""
     differences = (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(differences, min(len(first), len(second)))
@@ -317,3 +376,6 @@ def _check(group: Group) -> None:
         raise ValueError(f"group {name} has {len(group.pairs)} pairs but {len(group.pair_ids)} pair ids")
     if any(not 0 <= index < len(group.responses) for pair in group.pairs for index in pair):
         raise ValueError(f"a pair of group {name} names a response that is not among its {len(group.responses)}")
+    lengths = [tuple(len(group.responses[index]) for index in pair) for pair in group.pairs]
+    if group.token_weights is not None and [tuple(map(len, pair)) for pair in group.token_weights] != lengths:
+        raise ValueError(f"group {name} has another number of token weights than of tokens")

@@ -25,6 +25,7 @@ ROOMS = {
     "records": set(),
     "prompts": set(),
     "packing": {"torch"},
+    "token_weights": set(),
     "preference_terms": {"torch"},
     "objective": {"torch"},
     "steps": set(),
