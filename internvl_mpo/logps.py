@@ -16,7 +16,7 @@ backward pass: logits exist for one part and are never kept. The last layer leav
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +61,18 @@ def attach_scoring(
 
     @functools.wraps(plain_forward)
     def forward(
-        *args: Any, pack: Pack | None = None, chunk_size: int | None = None, temperature: float = 1.0, **kwargs: Any
+        *args: Any,
+        pack: Pack | None = None,
+        chunk_size: int | None = None,
+        temperature: float = 1.0,
+        squares: bool = False,
+        **kwargs: Any,
     ) -> Any:
         if pack is None:
             return plain_forward(*args, **kwargs)
         if plain_twin:
-            return torch.cat(_twin_rows(base, unpack_groups(pack), temperature))
-        return _score(base, pack, chunk_size, temperature)  # kwargs: peft adds arguments of its own, all None
+            return _twin_scores(base, pack, temperature, squares)
+        return _score(base, pack, chunk_size, temperature, squares)  # kwargs: peft adds arguments of its own, all None
 
     base.forward = forward
     return model
@@ -86,6 +91,44 @@ def token_logps(model: nn.Module, pack: Pack, *, chunk_size: int | None = None, 
         float32, or float64 for a float64 model.
     """
     return model(pack=pack, chunk_size=chunk_size, temperature=temperature)
+
+
+class PairScores(NamedTuple):
+    """What the objective needs of the policy, for each pair of a pack.
+
+    Attributes:
+        chosen: log-probs of the chosen response, summed with the token weights of the pack. Shape: (P,)
+        rejected: the same of the rejected one. Shape: (P,)
+        whole_chosen: the same of the chosen one with all weights 1, for the generation term. Shape: (P,)
+        chosen_likeness: how much the chosen response is one that the model would write, without gradient: the mean over
+            its tokens of log p(token) - log sum over words v of p(v)^2; None if it was not asked for. Shape: (P,)
+        rejected_likeness: the same of the rejected one. Shape: (P,)
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    whole_chosen: Tensor
+    chosen_likeness: Tensor | None = None
+    rejected_likeness: Tensor | None = None
+
+
+def score_pairs(model: nn.Module, pack: Pack, *, likeness: bool = False) -> PairScores:
+    """Return all that a training step needs of one forward pass.
+
+    Args:
+        model: as in `token_logps`.
+        pack: as in `token_logps`.
+        likeness: also how much the responses are the model's own, for the weights of WPO.
+    """
+    if not likeness:
+        logps_E = token_logps(model, pack)
+        return PairScores(*pack.pair_sums(logps_E), pack.response_sums(logps_E)[pack.chosen_index_P])
+    logps_E, log_squares_E = model(pack=pack, squares=True)
+    likeness_R = pack.response_sums(logps_E.detach() - log_squares_E) / pack.lengths_R
+    whole_chosen = pack.response_sums(logps_E)[pack.chosen_index_P]
+    return PairScores(
+        *pack.pair_sums(logps_E), whole_chosen, likeness_R[pack.chosen_index_P], likeness_R[pack.rejected_index_P]
+    )
 
 
 def response_logps(model: nn.Module, pack: Pack, **options: Any) -> Tensor:
@@ -113,11 +156,16 @@ def pair_logps(model: nn.Module, pack: Pack, **options: Any) -> tuple[Tensor, Te
     return pack.pair_sums(token_logps(model, pack, **options))
 
 
-def _score(model: nn.Module, pack: Pack, chunk_size: int | None, temperature: float) -> Tensor:
+def _score(
+    model: nn.Module, pack: Pack, chunk_size: int | None, temperature: float, squares: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs of the tokens of all responses, with `squares` also log sum p^2 there. Shape: (E,) or 2 x (E,)"""
     hidden_TD = _trunk(model, pack)
     head = model.get_output_embeddings()
-    logps_S = head(hidden_TD[pack.predict_index_S], pack.target_ids_S, chunk_size=chunk_size, temperature=temperature)
-    return logps_S[pack.entry_scored_E]
+    options = {"chunk_size": chunk_size, "temperature": temperature, "squares": squares}
+    scores = head(hidden_TD[pack.predict_index_S], pack.target_ids_S, **options)
+    # a plain tuple: ZeRO-3 takes outputs apart and could not put a named one together again
+    return tuple(values_S[pack.entry_scored_E] for values_S in scores) if squares else scores[pack.entry_scored_E]
 
 
 def _trunk(model: nn.Module, pack: Pack) -> Tensor:
@@ -147,16 +195,20 @@ def twin_logps(model: nn.Module, groups: Sequence[Group], *, temperature: float 
         groups: the groups of the pack, in order.
         temperature: divides the logits.
     """
-    return torch.stack([row.sum() for row in _twin_rows(model, groups, temperature)])
+    rows = [row for group in groups for row in _twin_group(model, group, temperature, squares=False)]
+    return torch.stack([logps.sum() for (logps,) in rows])
 
 
-def _twin_rows(model: nn.Module, groups: Sequence[Group], temperature: float) -> list[Tensor]:
-    """Log-probs of the tokens of every response. Each has shape (tokens,)."""
+def _twin_scores(model: nn.Module, pack: Pack, temperature: float, squares: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """What `_score` returns, the plain way."""
+    rows = [row for group in unpack_groups(pack) for row in _twin_group(model, group, temperature, squares)]
+    scores = tuple(torch.cat(values) for values in zip(*rows, strict=True))
+    return scores if squares else scores[0]
+
+
+def _twin_group(model: nn.Module, group: Group, temperature: float, squares: bool) -> list[tuple[Tensor, ...]]:
+    """Log-probs of the tokens of every response, with `squares` also log sum p^2 there. Each has shape (tokens,)."""
     device = next(model.parameters()).device
-    return [row for group in groups for row in _twin_group(model, group, temperature, device)]
-
-
-def _twin_group(model: nn.Module, group: Group, temperature: float, device: torch.device) -> list[Tensor]:
     rows = [torch.tensor(group.prompt_ids + response) for response in group.responses]
     lengths_R = torch.tensor([len(row) for row in rows], device=device)
     input_ids_RL = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
@@ -168,6 +220,10 @@ def _twin_group(model: nn.Module, group: Group, temperature: float, device: torc
     logits_RLV = model(input_ids=input_ids_RL, attention_mask=real_RL.long(), use_cache=False, **images).logits[:, :-1]
     if logits_RLV.dtype in (torch.float16, torch.bfloat16):
         logits_RLV = logits_RLV.float()
-    logps_RL = (logits_RLV / temperature).log_softmax(-1).gather(2, input_ids_RL[:, 1:, None])[..., 0]
+    logps_RLV = (logits_RLV / temperature).log_softmax(-1)
+    scores = [logps_RLV.gather(2, input_ids_RL[:, 1:, None])[..., 0]]
+    if squares:
+        scores.append((2 * logps_RLV.detach()).logsumexp(-1))
     before = len(group.prompt_ids) - 1
-    return [row[before : before + len(response)] for row, response in zip(logps_RL, group.responses, strict=True)]
+    places = [slice(before, before + len(response)) for response in group.responses]
+    return [tuple(values_RL[row, place] for values_RL in scores) for row, place in enumerate(places)]

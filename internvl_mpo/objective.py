@@ -173,7 +173,7 @@ def quality_term(chosen_rewards: Tensor, rejected_rewards: Tensor, shift: float 
     return -F.logsigmoid(chosen_rewards - shift) - F.logsigmoid(-(rejected_rewards - shift))
 
 
-def wpo_weights(mean_chosen: Tensor, mean_rejected: Tensor) -> Tensor:
+def wpo_weights(chosen_likeness: Tensor, rejected_likeness: Tensor) -> Tensor:
     """Return the weight of each pair in WPO (arXiv 2406.11827, eq. 2): how much it looks like the policy's own samples.
 
     w = w(chosen) w(rejected) with w(y) = exp(mean over tokens of [log p(y_t) - log sum over words v of p(v)^2]). A
@@ -181,10 +181,10 @@ def wpo_weights(mean_chosen: Tensor, mean_rejected: Tensor) -> Tensor:
     gradient goes through them.
 
     Args:
-        mean_chosen: the mean of the brackets over each chosen response. Shape: (P,)
-        mean_rejected: the same of the rejected ones. Shape: (P,)
+        chosen_likeness: the mean of the brackets over each chosen response, see `logps.PairScores`. Shape: (P,)
+        rejected_likeness: the same of the rejected ones. Shape: (P,)
     """
-    return (mean_chosen + mean_rejected).detach().exp()
+    return (chosen_likeness + rejected_likeness).detach().exp()
 
 
 class RewardShift:

@@ -257,7 +257,7 @@ def _equal_weights(group: Group) -> list[tuple[list[float], list[float]]]:
 
 
 def unpack_groups(pack: Pack) -> list[Group]:
-    """Return the groups of a pack: the inverse of `pack_groups`."""
+    """Return the groups of a pack, without weights of tokens: the inverse of `pack_groups`."""
     input_ids, targets, predicts = pack.input_ids[0].tolist(), pack.target_ids_S.tolist(), pack.predict_index_S.tolist()
     scored_R: list[list[int]] = [[] for _ in pack.lengths_R]
     for response, scored in zip(pack.entry_response_E.tolist(), pack.entry_scored_E.tolist(), strict=True):

@@ -23,7 +23,7 @@ from internvl_mpo.kernels.packed_attention import (
     varlen_attention,
 )
 from internvl_mpo.kernels.scoring_head import ScoringHead
-from internvl_mpo.logps import attach_scoring, pair_logps, response_logps, twin_logps
+from internvl_mpo.logps import attach_scoring, pair_logps, response_logps, score_pairs, twin_logps
 from internvl_mpo.packing import Group, pack_groups
 
 BACKBONES = ["internlm2", "llama", "phi3", "qwen2", "qwen3"]
@@ -140,6 +140,37 @@ def test_rejected_cannot_see_chosen(model):
             for chosen in ([4, 5, 6], [6, 5, 4, 4, 4])
         ]
     assert abs(seen[0] - seen[1]) < 1e-12
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, None])
+def test_squared_probabilities_of_a_pack_equal_the_twin(model, chunk_size):
+    pack = pack_groups(mixed_groups(model))
+    twin = attach_scoring(copy.deepcopy(tiny_model()).double(), plain_twin=True)
+    packed = model(pack=pack, squares=True, chunk_size=chunk_size)
+    plain = twin(pack=pack, squares=True)
+    for mine, other in zip(packed, plain, strict=True):
+        assert (mine - other).abs().max() < 1e-12
+    assert torch.equal(packed[0], model(pack=pack, chunk_size=chunk_size))
+    assert not packed[1].requires_grad
+    assert (packed[1] <= 0).all()
+    expected = gradient(model, model(pack=pack))
+    assert (gradient(model, packed[0]) - expected).abs().max() < 1e-12
+
+
+def test_likeness_is_a_mean_over_the_tokens_of_a_response(model):
+    pack = pack_groups(mixed_groups(model))
+    with torch.no_grad():
+        scores = score_pairs(model, pack, likeness=True)
+        logps_E, squares_E = model(pack=pack, squares=True)
+        plain = score_pairs(model, pack)
+    for pair in range(pack.num_pairs):
+        for index_P, likeness in ((pack.chosen_index_P, scores.chosen_likeness),
+                                  (pack.rejected_index_P, scores.rejected_likeness)):  # fmt: skip
+            own = pack.entry_response_E == index_P[pair]
+            assert likeness[pair] == pytest.approx((logps_E - squares_E)[own].mean().item(), rel=1e-12)
+    assert torch.equal(scores.chosen, plain.chosen)
+    assert plain.chosen_likeness is None
+    assert torch.equal(plain.whole_chosen, response_logps(model, pack)[pack.chosen_index_P].detach())
 
 
 def test_pairs_may_share_a_response(model):

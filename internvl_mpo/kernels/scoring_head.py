@@ -7,11 +7,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 # Bytes of logits that exist at a time. A CPU is as fast with little (measured from 1 to 16 MiB); a GPU wants large
 # products: 192 MiB are 6,000 words for 8,000 scored tokens.
 CPU_TILE_BYTES = 2**20
-
-
 TILE_BYTES = 192 * 2**20
-
-
 MIN_CHUNK = 1024  # words; products narrower than that are slow
 
 
@@ -29,8 +25,14 @@ class ScoringHead(nn.Linear):
         self.train(head.training)
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, *, chunk_size: int | None = None, temperature: float = 1.0
-    ) -> Tensor:
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        *,
+        chunk_size: int | None = None,
+        temperature: float = 1.0,
+        squares: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or log-probs of `targets` if they are given.
 
         Args:
@@ -38,9 +40,10 @@ class ScoringHead(nn.Linear):
             targets: token ids. Shape: (S,)
             chunk_size: words for which logits exist at a time; None chooses.
             temperature: divides the logits.
+            squares: also return log sum over words v of p(v)^2, without a gradient.
 
         Returns:
-            Logits of shape (..., V), or log-probs of shape (S,), at least float32.
+            Logits of shape (..., V), or log-probs of shape (S,), at least float32; with `squares` two of that shape.
         """
         if targets is None:
             return super().forward(hidden)
@@ -52,7 +55,9 @@ class ScoringHead(nn.Linear):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            return _TargetLogps.apply(hidden.to(dtype), self.weight.to(dtype), bias, targets, chunk_size, temperature)
+            return _TargetLogps.apply(
+                hidden.to(dtype), self.weight.to(dtype), bias, targets, chunk_size, temperature, squares
+            )
 
 
 class _TargetLogps(torch.autograd.Function):
@@ -72,24 +77,32 @@ class _TargetLogps(torch.autograd.Function):
         targets_S: Tensor,
         chunk_size: int,
         temperature: float,
-    ) -> Tensor:
+        squares: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         tiles = _Tiles(hidden_SD, weight_VD, bias_V, targets_S, chunk_size, temperature)
         largest_S = torch.full_like(targets_S, -torch.inf, dtype=tiles.dtype)
-        total_S, score_S = torch.zeros_like(largest_S), torch.zeros_like(largest_S)
+        total_S, score_S, squares_S = (torch.zeros_like(largest_S) for _ in range(3))
         for words in tiles.words:
             logits = tiles.logits(words)
             index_S, inside_S = tiles.targets(words)
             score_S = torch.where(inside_S, logits.gather(1, index_S[:, None])[:, 0], score_S)
             before_S, largest_S = largest_S, torch.maximum(largest_S, logits.amax(dim=1))
-            total_S = total_S * (before_S - largest_S).exp_() + logits.sub_(largest_S[:, None]).exp_().sum(dim=1)
+            shrink_S = (before_S - largest_S).exp_()
+            total_S = total_S * shrink_S + logits.sub_(largest_S[:, None]).exp_().sum(dim=1)
+            if squares:
+                squares_S = squares_S * shrink_S.square_() + logits.square_().sum(dim=1)
         logsumexp_S = largest_S + total_S.log_()
         ctx.save_for_backward(hidden_SD, weight_VD, bias_V, targets_S, logsumexp_S)
         ctx.chunk_size, ctx.temperature = chunk_size, temperature
-        return score_S - logsumexp_S
+        if not squares:
+            return score_S - logsumexp_S
+        log_squares_S = squares_S.log_() + 2 * (largest_S - logsumexp_S)
+        ctx.mark_non_differentiable(log_squares_S)
+        return score_S - logsumexp_S, log_squares_S
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_S: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_S: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
         hidden_SD, weight_VD, bias_V, targets_S, logsumexp_S = ctx.saved_tensors
         tiles = _Tiles(hidden_SD, weight_VD, bias_V, targets_S, ctx.chunk_size, ctx.temperature)
         grad_hidden = torch.zeros_like(hidden_SD, dtype=tiles.dtype) if ctx.needs_input_grad[0] else None
@@ -108,7 +121,7 @@ class _TargetLogps(torch.autograd.Function):
                 grad_bias[words] = grad_logits.sum(0)
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden_SD.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 class _Tiles:
