@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import posixpath
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,9 @@ from internvl_mpo.settings import setting
 
 MANIFEST = "manifest.json"
 _READER = Path(__file__).with_name("clean_rows.py")
+_KNOWN = ("README.md", MANIFEST, "LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", "NOTICE", "CITATION.cff")
+# Files a card shows or links to: [text](path), ![text](path), <img src="path">; addresses have a colon.
+_LINKED = re.compile(r"""(?:\]\(|\b(?:src|href)=["'])\s*<?([^\s:)>"']+)""")
 _PLACEHOLDER = "org/MMPR"  # what a card calls its repository until it is known
 
 
@@ -50,7 +55,7 @@ def publish_dataset(settings: DatasetSettings) -> Built:
         raise BadInputError(f"data folder '{source}' does not exist; make it with dataset_scripts/convert_mmpr.py")
     _check_source(source, settings)
     with replaced_folder(settings.output, sources=[source]) as folder:
-        for name, path in files_of(source).items():
+        for name, path in published_files(source).items():
             link(path, folder, name)
         _tidy_card(folder, settings.push)
         changed = [path for name, path in files_of(folder).items() if name.endswith(".parquet") and shorten_names(path)]
@@ -129,6 +134,33 @@ def configurations(folder: Path) -> dict[str, list[Path]]:
         found[entry["config_name"]] = files
     if not found:
         raise BadInputError(f"the header of {card} names no `configs`; dataset_scripts/convert_mmpr.py writes them")
+    return found
+
+
+def published_files(source: Path) -> dict[str, Path]:
+    """Return what of a data folder goes out, by its path: the card, what the card names, manifest, licence and code.
+
+    Raises:
+        BadInputError: something else lies in the folder, or a link leads out of it.
+    """
+    named = {path.relative_to(source).as_posix() for files in configurations(source).values() for path in files}
+    text = (source / "README.md").read_text(encoding="utf-8")
+    named |= {posixpath.normpath(target) for target in _LINKED.findall(text)}
+    found, surplus = {}, []
+    for name, path in files_of(source).items():
+        if not path.resolve().is_relative_to(source.resolve()):
+            raise BadInputError(f"{path} is a link that leads out of {source}; put the file itself there, or remove it")
+        is_hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+        if not is_hidden and (name in named or name in _KNOWN or (path.suffix == ".py" and "/" in name)):
+            found[name] = path
+        else:
+            surplus.append(name)
+    if surplus:
+        more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""
+        raise BadInputError(
+            f"{source} holds {', '.join(surplus[:3])}{more}, which the card does not name; published are the card, the "
+            "data and pictures it names, manifest.json, LICENSE and code in folders: move the rest elsewhere"
+        )
     return found
 
 

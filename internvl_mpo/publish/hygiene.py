@@ -19,13 +19,15 @@ _ABSOLUTE = re.compile(
     rb"(?<![\w:/.~<)\]}-])/(?:" + "|".join(_FOLDERS.split()).encode() + rb")/[\w.-]+|[A-Z]:\\Users\\"
 )
 _PATH_COLUMN = re.compile(r"path|root|provenance|image")  # of a data set; its other texts may well talk about paths
-_TEXT = {".md", ".json", ".jsonl", ".yaml", ".yml", ".txt", ".py", ".jinja", ".toml", ".cfg", ".css", ".js", ".html"}
+# Bytes that are no text: an absolute path in them would be chance, a key would not.
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".ico", ".model"}
+_CODE = {".py", ".js", ".css"}  # ours, and the same on every computer
 _NO_NAMES = {"root", "user", "admin", "ubuntu", "runner", "jovyan", "docker", "nobody", "localhost", "debian", "work"}
 _KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "JUDGE_API_KEY", "MODEL_API_KEY", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN")
 
 
 def check_nothing_private(folder: Path, *, owner: str | None = None) -> None:
-    """Read every text file, every Parquet text and every header of a folder that is to be published.
+    """Read every file of a folder that is to be published: of weights the header, of Parquet the texts.
 
     Rows of a data set may talk about paths; there, only paths of this computer and secrets count.
 
@@ -45,12 +47,22 @@ def check_nothing_private(folder: Path, *, owner: str | None = None) -> None:
                     _check_paths(f"column '{column}' of {name}", text)
         elif path.suffix == ".safetensors":
             _check(name, _safetensors_header(path), private)
-        elif path.suffix in _TEXT or "." not in path.name:
-            content = path.read_bytes()
+        else:
+            content = _as_utf_8(path.read_bytes())
             _check(name, content, private)
-            is_code = path.suffix in (".py", ".js", ".css")  # ours, and the same on every computer
-            if not is_code:
+            if path.suffix not in _CODE | _PICTURES:
                 _check_paths(name, content)
+
+
+def _as_utf_8(content: bytes) -> bytes:
+    """Return a text in UTF-16, with or without its mark, in UTF-8: a key hides well between zeros."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16", errors="replace").encode()
+    for half, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+        sample = content[half:2000:2]
+        if sample and sample.count(0) > 0.7 * len(sample):
+            return content.decode(encoding, errors="replace").encode()
+    return content
 
 
 def _check_paths(name: str, content: bytes) -> None:

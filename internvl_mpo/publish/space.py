@@ -23,6 +23,7 @@ from internvl_mpo.settings import setting
 APP, DEFAULTS, REQUIREMENTS = "app.py", "app.yaml", "requirements.txt"
 ROOT = Path(__file__).parents[2]
 OURS = ("internvl_mpo", "modeling_internvl_mpo")
+_DATA = {".css", ".js", ".html", ".jinja", ".json", ".svg", ".png"}  # what modules read from beside themselves
 # Needed though nothing may import them by name: transformers asks for them, the Space runs on Gradio.
 _ALWAYS = ("gradio", "accelerate", "safetensors", "tokenizers", "sentencepiece", "jinja2")
 
@@ -98,8 +99,9 @@ def needed_by(app: Path) -> tuple[list[Path], set[str]]:
         app: the program; our packages lie beside it.
 
     Returns:
-        Our files (other files beside a package's modules included), and the other top-level modules they import and
-        that are installed here. Modules that are not installed are optional by the way they are imported.
+        Our files (styles, templates and pictures beside a package's modules included), and the other top-level modules
+        they import and that are installed here. Modules that are not installed are optional by the way they are
+        imported.
     """
     root = app.parent
     seen, waiting, others = {app}, [app], set()
@@ -116,7 +118,7 @@ def needed_by(app: Path) -> tuple[list[Path], set[str]]:
                     waiting.append(path)
     folders = {path.parent for path in seen} - {root}
     beside = {path for folder in folders for path in folder.iterdir() if path.is_file()}
-    data = {path for path in beside if path.suffix not in (".py", ".pyc")}
+    data = {path for path in beside if path.suffix in _DATA and not path.name.startswith(".")}
     return sorted(seen | data), others
 
 

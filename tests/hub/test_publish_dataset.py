@@ -16,9 +16,21 @@ from published import run_as_stranger
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.publish.__main__ import main
+from internvl_mpo.publish.dataset import published_files
+from internvl_mpo.publish.hygiene import check_nothing_private
 from internvl_mpo.publish.picture_names import shorten, shorten_names
 
 NAME = "digits/MMPR-tiny"
+# One of each kind of key, in halves: this file must not look like a leak itself.
+SECRETS = {
+    "Hugging Face": "hf_" + "aB3" * 8,
+    "OpenAI": "sk-" + "a1B2" * 8,
+    "GitHub": "ghp_" + "c3D4" * 9,
+    "AWS": "AKIA" + "A1B2" * 4,
+    "GitLab": "glpat-" + "x9Y8" * 5,
+    "Slack": "xoxb-" + "1234567890-",
+    "private key": "-----BEGIN OPENSSH " + "PRIVATE KEY-----",
+}
 FEATURES = Features(
     {"id": Value("string"), "images": List(Image()), "question": Value("string"), "image_root": Value("string")}
 )
@@ -80,6 +92,10 @@ def converted(tmp_path: Path) -> Path:
     (folder / "README.md").write_text(CARD)
     write_manifest(folder)
     return folder
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.parquet"))
 
 
 def publish(source: Path, output: Path, *options: str) -> int:
@@ -156,10 +172,62 @@ def test_what_is_not_fit_to_publish_is_named(converted: Path, tmp_path: Path, da
         more = "- config_name: more\n  data_files: [{split: train, path: data/more/*.parquet}]\n---\n# MMPR"
         (converted / "README.md").write_text(CARD.replace("---\n# MMPR", more))
     else:
-        (converted / "notes.txt").write_text("hf_abcdefghijklmnopqrstuvw")
+        (converted / "LICENSE").write_text("hf_abcdefghijklmnopqrstuvw")
     with pytest.raises(BadInputError, match=message):
         publish(converted, tmp_path / "built")
     assert not (tmp_path / "built").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".env", ".netrc", "id_rsa", "run.sh", "notes.ipynb", "train.log", "data/.env.local", "notes.txt"),
+        *("data/digits/rows.jsonl", ".ssh/config", "weights.bin", "data/digits/.train.parquet", "key.pem"),
+    ],
+)
+def test_what_the_card_does_not_name_stays_at_home(converted: Path, name: str) -> None:
+    path = converted / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("nothing secret")
+    with pytest.raises(BadInputError, match=f"holds {re.escape(name)}, which the card does not name"):
+        published_files(converted)
+
+
+def test_what_a_card_shows_goes_along(converted: Path) -> None:
+    for name in ("pictures/length.png", "code/build.py", "LICENSE", "docs/how.md"):
+        (converted / name).parent.mkdir(exist_ok=True)
+        (converted / name).write_text("x")
+    card = CARD + '![lengths](pictures/length.png) <a href="./docs/how.md">how</a> [site](https://example.com/a.md)\n'
+    (converted / "README.md").write_text(card)
+    extra = set(published_files(converted)) - {path.relative_to(converted).as_posix() for path in shards(converted)}
+    assert extra == {"README.md", "manifest.json", "pictures/length.png", "code/build.py", "LICENSE", "docs/how.md"}
+
+
+def test_a_link_that_leads_out_is_refused_and_one_inside_is_not(converted: Path, tmp_path: Path) -> None:
+    (converted / "LICENSE").symlink_to(converted / "README.md")
+    assert "LICENSE" in published_files(converted)
+    (tmp_path / "private.txt").write_text("mine")
+    (converted / "NOTICE").symlink_to(tmp_path / "private.txt")
+    with pytest.raises(BadInputError, match=r"NOTICE is a link that leads out"):
+        published_files(converted)
+
+
+@pytest.mark.parametrize("kind", sorted(SECRETS))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-16-be"])
+def test_every_kind_of_key_is_found_in_every_encoding(tmp_path: Path, kind: str, encoding: str) -> None:
+    folder = tmp_path / "built"
+    folder.mkdir()
+    text = f"a line\nkey: {SECRETS[kind]}\nanother line\n"
+    (folder / "LICENSE").write_bytes(text.encode(encoding))
+    with pytest.raises(BadInputError, match="LICENSE holds what looks like a secret key"):
+        check_nothing_private(folder)
+
+
+@pytest.mark.parametrize("name", ["run.sh", "a.log", "notes.ipynb", ".env", "noext", "plot.png", "a.csv"])
+def test_no_name_keeps_a_file_from_being_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x89PNG\x00\x01 " + SECRETS["Hugging Face"].encode())
+    with pytest.raises(BadInputError, match="looks like a secret key"):
+        check_nothing_private(tmp_path)
 
 
 def test_places_on_a_cluster_are_not_told(tmp_path: Path) -> None:

@@ -58,8 +58,11 @@ def checkout(tmp_path: Path) -> Path:
         "internvl_mpo/deep/rooms.py": ROOMS,
         "internvl_mpo/deep/more.py": "x = 1\n",
         "internvl_mpo/deep/style.css": "a {}\n",
-        "internvl_mpo/trainer.py": "import deepspeed\n",
-        "train_mpo.py": "import internvl_mpo.trainer\n",
+        "internvl_mpo/deep/.env": "TOKEN=1\n",
+        "internvl_mpo/deep/notes.ipynb": "{}\n",
+        "internvl_mpo/deep/run.log": "done\n",
+        "internvl_mpo/training.py": "import deepspeed\n",
+        "train_mpo.py": "import internvl_mpo.training\n",
         "LICENSE": "MIT\n",
     }
     for name, text in files.items():
