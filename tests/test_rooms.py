@@ -49,6 +49,7 @@ ROOMS = {
     "mini": {"PIL", "matplotlib", "modeling_internvl_mpo", "numpy", "sklearn", "tokenizers", "torch", "transformers"},
     "demo": {"PIL", "gradio", "huggingface_hub", "modeling_internvl_mpo", "peft", "starlette", "torch", "transformers"},
     "convert": {"huggingface_hub", "modeling_internvl_mpo", "safetensors", "torch", "transformers"},
+    "likelihood_gap": {"modeling_internvl_mpo", "torch", "transformers"},
     "memory_estimate": {"modeling_internvl_mpo", "torch", "transformers"},
     "replay": {"modeling_internvl_mpo", "peft", "torch", "transformers"},
     "quickstart": set(),

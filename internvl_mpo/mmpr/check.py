@@ -19,6 +19,7 @@ from typing import IO, Any
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr.contamination import BenchmarkIndex
 from internvl_mpo.mmpr.copies import find_copies, similarity_hash
+from internvl_mpo.mmpr.differences import compare
 from internvl_mpo.mmpr.files import Member, check_picture, read_lines
 from internvl_mpo.mmpr.findings import MAX_EXAMPLES, MAX_SHOWN, CheckTask, Finding, Part, Report
 from internvl_mpo.mmpr.manifest import MANIFEST, file_facts, read_manifest
@@ -83,6 +84,7 @@ def check(
         for finding in part.findings:
             note(finding._replace(where=_shift(finding.where, first)))
         report.statistics.merge(part.statistics)
+        report.differences.merge(part.differences)
         report.counts.update(part.counts)
         for kind, examples in part.matched.items():
             report.matched[kind] |= examples
@@ -233,6 +235,7 @@ class _Looker:
     def _pair(self, pair: PreferencePair, subset: str, root: str, where: str, number: int, files: list) -> None:
         part = self.part
         part.statistics.add(pair, subset)
+        part.differences.add((pair.source, pair.rule), compare(pair.chosen, pair.rejected))
         if subset not in part.subsets:
             part.subsets.append(subset)
         part.members.append(part.subsets.index(subset))

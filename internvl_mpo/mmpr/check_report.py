@@ -6,6 +6,7 @@ import io
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from internvl_mpo.mmpr.card import draw_lengths, length_row
 from internvl_mpo.mmpr.findings import KINDS, Report
@@ -48,6 +49,10 @@ def text_table(report: Report) -> str:
     lines += ["", "words of chosen and rejected, mean ratio, how often chosen is longer:"]
     for rule, words in length_rows(report):
         lines.append(f"  {rule:<{width}}  {words[1]:>8} {words[2]:>8} {words[3]:>6} {words[4]:>5}")
+    lines += ["", f"how the responses of a pair differ: {', '.join(difference_columns(report))}:"]
+    lines += [
+        f"  {rule:<{width}}  " + " ".join(f"{cell:>8}" for cell in cells) for rule, cells in difference_rows(report)
+    ]
     for kind in kinds:
         severity, meaning = KINDS[kind]
         lines += ["", f"{severity}: {kind}, {_number(report, kind, 'total'):,} ({meaning})"]
@@ -63,6 +68,48 @@ def length_rows(report: Report) -> list[tuple[str, list[str]]]:
         (f"{source}, {rule}", length_row(report.statistics, source=source, rule=rule))
         for source, rule in sorted(report.statistics.rows)
     ]
+
+
+def difference_columns(report: Report) -> list[str]:
+    """Return the headings of `difference_rows`."""
+    columns = ["chosen words before the first that differs", "words in common", "pairs that differ in one word"]
+    likelihood = ["chosen", "rejected", "gap", "chosen likelier", "pairs scored"]
+    return columns + [f"{likelihood[0]} (nats a token)", *likelihood[1:]] if report.model else columns
+
+
+def difference_rows(report: Report) -> list[tuple[str, list[str]]]:
+    """Return (source and rule, one cell for each of `difference_columns`) of every source and rule."""
+    rows = []
+    for key in sorted(report.differences.sums):
+        mean, gap = report.differences.mean(key), report.gaps.get(key)
+        cells = [f"{mean.place:.0%}", f"{mean.common:.0%}", f"{mean.one_word:.1%}"]
+        if gap is not None:
+            cells += [f"{gap.chosen:.2f}", f"{gap.rejected:.2f}", f"{gap.gap:+.2f}"]
+            cells += [f"{gap.chosen_likelier:.0%}", f"{gap.pairs:,}"]
+        elif report.model:
+            cells += ["-"] * 4 + ["0"]
+        rows.append((", ".join(key), cells))
+    return rows
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """Return the numbers of the report, for programs."""
+    differences = []
+    for source, rule in sorted(report.differences.sums):
+        gap = report.gaps.get((source, rule))
+        row = {"source": source, "rule": rule, **report.differences.mean((source, rule))._asdict()}
+        differences.append({**row, "likelihood": gap and {**gap._asdict(), "gap": gap.gap}})
+    return {
+        "data": report.data,
+        "rows": dict(report.counts),
+        "errors": report.num("error"),
+        "warnings": report.num("warning"),
+        "findings": [
+            {"kind": kind, "subset": subset, "number": number} for (kind, subset), number in report.kinds.items()
+        ],
+        "model": report.model or None,
+        "differences": differences,
+    }
 
 
 def contamination_rows(report: Report) -> list[tuple[str, str]]:
@@ -96,6 +143,10 @@ def write_report(report: Report, path: Path) -> None:
         "chosen responses are than rejected ones; a model learns such a habit before anything else.</p>",
         _length_table(report),
         _plot(report),
+        "<h2>How the responses of a pair differ</h2><p class=note>In words. A loss that pushes a rejected response "
+        "down takes along what it shares with the chosen one: pairs that differ in one word are the ones that unlearn. "
+        f"{_asked(report)}</p>",
+        _difference_table(report),
         "<h2>Findings</h2>",
         _findings(report),
     ]
@@ -157,6 +208,24 @@ def _length_table(report: Report) -> str:
                     f"<td class=text>{bar}</tr>")  # fmt: skip
     head = "<tr><th>source and rule<th>question<th>chosen<th>rejected<th>ratio<th>chosen longer<th></tr>"
     return f"<div class=scroll><table>{head}{''.join(rows)}</table></div>"
+
+
+def _asked(report: Report) -> str:
+    if not report.model:
+        return "With --model the table also says how likely a model finds both."
+    return (
+        f"Log-probs are those of {html.escape(report.model)}, over a sample; a gap near 0 between responses that are "
+        "nearly equal says that the model does not tell them apart."
+    )
+
+
+def _difference_table(report: Report) -> str:
+    head = "".join(f"<th>{column}" for column in difference_columns(report))
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}{''.join(f'<td>{cell}' for cell in cells)}</tr>"
+        for name, cells in difference_rows(report)
+    )
+    return f"<div class=scroll><table><tr><th>source and rule{head}</tr>{rows}</table></div>"
 
 
 def _plot(report: Report) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from internvl_mpo.mmpr.contamination import BenchmarkIndex
+from internvl_mpo.mmpr.differences import Differences, LikelihoodGap
 from internvl_mpo.mmpr.statistics import ReleaseStatistics
 
 KINDS = {
@@ -62,6 +63,7 @@ class Part:
     Attributes:
         findings: in order.
         statistics: of the usable pairs.
+        differences: between their responses.
         counts: subset -> lines that are not blank.
         name: of the file; `numbers` are its lines or rows.
         rows: hashes per usable pair: of its content, its id, its prompt, and a similarity hash of its responses.
@@ -75,6 +77,7 @@ class Part:
     name: str
     findings: list[Finding] = field(default_factory=list)
     statistics: ReleaseStatistics = field(default_factory=ReleaseStatistics)
+    differences: Differences = field(default_factory=Differences)
     counts: Counter = field(default_factory=Counter)
     rows: dict[str, array] = field(
         default_factory=lambda: {key: array("Q") for key in ("content", "id", "prompt", "near")}
@@ -94,6 +97,7 @@ class Report:
     Attributes:
         data: what was looked at.
         statistics: of the usable pairs.
+        differences: between their responses.
         counts: subset -> rows.
         expected: subset -> rows that meta.json promises; absent where it says nothing.
         kinds: (kind, subset) -> number of findings.
@@ -101,10 +105,13 @@ class Report:
         index: the benchmarks, or None.
         matched: "picture", "question", "both" -> examples of the benchmarks that were found.
         shown: (example, where, picture) to be looked at.
+        model: the model that was asked how likely it finds the responses; empty where none was.
+        gaps: (source, rule) -> what it said.
     """
 
     data: str
     statistics: ReleaseStatistics = field(default_factory=ReleaseStatistics)
+    differences: Differences = field(default_factory=Differences)
     counts: Counter = field(default_factory=Counter)
     expected: dict[str, int] = field(default_factory=dict)
     kinds: Counter = field(default_factory=Counter)
@@ -112,6 +119,8 @@ class Report:
     index: BenchmarkIndex | None = None
     matched: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     shown: list[tuple[int, str, bytes]] = field(default_factory=list)
+    model: str = ""
+    gaps: dict[tuple[str, str], LikelihoodGap] = field(default_factory=dict)
 
     def num(self, severity: str) -> int:
         """Return the number of findings of a severity."""

@@ -30,9 +30,14 @@ def family_of(source: str) -> str:
     return next((family for family, names in FAMILIES.items() if name.startswith(names)), "other")
 
 
+def split_words(text: str) -> list[str]:
+    """Return the words of a text; Chinese and Japanese characters are words of their own."""
+    return text.split() if text.isascii() else _WORD.findall(text)
+
+
 def count_words(text: str) -> int:
-    """Return the number of words; Chinese and Japanese characters count one each."""
-    return len(text.split()) if text.isascii() else len(_WORD.findall(text))
+    """Return the number of words, see `split_words`."""
+    return len(split_words(text))
 
 
 @dataclass
