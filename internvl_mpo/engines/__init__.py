@@ -8,6 +8,7 @@ Every engine takes `Request`s and yields one `Reply` for each, in any order; a r
 back with `error` set and is never dropped. This file has no heavy imports, so that settings can be checked first.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -47,36 +48,75 @@ class Sampling:
             raise BadInputError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
 
 
-class Draft:
-    """A reply while it is written: an engine in this process adds tokens, a reader takes the text so far.
+class StopSign:
+    """Ends work from another thread: whoever waits for something says how to be woken."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._wakers: list[Callable[[], None]] = []
+
+    @contextlib.contextmanager
+    def wakes(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Let `stop` call `wake` meanwhile; never afterwards, and at once if it has been stopped before."""
+        with self._lock:
+            self._wakers.append(wake)
+        if self.stopped.is_set():
+            wake()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._wakers.remove(wake)
+
+    def stop(self) -> None:
+        """Stop, and wake all who wait."""
+        self.stopped.set()
+        with self._lock:
+            for wake in self._wakers:
+                wake()
+
+
+class Draft(StopSign):
+    """A reply while it is written: an engine adds tokens or pieces of text, a reader takes the text so far.
+
+    `stop` is for a reader that has gone: an engine in this process drops the reply at its next token, a request to a
+    server is hung up, and the reply ends with `finish_reason` "stopped".
 
     Args:
         changed: is set whenever the text has grown.
 
     Attributes:
-        text: what is there; the end of it may still change.
-        cancelled: set by a reader that has gone; the engine drops the reply at its next token.
+        text: what is there; the end of it may still change, and all of it after an attempt that broke off.
+        num_pieces: how many tokens it has; of a server that streams, how many pieces came.
     """
 
     def __init__(self, changed: threading.Event):
+        super().__init__()
         self.text = ""
-        self.cancelled = False
+        self.num_pieces = 0
         self._changed = changed
-        self._decode: Callable[[list[int]], str] = str
-        self._tokens: list[int] = []
+        self._decode: Callable[[list[Any]], str] = "".join
+        self._pieces: list[Any] = []
         self._looked = 0.0
 
-    def begin(self, decode: Callable[[list[int]], str]) -> None:
-        """Start, or start again where a batch did not fit into memory; the same seed draws the same tokens."""
-        self._decode, self._tokens, self._looked = decode, [], 0.0
+    def begin(self, decode: Callable[[list[Any]], str]) -> None:
+        """Start, or start again: a batch did not fit into memory, or a server broke off. The seed draws the same."""
+        self._decode, self._pieces, self._looked = decode, [], 0.0
+        self.text, self.num_pieces = "", 0
 
-    def add(self, token: int) -> None:
-        """Take a token. Decodes in the engine's thread, since tokenizers are not made for two at a time."""
-        self._tokens.append(token)
+    def add(self, piece: Any) -> None:
+        """Take a token or piece. Decodes in the engine's thread, since tokenizers are not made for two at a time."""
+        self._pieces.append(piece)
+        self.num_pieces = len(self._pieces)
         if time.monotonic() - self._looked >= DRAFT_SECONDS:
             self._looked = time.monotonic()
-            self.text = self._decode(self._tokens)
+            self.text = self._decode(self._pieces)
             self._changed.set()
+
+    def all_text(self) -> str:
+        """Return the text up to the last piece; for the engine, when nothing is added any more."""
+        return self._decode(self._pieces)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +132,7 @@ class Request:
         prefix: beginning of the assistant's turn, to be continued; the reply's text holds only what follows it.
         seed: fixes the draw of this reply, whatever else is in the batch.
         sampling: how tokens are drawn.
-        draft: filled while the reply grows, by engines in this process; None where nobody looks.
+        draft: filled while the reply grows (by `VllmEngine` not); None where nobody looks.
     """
 
     id: str
@@ -112,7 +152,8 @@ class Reply:
 
     Attributes:
         text: the reply; after a prefix it keeps the space at the join.
-        finish_reason: "stop" (the model ended its turn), "length" (cut), or "" with an error.
+        finish_reason: "stop" (the model ended its turn), "length" (cut), "stopped" (by the reader of the draft; the
+            text is what there was), or "" with an error.
         num_tokens: tokens generated, the end of the turn included.
         error: why there is no reply, or None.
         served_model: the name a server signed the reply with; "" in this process.

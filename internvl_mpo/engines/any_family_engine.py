@@ -34,6 +34,7 @@ from internvl_mpo.engines.local import (
     WINDOW,
     decode_reply,
     draw_tokens,
+    end_reason,
     load_picture,
     model_revision,
     torch_device,
@@ -208,7 +209,8 @@ class AnyFamilyEngine:
         words = output if end is None else output[:end]
         text = self._decode(prompt_ids.tolist(), words, request.prefix)
         num_tokens = len(output) if end is None else end + 1
-        return Reply(id=request.id, text=text, finish_reason="length" if end is None else "stop", num_tokens=num_tokens)
+        reason = end_reason(request, end is not None)
+        return Reply(id=request.id, text=text, finish_reason=reason, num_tokens=num_tokens)
 
 
 def _content(text: str) -> list[dict[str, str]]:
@@ -236,7 +238,7 @@ class _Drafts(StoppingCriteria):
                 self.ended[row] = token in self.stop_ids
                 if not self.ended[row]:
                     request.draft.add(token)
-                    self.ended[row] = request.draft.cancelled
+                    self.ended[row] = request.draft.stopped.is_set()
         return torch.tensor(self.ended, device=input_ids.device)
 
 

@@ -5,7 +5,7 @@ import binascii
 import io
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
 from internvl_mpo.errors import BadInputError
 
 _MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif"}
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}  # joins a payload that is to be streamed
+MAX_EVENT_BYTES = 4 << 20
 
 
 def chat_payload(request: Request, model: str) -> dict[str, Any]:
@@ -85,6 +87,52 @@ def _encode(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def read_stream(request: Request, parts: Iterable[bytes]) -> Reply:
+    """Fill a request's draft from a stream of server-sent events; return the reply when the stream says it is over.
+
+    Args:
+        request: one with a draft.
+        parts: the body as it comes.
+
+    Raises:
+        ValueError: it is no such stream, reports an error, or breaks off.
+    """
+    request.draft.begin("".join)
+    reason, tokens, model = None, 0, ""
+    for event in _events(parts):
+        try:
+            if "error" in event:
+                raise ValueError(f"the server broke off: {event['error']}")
+            tokens = int((event.get("usage") or {}).get("completion_tokens") or tokens)
+            model = str(event.get("model") or model)
+            for choice in event.get("choices", [])[:1]:
+                if piece := (choice.get("delta") or {}).get("content"):
+                    request.draft.add(str(piece))
+                reason = choice.get("finish_reason") or reason
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"an event is no piece of a chat completion ({type(error).__name__}: {error})") from error
+    return _reply(request, request.draft.all_text(), reason, tokens or request.draft.num_pieces, model)
+
+
+def _events(parts: Iterable[bytes]) -> Iterator[Any]:
+    """JSON of each event, up to the one that ends the stream."""
+    rest = b""
+    for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        if len(rest) > MAX_EVENT_BYTES:
+            raise ValueError(f"an event has more than {MAX_EVENT_BYTES >> 20} MB")
+        for line in lines:
+            name, _, data = line.strip().partition(b":")
+            if name != b"data":
+                continue
+            if data.strip() == b"[DONE]":
+                return
+            try:
+                yield json.loads(data)
+            except RecursionError as error:
+                raise ValueError("an event is nested too deeply") from error
+
+
 def read_reply(request: Request, answer: bytes) -> Reply:
     """Turn a chat completion into a reply.
 
@@ -99,17 +147,21 @@ def read_reply(request: Request, answer: bytes) -> Reply:
         model = str(completion.get("model") or "")
     except (AttributeError, LookupError, TypeError, RecursionError) as error:  # JSON, but of another shape
         raise ValueError(f"the answer is no chat completion ({type(error).__name__}: {error})") from error
+    return _reply(request, text, reason, tokens, model)
+
+
+def _reply(request: Request, text: Any, reason: Any, num_tokens: int, model: str) -> Reply:
     if not isinstance(text, str):
         raise ValueError("the answer holds no text")
     if reason not in ("stop", "length"):
-        raise ValueError(f"finish_reason is {reason!r}")
+        raise ValueError("the answer broke off" if reason is None else f"finish_reason is {reason!r}")
     # JSON can hold half of a character outside the basic plane, which no UTF-8 file can
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Reply(
         id=request.id,
         text=text if request.prefix else text.strip(),
         finish_reason=reason,
-        num_tokens=tokens,
+        num_tokens=num_tokens,
         served_model=model,
     )
 

@@ -1,6 +1,7 @@
 """Connections to several servers: who answers, who is slow, when to ask again."""
 
 import contextlib
+import functools
 import http.client
 import selectors
 import socket
@@ -8,46 +9,41 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from email.message import Message
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
+from internvl_mpo.engines import StopSign
 from internvl_mpo.errors import BadInputError
 
 FAULTS = (OSError, http.client.HTTPException, ValueError, KeyError, IndexError)
+MAX_ANSWER_BYTES = 64 << 20
 
 
-class RequestRun:
-    """One call of `generate`: what it has under way, and how to end that.
+@dataclass
+class Answer:
+    """What a server answers, to be read while `ServerPool.exchange` lasts.
 
-    A caller that goes, by Ctrl-C or for a full disk, would else wait at the interpreter's end for replies that nobody
-    reads.
+    Attributes:
+        status: of HTTP.
+        headers: of HTTP.
+        parts: the body as it comes.
     """
 
-    def __init__(self) -> None:
-        self.stopped = threading.Event()
-        self._sockets: set[socket.socket] = set()
-        self._lock = threading.Lock()
+    status: int
+    headers: Message
+    parts: Iterator[bytes]
 
-    @contextlib.contextmanager
-    def watch(self, sock: socket.socket) -> Iterator[None]:
-        """Let `stop` break off what is done on the socket meanwhile."""
-        with self._lock:
-            if self.stopped.is_set():
-                raise ConnectionAbortedError("the run was stopped")
-            self._sockets.add(sock)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._sockets.discard(sock)
+    @property
+    def is_stream(self) -> bool:
+        """Whether the body is server-sent events."""
+        return self.headers.get_content_type() == "text/event-stream"
 
-    def stop(self) -> None:
-        """End pauses at once and requests that are open."""
-        self.stopped.set()
-        with self._lock:
-            for sock in self._sockets:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+    @functools.cached_property
+    def content(self) -> bytes:
+        """The whole body."""
+        return b"".join(self.parts)
 
 
 class ServerPool:
@@ -61,7 +57,10 @@ class ServerPool:
             self.host, self.port = parts.hostname, parts.port
         except ValueError as error:
             raise BadInputError(f"'{url}' is no base URL ({error}); give one like http://localhost:8000/v1") from error
+        if parts.username or parts.password:  # it would be printed, and saved with the settings
+            raise BadInputError(f"the base URL of {self.host} holds a password; give it by --api_key_env instead")
         self.url = url
+        self.streams = True  # until it says otherwise
         self.secure = parts.scheme == "https"
         path = parts.path.rstrip("/")
         self.path = path if path.endswith("/v1") else f"{path}/v1"
@@ -89,15 +88,89 @@ class ServerPool:
         connection.connect()
         return connection
 
-    def give_back(self, connection: http.client.HTTPConnection) -> None:
-        """Take back a connection whose answer has been read to the end."""
-        self._free.append(connection)
+    @contextlib.contextmanager
+    def exchange(
+        self,
+        path: str,
+        body: bytes | None,
+        headers: dict[str, str],
+        *,
+        timeout: float,
+        silence: float,
+        sign: StopSign,
+    ) -> Iterator[Answer]:
+        """Send one request and yield what comes back, as it comes.
+
+        Args:
+            path: behind the base URL.
+            body: of a POST; None is a GET.
+            headers: of the request.
+            timeout: seconds it may take all together.
+            silence: seconds the server may say nothing.
+            sign: breaks it off.
+
+        Raises:
+            OSError, HTTPException, ValueError: the server is not there, breaks off, takes too long or says too much.
+        """
+        deadline = time.monotonic() + timeout
+        connection = self.take(timeout)
+        sock = connection.sock
+
+        def wait() -> None:  # a server that drips bytes must not hold the thread for ever
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError
+            sock.settimeout(min(left, silence))
+
+        def parts() -> Iterator[bytes]:
+            size = 0
+            while response.length != 0 and not response.isclosed():
+                wait()
+                part = response.read1(1 << 16)
+                if (size := size + len(part)) > MAX_ANSWER_BYTES:
+                    raise ValueError(f"the answer has more than {MAX_ANSWER_BYTES >> 20} MB")
+                yield part
+            if response.length:
+                raise http.client.IncompleteRead(b"", response.length)
+
+        try:
+            with breaking_off(sock, sign):
+                wait()
+                connection.request("GET" if body is None else "POST", self.path + path, body, headers)
+                wait()
+                response = connection.getresponse()
+                yield Answer(response.status, response.headers, parts())
+        except TimeoutError as error:
+            connection.close()
+            late = time.monotonic() >= deadline
+            reason = f"no complete answer in {timeout:g} s" if late else f"nothing came for {silence:g} s"
+            raise TimeoutError(reason) from error
+        except BaseException:
+            connection.close()
+            raise
+        is_read = response.length == 0 or response.isclosed()
+        response.close()
+        if is_read and not response.will_close:
+            self._free.append(connection)
+        else:
+            connection.close()
 
     def close(self) -> None:
         """Close the connections that are free."""
         with contextlib.suppress(IndexError):
             while connection := self._free.pop():
                 connection.close()
+
+
+@contextlib.contextmanager
+def breaking_off(sock: socket.socket, sign: StopSign) -> Iterator[None]:
+    """Let a stop sign end what is done on a socket meanwhile; a caller that goes must not wait for its reply."""
+
+    def end() -> None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    with sign.wakes(end):
+        yield
 
 
 def seconds_to_wait(value: str) -> float:

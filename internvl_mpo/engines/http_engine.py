@@ -2,23 +2,23 @@
 
 One request per reply, each with its own seed, since servers disagree about `n`. Pictures travel as data URIs. A reply
 is asked for again, later and later, when the server is busy, breaks, stalls or talks nonsense; after the last attempt
-it comes back with the error. Standard library only.
+it comes back with the error. A request with a draft is streamed into it. Standard library only.
 """
 
 import contextlib
-import http.client
 import json
 import random
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 from PIL import Image
 
-from internvl_mpo.engines import Reply, Request
-from internvl_mpo.engines.chat_format import chat_payload, read_reply
-from internvl_mpo.engines.connections import FAULTS, Pace, RequestRun, ServerPool, seconds_to_wait
+from internvl_mpo.engines import Reply, Request, StopSign
+from internvl_mpo.engines.chat_format import STREAMED, chat_payload, read_reply, read_stream
+from internvl_mpo.engines.connections import FAULTS, Answer, Pace, ServerPool, seconds_to_wait
 from internvl_mpo.errors import BadInputError
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})  # proxies have codes of their own above 504
@@ -35,6 +35,7 @@ class HttpEngine:
         concurrency: requests in flight at the same time.
         api_key: sent as a bearer token.
         timeout: seconds one attempt may take from connecting to the last byte.
+        silence: seconds a server that streams may say nothing.
         max_attempts: how often a reply is asked for.
         backoff: seconds before the second attempt; doubles each time, half of it random, up to a minute.
         requests_per_minute: most requests sent per minute; None is no limit.
@@ -54,6 +55,7 @@ class HttpEngine:
         concurrency: int = 64,
         api_key: str | None = None,
         timeout: float = 600.0,
+        silence: float = 120.0,
         max_attempts: int = 6,
         backoff: float = 1.0,
         requests_per_minute: float | None = None,
@@ -65,7 +67,7 @@ class HttpEngine:
         self._headers = {"Content-Type": "application/json", "User-Agent": "internvl-mpo"}
         if api_key and api_key.strip():  # a line break from the file the key was read from would be shown in errors
             self._headers["Authorization"] = f"Bearer {api_key.strip()}"
-        self.concurrency, self.timeout = concurrency, timeout
+        self.concurrency, self.timeout, self.silence = concurrency, timeout, silence
         self.max_attempts, self.backoff = max_attempts, backoff
         self._pace = Pace(requests_per_minute)
         self._lock = threading.Lock()
@@ -81,7 +83,7 @@ class HttpEngine:
         """Yield replies as they come; see `Engine.generate`."""
         stream = (request for request in requests if request.id not in done)
         self._failures_in_row = 0
-        run = RequestRun()
+        run = StopSign()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="http-engine")
         pending: set[Future[Reply]] = set()
         try:
@@ -99,32 +101,41 @@ class HttpEngine:
             for server in self._servers:
                 server.close()
 
-    def _answer(self, request: Request, run: "RequestRun") -> Reply:
+    def _answer(self, request: Request, run: StopSign) -> Reply:
         try:
-            body = json.dumps(chat_payload(request, self.model_id)).encode()
+            payload = chat_payload(request, self.model_id)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             return Reply(id=request.id, error=str(error))
+        if request.draft is None:
+            return self._ask(request, payload, run)
+        with run.wakes(request.draft.stop):
+            return self._ask(request, payload, request.draft)
+
+    def _ask(self, request: Request, payload: dict[str, Any], sign: StopSign) -> Reply:
+        """Ask until there is a reply, a refusal, no attempt left, or the stop sign."""
         error, status, num_asked = "", 0, 0
         jitter = random.Random(request.seed)
         for attempt in range(self.max_attempts):
             if self._failures_in_row > 2 * self.concurrency + 8:
                 error = f"not asked, the last {self._failures_in_row} requests all failed {error}".rstrip()
                 break
-            self._pace.wait(run.stopped)
-            if run.stopped.is_set():
-                error = "the run was stopped"
-                break
+            self._pace.wait(sign.stopped)
+            if sign.stopped.is_set():
+                return _stopped(request)
             server = self._pick()
             num_asked += 1
             try:
-                status, answer, retry_after = self._post(server, "/chat/completions", body, run)
-                if status == 200:
-                    reply = read_reply(request, answer)
+                answer = self._complete(server, request, payload, sign)
+                if isinstance(answer, Reply):
                     self._release(server, failed=False)
                     self._failures_in_row = 0
-                    return reply
-                error = f"HTTP {status}: {answer[:200].decode('utf-8', 'replace')}"
+                    return answer
+                status, retry_after = answer.status, seconds_to_wait(answer.headers.get("Retry-After", ""))
+                error = f"HTTP {status}: {answer.content[:200].decode('utf-8', 'replace')}"
             except FAULTS as fault:
+                if sign.stopped.is_set():
+                    self._release(server, failed=False)
+                    return _stopped(request)
                 status, retry_after = 0, 0.0
                 error = f"{type(fault).__name__}: {fault}"
             self._release(server, failed=status not in REFUSED_STATUS and status != 429)
@@ -133,79 +144,69 @@ class HttpEngine:
             if status and status not in RETRIED_STATUS and len(self._servers) == 1:
                 break  # with several, one that has another model or key must not lose what the others can answer
             if attempt + 1 < self.max_attempts:
-                run.stopped.wait(self._pause(attempt, retry_after, jitter.random()))
+                sign.stopped.wait(self._pause(attempt, retry_after, jitter.random()))
         if status not in REFUSED_STATUS:
             with self._lock:
                 self._failures_in_row += 1
-        return Reply(id=request.id, error=f"{error} (after {num_asked} attempts)")
+        asked = f"{server.url}: {error}" if num_asked else error
+        return Reply(id=request.id, error=f"{asked} (after {num_asked} attempts)" if num_asked != 1 else asked)
+
+    def _complete(
+        self, server: ServerPool, request: Request, payload: dict[str, Any], sign: StopSign
+    ) -> "Reply | Answer":
+        """Ask once: streamed where somebody reads along and the server can, whole otherwise."""
+        streamed = request.draft is not None and server.streams
+        with self._exchange(server, "/chat/completions", payload | (STREAMED if streamed else {}), sign) as answer:
+            if answer.status == 200:
+                return read_stream(request, answer.parts) if answer.is_stream else read_reply(request, answer.content)
+            content = answer.content  # is read now or never
+        if not (streamed and answer.status in REFUSED_STATUS and b"stream" in content):
+            return answer
+        server.streams = False
+        return self._complete(server, request, payload, sign)
 
     def _pause(self, attempt: int, retry_after: float, jitter: float) -> float:
         """Return the seconds between an attempt, counted from 0, and the next; jitter is in [0, 1)."""
         backoff = min(MAX_WAIT_SECONDS, self.backoff * 2**attempt) * (0.5 + 0.5 * jitter)
         return min(MAX_WAIT_SECONDS, max(backoff, retry_after))
 
-    def _pick(self) -> "ServerPool":
+    def _pick(self) -> ServerPool:
         with self._lock:
             now = time.monotonic()
             server = min(self._servers, key=lambda server: (server.resting_until > now, server.in_flight))
             server.in_flight += 1
             return server
 
-    def _release(self, server: "ServerPool", failed: bool) -> None:
+    def _release(self, server: ServerPool, failed: bool) -> None:
         with self._lock:
             server.in_flight -= 1
             server.resting_until = time.monotonic() + 5.0 if failed else 0.0
 
-    def _post(
-        self, server: "ServerPool", path: str, body: bytes | None, run: "RequestRun | None" = None
-    ) -> tuple[int, bytes, float]:
-        """Send one request and return status, body and Retry-After in seconds; a run that is stopped ends it."""
-        deadline = time.monotonic() + self.timeout
-        connection = server.take(self.timeout)
-        sock = connection.sock
-        with run.watch(sock) if run else contextlib.nullcontext():
-            try:
-                sock.settimeout(self._left(deadline))
-                connection.request("GET" if body is None else "POST", server.path + path, body, self._headers)
-                sock.settimeout(self._left(deadline))
-                response = connection.getresponse()
-                parts = []
-                while response.length != 0 and not response.isclosed():
-                    sock.settimeout(self._left(deadline))  # a server that drips bytes must not hold the thread for ever
-                    parts.append(response.read1(1 << 16))
-                response.close()  # read to the end or not, the connection is free for the next request only then
-                if response.length:
-                    raise http.client.IncompleteRead(b"".join(parts), response.length)
-            except TimeoutError as error:
-                connection.close()
-                raise TimeoutError(f"no complete answer in {self.timeout:g} s") from error
-            except BaseException:
-                connection.close()
-                raise
-        if not response.will_close:
-            server.give_back(connection)
-        return response.status, b"".join(parts), seconds_to_wait(response.headers.get("Retry-After", ""))
-
-    def _left(self, deadline: float) -> float:
-        """Return the seconds an attempt has left.
-
-        Raises:
-            TimeoutError: none.
-        """
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left
+    def _exchange(
+        self, server: ServerPool, path: str, payload: dict[str, Any] | None, sign: StopSign
+    ) -> contextlib.AbstractContextManager[Answer]:
+        body = None if payload is None else json.dumps(payload).encode()
+        silence = self.silence if payload and payload.get("stream") else self.timeout
+        return server.exchange(path, body, self._headers, timeout=self.timeout, silence=silence, sign=sign)
 
     def _served_models(self) -> list[str]:
         """Names the servers list; waits for a server that is still starting only as long as a reply may take."""
         errors = []
         for server in self._servers:
             try:
-                status, answer, _ = self._post(server, "/models", None)
-                if status == 200:
-                    return [entry["id"] for entry in json.loads(answer)["data"]]
-                errors.append(f"{server.url} answers {status}")
+                with self._exchange(server, "/models", None, StopSign()) as answer:
+                    content = answer.content
+                if answer.status == 200:
+                    return [entry["id"] for entry in json.loads(content)["data"]]
+                errors.append(f"{server.url} answers {answer.status}")
             except (*FAULTS, TypeError) as fault:
                 errors.append(f"{server.url} does not answer ({fault})")
         raise BadInputError(f"{'; '.join(errors)}; start a server there or give another --base_url")
+
+
+def _stopped(request: Request) -> Reply:
+    """What there was when the reader of a draft went, or the whole run ended."""
+    if request.draft is None:
+        return Reply(id=request.id, error="the run was stopped")
+    text = request.draft.all_text()
+    return Reply(id=request.id, text=text, finish_reason="stopped", num_tokens=request.draft.num_pieces)

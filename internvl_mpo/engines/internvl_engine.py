@@ -23,6 +23,7 @@ from internvl_mpo.engines.local import (
     WINDOW,
     decode_reply,
     draw_tokens,
+    end_reason,
     load_picture,
     model_revision,
     picture_size,
@@ -265,7 +266,7 @@ class InternVLEngine:
         stopped = bool(tokens) and tokens[-1] in self.stop_ids
         words = tokens[:-1] if stopped else tokens
         text = decode_reply(self.tokenizer, prompt_ids.tolist(), words, request.prefix)
-        return Reply(id=request.id, text=text, finish_reason="stop" if stopped else "length", num_tokens=len(tokens))
+        return Reply(id=request.id, text=text, finish_reason=end_reason(request, stopped), num_tokens=len(tokens))
 
     def _begin_drafts(self, rows: list[Request], prompt_ids: torch.Tensor) -> bool:
         """Begin the drafts of requests that have one; return whether any has."""
@@ -328,7 +329,7 @@ def _fill_drafts(rows: list[Request], tokens: torch.Tensor, running: torch.Tenso
     for index, (request, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
         if request.draft and kept[index]:
             request.draft.add(token)
-            kept[index] = not request.draft.cancelled
+            kept[index] = not request.draft.stopped.is_set()
     return torch.tensor(kept, device=running.device)
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from internvl_mpo.engines import Sampling
+from internvl_mpo.engines import Request, Sampling
 from internvl_mpo.errors import BadInputError
 from modeling_internvl_mpo.image_processing_internvl_mpo import to_rgb
 
@@ -73,6 +73,13 @@ def decode_reply(
     tail = prompt_ids[-8:]
     before, both = tokenizer.decode(tail, **settings), tokenizer.decode(tail + words, **settings)
     return both[len(before) :] if both.startswith(before) else tokenizer.decode(words, **settings)
+
+
+def end_reason(request: Request, has_ended: bool) -> str:
+    """Return why a reply ends: the model ended it, its reader stopped it, or it was cut."""
+    if has_ended:
+        return "stop"
+    return "stopped" if request.draft and request.draft.stopped.is_set() else "length"
 
 
 def model_revision(model_path: str) -> str | None:

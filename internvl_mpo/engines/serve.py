@@ -101,7 +101,9 @@ class BatchServer(ThreadingHTTPServer):
                     self._waiting.put(None)
                     break
                 batch.append(item)
-            batch = [(request, future) for request, future in batch if not (request.draft and request.draft.cancelled)]
+            batch = [
+                (request, future) for request, future in batch if not (request.draft and request.draft.stopped.is_set())
+            ]
             futures = {request.id: future for request, future in batch}
             try:
                 for reply in self.engine.generate([request for request, _ in batch]):
@@ -166,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(stream, 500, f"{type(error).__name__}: {error}")
         finally:
             for request in requests:
-                request.draft.cancelled = True
+                request.draft.stop()
 
     def _growth(self, futures: Sequence[Future[Reply]], changed: threading.Event) -> Iterator[None]:
         """Yield whenever a reply has grown, until all are there.
