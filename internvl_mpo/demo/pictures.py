@@ -4,7 +4,6 @@ import base64
 import binascii
 import contextlib
 import io
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,22 +133,14 @@ def read_data_uri(text: str, limits: Limits) -> Picture:
 
 
 def fetch_picture(address: str, limits: Limits) -> Picture:
-    """Fetch a picture from a public http(s) address.
-
-    Gradio's client looks names up itself and connects to what it found only if that is a public network, redirects
-    included, so no address of this machine or its neighbours can be reached.
+    """Fetch a picture from a public http(s) address; see `fetch`.
 
     Raises:
         BadInputError: nothing acceptable came.
     """
-    from gradio.processing_utils import ssrf_protected_download
+    from internvl_mpo.demo.fetch import fetch
 
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            path = ssrf_protected_download(address, folder)
-        except Exception as error:
-            raise BadInputError(f"{address} could not be fetched") from error
-        return read_upload(path, limits)
+    return read_picture(fetch(address, limits.max_bytes), address, limits)
 
 
 def data_uri(image: Image.Image) -> str:
