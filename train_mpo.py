@@ -10,36 +10,24 @@ that was killed goes on with the same command. Every field of transformers' Trai
 options below.
 """
 
-import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from internvl_mpo.errors import BadInputError, need_package, run_program
-from internvl_mpo.mmpr.pairs import PairRow, Resample
+from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.files import whole_folder
+from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.reading import iter_pairs
 from internvl_mpo.records import RowError, content_id
-from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
+from internvl_mpo.settings import show_settings, write_settings
+from internvl_mpo.training.pairs import TrainingPairs, check_pairs, hold_out, plan
 
-if TYPE_CHECKING:
-    from internvl_mpo.pack_plan import PairSize
+if TYPE_CHECKING:  # what imports transformers is imported where it is used, after the cheap refusals
     from internvl_mpo.training.reference_cache import ReferenceCache
+    from internvl_mpo.training.settings import TrainSettings
     from internvl_mpo.training.trainer import MPOTrainer
-
-from internvl_mpo.files import whole_folder
-from internvl_mpo.training.held_out import hold_out
-from internvl_mpo.training.pairs import check_pairs, plan
-from internvl_mpo.training.settings import (
-    WITHOUT_EFFECT,
-    check_lora_settings,
-    check_trackers,
-    exact_settings,
-    refuse_without_effect,
-)
 
 PROGRAM = "train_mpo.py"
 # Found by `plan`, so that a saved run does not give it back.
@@ -56,19 +44,16 @@ def main(argv: list[str]) -> int:
     checkpoint = choose_checkpoint(settings)
     rows, rejects = read_pairs(settings)
     processor = load_processor(settings)
-    rows, sizes = check_pairs(settings, processor, rows, rejects)
-    rows, sizes, held_out, held_out_sizes = hold_out(settings, rows, sizes)
-    settings, rows, counts, sizes = plan(settings, rows, sizes)
+    pairs, held_out = hold_out(settings.held_out_share, check_pairs(settings, processor, rows, rejects))
+    settings, pairs = plan(settings, pairs)
     if is_main:
-        show_memory(settings, sizes)
+        show_memory(settings, pairs)
 
     model = load_policy(settings)
     identity = identify(settings, model, processor)
-    reference = reference_logps(settings, identity, model, processor, rows + held_out, sizes + held_out_sizes)
+    reference = reference_logps(settings, identity, model, processor, pairs + held_out)
     model = choose_weights(settings, model)
-    trainer = build_trainer(
-        settings, identity, model, processor, rows, counts, sizes, held_out, held_out_sizes, reference
-    )
+    trainer = build_trainer(settings, identity, model, processor, pairs, held_out, reference)
     train(settings, trainer, checkpoint)
     save(settings, trainer, processor)
     return 0
@@ -77,76 +62,13 @@ def main(argv: list[str]) -> int:
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def read_settings(argv: list[str]) -> Any:
+def read_settings(argv: list[str]) -> "TrainSettings":
     """Return the checked settings; without arguments, or with --help, only the usage is printed."""
     if argv and not {"-h", "--help"} & set(argv):
         _check_paths_cheaply(argv)
-    from internvl_mpo.training.arguments import MPOArguments  # imports transformers, some seconds
-    from internvl_mpo.training.distributed import take_launchers_deepspeed, take_local_rank
-    from internvl_mpo.training.policy import Part
-    from internvl_mpo.training.preflight import VerifyImages
+    from internvl_mpo.training.settings import parse_train_settings  # imports transformers, some seconds
 
-    @dataclass(kw_only=True)
-    class TrainSettings(MPOArguments):
-        """Settings of `train_mpo.py`."""
-
-        model: str = setting(help="start model: folder or Hub id; it is also the reference")
-        data: list[str] = setting(
-            help="pairs: MMPR's meta.json, JSONL, Parquet folder, hub:OWNER/NAME; several with commas"
-        )
-        output_dir: str = setting(help="run folder: settings, log, checkpoints")
-        model_dir: str | None = setting(None, help="folder of the trained model; none = model/ in output_dir")
-        image_root: str | None = setting(None, help="folder of the images of a JSONL file; none = that of the file")
-        held_out_share: float = setting(
-            0.0, help="share of the questions kept apart to measure reward accuracy; above 0 at least one"
-        )
-        reference_cache: str | None = setting(None, help="folder of reference log-probs; none = inside output_dir")
-        resample: Resample = setting("none", help="sqrt evens out subsets by the square root of their size")
-        preflight_workers: int | None = setting(None, help="processes that check pairs; none = one per core, 0 = none")
-        preflight_cache: str | None = setting(None, help="folder of what the check found; none = beside output_dir")
-        verify_images: VerifyImages = setting("header", help="full decodes every image before training")
-        on_bad_row: Literal["stop", "skip"] = setting("stop", help="what to do when rows are unusable: stop or skip")
-        resume: str = setting("auto", help="go on from: auto (the last whole checkpoint), never, a checkpoint folder")
-        dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", help="type of the weights")
-        reference: Literal["cache", "adapter_off"] = setting(
-            "cache", help="reference log-probs: cache (computed once), or adapter_off (each step, LoRA only)"
-        )
-        lora_rank: int = setting(0, help="rank of LoRA adapters; 0 trains the weights themselves")
-        lora_alpha: int | None = setting(None, help="scale of LoRA; none = twice the rank")
-        lora_dropout: float = setting(0.0, help="dropout of LoRA; above 0 policy and reference differ from the start")
-        lora_on: Part = setting("language", help="which tower gets LoRA: language vision both")
-        load_in_4bit: bool = setting(False, help="QLoRA: language model in 4 bits (bitsandbytes); needs lora_rank")
-        save_adapter: bool = setting(False, help="also write the adapters alone, to adapter/ in output_dir")
-        save_merged: bool = setting(True, help="write the whole model, adapters merged; false needs save_adapter")
-        freeze_vision: bool = setting(False, help="do not train the vision tower")
-        freeze_projector: bool = setting(False, help="do not train the projector")
-        freeze_language: bool = setting(False, help="do not train the language model")
-        freeze_language_layers: int = setting(0, help="do not train embeddings and so many first language layers")
-
-        def __post_init__(self) -> None:
-            take_launchers_deepspeed(self)
-            if self.per_device_train_batch_size not in (1, TrainSettings.per_device_train_batch_size):
-                refuse_without_effect(self, "per_device_train_batch_size")  # MPOArguments sets it to 1
-            if self.deepspeed:
-                need_package("deepspeed", "setting 'deepspeed'")
-            super().__post_init__()
-            if self.preflight_workers is not None and self.preflight_workers < 0:
-                raise BadInputError(f"preflight_workers is {self.preflight_workers}, expected 0 or more, or none")
-            if not 0 <= self.held_out_share < 1:
-                raise BadInputError(f"held_out_share is {self.held_out_share}, expected 0 or more and below 1")
-            if not self.held_out_share and (self.eval_strategy != "no" or self.eval_on_start):
-                raise BadInputError(
-                    "an evaluation is asked for (eval_steps, eval_strategy or eval_on_start), but held_out_share is 0: "
-                    "give --held_out_share 0.01, or --eval_steps none --eval_strategy no --eval_on_start false"
-                )
-            check_trackers(self.report_to)
-            check_lora_settings(self)
-
-    settings = parse_settings(TrainSettings, take_local_rank(argv), program=PROGRAM, about=__doc__)
-    for name in WITHOUT_EFFECT:
-        if name != "per_device_train_batch_size" and getattr(settings, name) != getattr(TrainSettings, name):
-            refuse_without_effect(settings, name)
-    return settings
+    return parse_train_settings(argv, program=PROGRAM, about=__doc__)
 
 
 def _check_paths_cheaply(argv: list[str]) -> None:
@@ -163,7 +85,7 @@ def _check_paths_cheaply(argv: list[str]) -> None:
             )
 
 
-def choose_checkpoint(settings: Any) -> str | None:
+def choose_checkpoint(settings: "TrainSettings") -> str | None:
     """Return the checkpoint to go on from, the same on all ranks; None starts at step 0.
 
     Raises:
@@ -171,6 +93,7 @@ def choose_checkpoint(settings: Any) -> str | None:
     """
     from internvl_mpo.training.checkpoint import check_fingerprint, find_checkpoint
     from internvl_mpo.training.distributed import agree
+    from internvl_mpo.training.settings import exact_settings
 
     found = find_checkpoint(settings.resume, settings.output_dir)
     checkpoint = agree(None if found is None else str(found), settings)
@@ -188,7 +111,7 @@ def choose_checkpoint(settings: Any) -> str | None:
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def read_pairs(settings: Any) -> tuple[list[PairRow], list[RowError]]:
+def read_pairs(settings: "TrainSettings") -> tuple[list[PairRow], list[RowError]]:
     """Return the rows and those that could not be read."""
     from tqdm import tqdm
 
@@ -203,7 +126,7 @@ def read_pairs(settings: Any) -> tuple[list[PairRow], list[RowError]]:
     return rows, rejects
 
 
-def show_memory(settings: Any, sizes: list["PairSize"]) -> None:
+def show_memory(settings: "TrainSettings", pairs: TrainingPairs) -> None:
     """Print what a device is expected to need, and what to change where that is more than it has."""
     from transformers import AutoConfig
 
@@ -213,9 +136,9 @@ def show_memory(settings: Any, sizes: list["PairSize"]) -> None:
     run = {**vars(settings), "optim": str(getattr(settings.optim, "value", settings.optim))}
     plugin = settings.deepspeed_plugin
     run["deepspeed"] = plugin and plugin.hf_ds_config.config
-    longest = max(size.num_tokens for size in sizes)
+    longest = max(size.num_tokens for size in pairs.sizes)
     tokens = min(settings.max_tokens_per_pack, settings.pairs_per_step * longest)
-    densest = max(size.num_tiles / size.num_tokens for size in sizes)  # a pack of the pairs with most pictures
+    densest = max(size.num_tiles / size.num_tokens for size in pairs.sizes)  # a pack of the pairs with most pictures
     setup = Setup(
         **{
             **setup_of_run(run),
@@ -241,7 +164,7 @@ def show_memory(settings: Any, sizes: list["PairSize"]) -> None:
 # --- policy -----------------------------------------------------------------------------------------------------------
 
 
-def load_processor(settings: Any) -> Any:
+def load_processor(settings: "TrainSettings") -> Any:
     """Return the processor of the start model; weights are read only after all pairs have been checked.
 
     Raises:
@@ -275,7 +198,7 @@ def load_processor(settings: Any) -> Any:
         raise _cannot_load(source, error) from error
 
 
-def load_policy(settings: Any) -> Any:
+def load_policy(settings: "TrainSettings") -> Any:
     """Return the start model, cut in pieces already where ZeRO-3 trains it.
 
     Raises:
@@ -296,7 +219,7 @@ def load_policy(settings: Any) -> Any:
         raise _cannot_load(settings.model, error) from error
 
 
-def weights_dtype(settings: Any) -> Any:
+def weights_dtype(settings: "TrainSettings") -> Any:
     """Return the type the weights compute in: DeepSpeed casts them, and keeps a float32 master copy of its share."""
     import torch
 
@@ -314,7 +237,7 @@ def _cannot_load(source: str, error: Exception) -> BadInputError:
     return BadInputError(f"cannot load the start model '{source}': {reason}")
 
 
-def choose_weights(settings: Any, model: Any) -> Any:
+def choose_weights(settings: "TrainSettings", model: Any) -> Any:
     """Freeze parts or add adapters, and print what is trained."""
     from transformers import set_seed
 
@@ -349,7 +272,7 @@ def choose_weights(settings: Any, model: Any) -> Any:
     return model
 
 
-def identify(settings: Any, model: Any, processor: Any) -> dict[str, Any]:
+def identify(settings: "TrainSettings", model: Any, processor: Any) -> dict[str, Any]:
     """Return what reference log-probs depend on besides the pairs."""
     from internvl_mpo.engines.local import model_revision
     from internvl_mpo.training.distributed import agree, zero_stage
@@ -375,7 +298,7 @@ def identify(settings: Any, model: Any, processor: Any) -> dict[str, Any]:
 
 
 def reference_logps(
-    settings: Any, identity: dict, model: Any, processor: Any, rows: Sequence[PairRow], sizes: Sequence["PairSize"]
+    settings: "TrainSettings", identity: dict[str, Any], model: Any, processor: Any, pairs: TrainingPairs
 ) -> "ReferenceCache | None":
     """Return the log-probs of the start model, computing those that no earlier run left on disk; None for adapter_off.
 
@@ -391,13 +314,13 @@ def reference_logps(
     cache = ReferenceCache(
         settings.reference_cache or Path(settings.output_dir) / "reference",
         identity,
-        {row.pair.id: row.digest for row in rows},
+        {row.pair.id: row.digest for row in pairs.rows},
     )
     missing = set(cache.missing())
     if settings.world_size > 1:  # nobody writes before all have read, so that all agree on what is missing
         torch.distributed.barrier()
     if missing:
-        fill_cache(cache, missing, model, processor, rows, sizes, settings)
+        fill_cache(cache, missing, model, processor, pairs, settings)
     return cache
 
 
@@ -405,40 +328,32 @@ def reference_logps(
 
 
 def build_trainer(
-    settings: Any,
-    identity: dict,
+    settings: "TrainSettings",
+    identity: dict[str, Any],
     model: Any,
     processor: Any,
-    rows: list[PairRow],
-    counts: list[int],
-    sizes: list["PairSize"],
-    held_out: list[PairRow],
-    held_out_sizes: list["PairSize"],
+    pairs: TrainingPairs,
+    held_out: TrainingPairs,
     reference: "ReferenceCache | None",
 ) -> "MPOTrainer":
     """Return the trainer; this is the first thing that touches the run folder."""
     from internvl_mpo.training.callbacks import ConsoleCallback
+    from internvl_mpo.training.settings import exact_settings
     from internvl_mpo.training.trainer import MPOTrainer
 
-    data = hashlib.sha256()
-    for row, count in zip(rows, counts, strict=True):
-        data.update(f"{row.digest} {count}\n".encode())
     return MPOTrainer(
         model,
         settings,
         processor=processor,
-        rows=rows,
-        counts=counts,
-        sizes=sizes,
-        reference=reference,
+        pairs=pairs,
         held_out=held_out,
-        held_out_sizes=held_out_sizes,
-        fingerprint={"data": data.hexdigest()[:16], **identity, **exact_settings(settings)},
+        reference=reference,
+        fingerprint={"data": pairs.digest(), **identity, **exact_settings(settings)},
         callbacks=[ConsoleCallback(settings.output_dir)],
     )
 
 
-def train(settings: Any, trainer: "MPOTrainer", checkpoint: str | None) -> None:
+def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | None) -> None:
     """Train to the end, from a checkpoint if there is one."""
     import torch
 
@@ -462,7 +377,7 @@ def train(settings: Any, trainer: "MPOTrainer", checkpoint: str | None) -> None:
         print(f"held-out pairs: reward accuracy {evaluations[-1]['eval_rewards/accuracy']:.3f}")
 
 
-def save(settings: Any, trainer: "MPOTrainer", processor: Any) -> None:
+def save(settings: "TrainSettings", trainer: "MPOTrainer", processor: Any) -> None:
     """Write the folders under a temporary name and rename them, so that each is there whole or not at all."""
     from internvl_mpo.publish import write_model_folder
     from internvl_mpo.training.policy import check_saved_weights, plain_base, whole_weights, write_adapter

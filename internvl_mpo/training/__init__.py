@@ -5,7 +5,7 @@ pairs, preflight, lengths the pairs of a run: read, checked, measured, planned
 data                      steps of pairs become packs
 policy, distributed       the model that is trained, on one device or many
 reference_cache, reference_pass, live_reference   log-probs of the start model
-trainer, callbacks, meters   the loop on transformers' Trainer
+trainer, callbacks, meters, run_log   the loop on transformers' Trainer
 watch, not_finite, held_out  what is looked at while it runs
 checkpoint                where a killed run goes on
 throughput, speed, fake_pass   what a step costs, and how it is made cheaper

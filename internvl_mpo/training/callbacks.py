@@ -1,16 +1,14 @@
 """Trainer callbacks: moving reference, last evaluation, console lines."""
 
-import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from internvl_mpo.files import atomic_writer
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.live_reference import MovingReference
+from internvl_mpo.training.run_log import RunLog
 from internvl_mpo.training.watch import Watch, expected_first_loss, expected_first_terms, rounding_noise
 
 
@@ -44,8 +42,9 @@ class ConsoleCallback(TrainerCallback):
     """A progress bar with rate and time left, the first loss explained, and a JSON line per log entry."""
 
     def __init__(self, output_dir: str | Path):
-        """Write to `log.jsonl` in `output_dir`."""
-        self.path = Path(output_dir) / "log.jsonl"
+        """Write to `log.jsonl` in `output_dir`; `samples.jsonl` beside it is cut back with it."""
+        self.run_log = RunLog(Path(output_dir) / "log.jsonl")
+        self.samples = RunLog(Path(output_dir) / "samples.jsonl")
         self.watch = Watch()
         self.bar: Any = None
 
@@ -56,9 +55,9 @@ class ConsoleCallback(TrainerCallback):
         from tqdm import tqdm
 
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-        _keep_until(self.path.with_name("samples.jsonl"), state.global_step)
+        self.samples.keep_until(state.global_step)
         self.watch = Watch(noise=rounding_noise(args))
-        for row in _keep_until(self.path, state.global_step):
+        for row in self.run_log.keep_until(state.global_step):
             self.watch.look(row["step"], row)  # what was seen before counts on, and what was said is not said again
 
     def on_log(self, args: MPOArguments, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
@@ -66,9 +65,8 @@ class ConsoleCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         warnings = self.watch.look(state.global_step, logs)
-        with open(self.path, "a", encoding="utf-8") as out:
-            out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-            out.writelines(json.dumps({"step": state.global_step, "warning": text}) + "\n" for text in warnings)
+        lines = [logs, *({"warning": text} for text in warnings)]
+        self.run_log.append({"step": state.global_step, **line} for line in lines)
         write = print if self.bar is None else self.bar.write
         for text in warnings:
             write(f"warning, {text}")
@@ -91,25 +89,6 @@ class ConsoleCallback(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop lines of later steps, which a resumed run repeats, and what a kill left half-written; step 0 drops all.
-
-    Returns:
-        What is kept.
-    """
-    kept = []
-    if path.exists() and step:
-        for line in path.read_bytes().split(b"\n"):  # splitlines would also cut at U+2028 inside a text
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if row["step"] <= step:
-                    kept.append(row)
-    if path.exists() or path.name == "log.jsonl":
-        with atomic_writer(path) as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    return kept
 
 
 def first_loss_line(args: MPOArguments, logs: Mapping[str, float]) -> str:

@@ -1,52 +1,121 @@
-"""Held-out pairs, and sampled answers to their questions during training."""
+"""What is measured on held-out pairs during training: rewards, NLL, and sampled answers to their questions."""
 
-import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from internvl_mpo.errors import BadInputError
-from internvl_mpo.mmpr.pairs import PairRow
+from internvl_mpo.logps import response_logps
+from internvl_mpo.pack_plan import fill_packs
 from internvl_mpo.packing import Group
-
-if TYPE_CHECKING:
-    from internvl_mpo.pack_plan import PairSize
-
-
-def hold_out(
-    settings: Any, rows: list[PairRow], sizes: list["PairSize"]
-) -> tuple[list[PairRow], list["PairSize"], list[PairRow], list["PairSize"]]:
-    """Return training rows, their sizes, held-out rows, and theirs.
-
-    A question is held out by a number that depends on it alone, so that all its pairs stay on one side and other data
-    beside it change nothing. Where the share comes to no question, the one with the smallest number is held out: an
-    evaluation that was asked for needs one.
-
-    Raises:
-        BadInputError: that would be the only one.
-    """
-    if not settings.held_out_share:
-        return rows, sizes, [], []
-    shares = [_share_of(row.pair.group_key) for row in rows]
-    border = max(settings.held_out_share, math.nextafter(min(shares), 1))
-    kept = [index for index, share in enumerate(shares) if share >= border]
-    held_out = [index for index, share in enumerate(shares) if share < border]
-    if not kept:
-        raise BadInputError(
-            f"held_out_share {settings.held_out_share} leaves no question to train on; lower it, or give more data"
-        )
-    return (*([values[index] for index in part] for part in (kept, held_out) for values in (rows, sizes)),)
+from internvl_mpo.training.arguments import MPOArguments
+from internvl_mpo.training.data import GroupDataset, Micro
+from internvl_mpo.training.meters import MeanMeter
+from internvl_mpo.training.pairs import TrainingPairs
 
 
-def _share_of(key: str) -> float:
-    """A number in [0, 1) that depends on the question only, so that its pairs stay on one side."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
+class HeldOut:
+    """The held-out pairs of a run and what they are asked."""
+
+    def __init__(
+        self,
+        pairs: TrainingPairs,
+        dataset: GroupDataset,
+        args: MPOArguments,
+        *,
+        collate: Callable[[Sequence[Group]], Micro],
+        reference_logps: Callable[[Micro], tuple[Tensor, Tensor]],
+    ):
+        """Keep the pairs.
+
+        Args:
+            pairs: at least one.
+            dataset: encodes them.
+            args: budget, precision, ranks.
+            collate: packs groups.
+            reference_logps: gives the reference log-probs of a pack, chosen and rejected. Shape: 2 x (P,)
+        """
+        self.pairs, self.dataset, self.args = pairs, dataset, args
+        self.collate, self.reference_logps = collate, reference_logps
+
+    @torch.no_grad()
+    def rewards(self, model: nn.Module, accelerator: Any, prefix: str) -> dict[str, float]:
+        """Return accuracy, margin, NLL a token and the number of pairs, over all ranks; a collective.
+
+        Args:
+            model: the policy in evaluation mode, wrapped where there is more than one rank.
+            accelerator: adds up over the ranks.
+            prefix: of the names.
+        """
+        # Every rank does the same number of packs, so that sharded models meet in the same collectives.
+        costs = [size.num_tokens for size in self.pairs.sizes]
+        packs = fill_packs(costs, max(self.args.max_tokens_per_pack, max(costs)))
+        ranks, rank = self.args.world_size, self.args.process_index
+        meter = MeanMeter()
+        for turn in range(math.ceil(len(packs) / ranks)):
+            number = turn * ranks + rank
+            micro = self.collate([self.dataset[(row,)] for row in packs[min(number, len(packs) - 1)]])
+            micro = micro.to(self.args.device)
+            reference_chosen, reference_rejected = self.reference_logps(micro)
+            logps_R = response_logps(model, micro.pack)
+            num_pairs = micro.pack.num_pairs if number < len(packs) else 0  # a pack that only fills the round
+            chosen, rejected = logps_R[micro.pack.chosen_index_P], logps_R[micro.pack.rejected_index_P]
+            chosen_rewards = self.args.beta * (chosen - reference_chosen)
+            rejected_rewards = self.args.beta * (rejected - reference_rejected)
+            values = {
+                f"{prefix}_rewards/accuracy": chosen_rewards > rejected_rewards,
+                f"{prefix}_rewards/margin": chosen_rewards - rejected_rewards,
+                f"{prefix}_nll": -chosen / micro.pack.chosen_lengths_P,
+            }
+            meter.add(num_pairs, {name: value[:num_pairs] for name, value in values.items()})
+        means = meter.reduce(accelerator)
+        means[f"{prefix}_num_pairs"] = means.pop("num_pairs")
+        return {name: value for name, value in means.items() if name not in ("num_tokens", "flop")}
+
+    def answers(self, model: nn.Module, tokenizer: Any, step: int) -> list[dict[str, Any]]:
+        """Return greedy answers to `num_eval_samples` of the questions; all ranks do the same, see `greedy_answers`.
+
+        Args:
+            model: the policy in evaluation mode, not wrapped.
+            tokenizer: turns ids into text.
+            step: noted in each row.
+        """
+        count, limit = self.args.num_eval_samples, self.args.eval_sample_tokens
+        questions: dict[Any, int] = {}
+        for index, row in enumerate(self.pairs.rows):
+            questions.setdefault(row.key, index)
+        spread = max(1, len(questions) // max(1, count))  # over all files, which lie one after another
+        asked = list(questions.values())[::spread][:count]
+        precision = torch.bfloat16 if self.args.bf16 else torch.float16
+        with torch.autocast(self.args.device.type, precision, enabled=self.args.bf16 or self.args.fp16):
+            answers = greedy_answers(model, [self.dataset[(index,)] for index in asked], limit)
+        return [
+            {
+                "step": step,
+                "images": list(self.pairs.rows[index].pair.images),
+                "question": self.pairs.rows[index].pair.question,
+                "answer": tokenizer.decode(ids, skip_special_tokens=True),
+                "chosen": self.pairs.rows[index].pair.chosen,
+                "num_tokens": len(ids),
+                "finished": len(ids) < limit,
+                "repetition": repetition(ids),
+            }
+            for index, ids in zip(asked, answers, strict=True)
+        ]
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------
+def sample_means(samples: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
+    """Return means over sampled answers, see `HeldOut.answers`; empty where there are none."""
+    if not samples:
+        return {}
+    values = {
+        "length": [sample["num_tokens"] for sample in samples],
+        "unfinished": [not sample["finished"] for sample in samples],
+        "repetition": [sample["repetition"] for sample in samples],
+    }
+    return {f"{prefix}_samples/{name}": sum(column) / len(column) for name, column in values.items()}
 
 
 @torch.no_grad()

@@ -1,19 +1,101 @@
-"""What is kept of a step whose loss is not finite."""
+"""A step whose loss or gradient is not finite: what is kept of it, and the error that stops the run."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_writer
 from internvl_mpo.mmpr.pairs import PairRow
+from internvl_mpo.training.arguments import MPOArguments
+from internvl_mpo.training.distributed import from_all_ranks
 
-# --- a step that is not finite ----------------------------------------------------------------------------------------
+# Settings that a pair's numbers depend on, as `internvl_mpo.replay` reads them.
+_REPLAYED = ("max_tiles", "max_length", "beta", "preference", "quality", "generation", "label_smoothing")
+_NUM_NAMED = 5  # pairs spelled out in the message
+
+
+class PackRecord(NamedTuple):
+    """One pack of the step that runs.
+
+    Attributes:
+        pair_ids: its pairs.
+        reference_chosen: reference log-probs. Shape: (P,)
+        reference_rejected: the same of the rejected responses. Shape: (P,)
+        loss: its part in the loss of the step. Shape: ()
+    """
+
+    pair_ids: list[str]
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    loss: Tensor
+
+
+def stop_step(
+    what: str,
+    pair_ids: Sequence[str],
+    packs: Sequence[PackRecord],
+    *,
+    step: int,
+    model: nn.Module,
+    args: MPOArguments,
+    rows: Sequence[PairRow],
+    reward_shift: float,
+) -> BadInputError:
+    """Write down the step so far and return the error to raise, the same on all ranks; a collective.
+
+    Args:
+        what: "loss" or "gradient".
+        pair_ids: pairs of this rank that it may come from.
+        packs: of the step, on this rank.
+        step: its number.
+        model: the policy, not wrapped.
+        args: settings; dumps go to `output_dir`.
+        rows: all pairs of the run.
+        reward_shift: delta of the quality term.
+    """
+    found = from_all_ranks((list(pair_ids), weights_not_finite(model, args.process_index)), args)
+    broken = list(dict.fromkeys(name for _, names in found for name in names))
+    folder = Path(args.output_dir)
+    paths = {rank: folder / f"not_finite_step{step}_rank{rank}.json" for rank, (ids, _) in enumerate(found) if ids}
+    references = {
+        pair_id: (chosen, rejected)
+        for pack in packs
+        for pair_id, chosen, rejected in zip(
+            pack.pair_ids, pack.reference_chosen.tolist(), pack.reference_rejected.tolist(), strict=True
+        )
+    }
+    header = {
+        "what": what,
+        "step": step,
+        "model": getattr(args, "model", None),
+        "output_dir": args.output_dir,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+        "weights": list(args.weights),
+        "reward_shift": reward_shift,
+        **{name: getattr(args, name) for name in _REPLAYED},
+        "pair_ids": list(pair_ids),
+        "packs": [pack.pair_ids for pack in packs],
+        "weights_not_finite": broken,
+    }
+    if pair_ids:
+        dump_step(paths[args.process_index], header, [r for r in rows if r.pair.id in references], references)
+    from_all_ranks(None, args)  # a launcher kills the others when the first one ends: all dumps must be written
+    suspects = [pair_id for ids, _ in found for pair_id in ids]
+    shown = ", ".join(suspects[:_NUM_NAMED]) + (", ..." if len(suspects) > _NUM_NAMED else "")
+    weights = f"{len(broken)} tensors of weights are not finite, the step before broke them; " if broken else ""
+    first, files = next(iter(paths.values())), ", ".join(map(str, paths.values()))
+    return BadInputError(
+        f"the {what} is not finite at step {step}; the pairs are {shown} (all in {files}); {weights}look at "
+        f"them with python -m internvl_mpo.replay --dump {first}, then lower learning_rate or leave pairs out"
+    )
 
 
 def weights_not_finite(model: nn.Module, rank: int) -> list[str]:

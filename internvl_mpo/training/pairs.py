@@ -1,23 +1,91 @@
 """Pairs of a run: checked, measured, planned into steps."""
 
+import hashlib
 import json
-from dataclasses import replace
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_writer
 from internvl_mpo.mmpr.pairs import PairRow, mixture_table, repeats
+from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.records import RowError
+from internvl_mpo.steps import StepSampler, fit_to_budget
 
 if TYPE_CHECKING:
-    from internvl_mpo.pack_plan import PairSize
+    from internvl_mpo.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainingPairs:
+    """Pairs of a run and what is known of each, in the same order.
+
+    Attributes:
+        rows: the pairs and where they come from.
+        sizes: their tokens and tiles.
+        counts: how often each is seen in an epoch.
+    """
+
+    rows: Sequence[PairRow]
+    sizes: Sequence[PairSize]
+    counts: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if not len(self.rows) == len(self.sizes) == len(self.counts):
+            raise ValueError(f"{len(self.rows)} rows, {len(self.sizes)} sizes, {len(self.counts)} counts")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __add__(self, other: "TrainingPairs") -> "TrainingPairs":
+        columns = ((self.rows, other.rows), (self.sizes, other.sizes), (self.counts, other.counts))
+        return TrainingPairs(*([*mine, *more] for mine, more in columns))
+
+    def select(self, indices: Iterable[int]) -> "TrainingPairs":
+        """Return some of the pairs, in the order given."""
+        indices = list(indices)
+        columns = (self.rows, self.sizes, self.counts)
+        return TrainingPairs(*([column[index] for index in indices] for column in columns))
+
+    @property
+    def num_seen(self) -> int:
+        """Pairs of an epoch, repeated ones counted each time."""
+        return sum(self.counts)
+
+    def digest(self) -> str:
+        """Return a digest of the pairs, their order, and how often each is seen."""
+        data = hashlib.sha256()
+        for row, count in zip(self.rows, self.counts, strict=True):
+            data.update(f"{row.digest} {count}\n".encode())
+        return data.hexdigest()[:16]
+
+    def sampler(self, args: Any) -> StepSampler:
+        """Return the sampler of this rank.
+
+        Args:
+            args: `MPOArguments`.
+        """
+        return StepSampler(
+            [row.key for row in self.rows],
+            self.counts,
+            self.sizes,
+            pairs_per_step=args.pairs_per_step,
+            pairs_per_group=args.pairs_per_group,
+            max_tokens=args.max_tokens_per_pack,
+            num_ranks=args.world_size,
+            rank=args.process_index,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+        )
 
 
 def check_pairs(
-    settings: Any, processor: Any, rows: list[PairRow], rejects: list[RowError]
-) -> tuple[list[PairRow], list["PairSize"]]:
-    """Look at every row; return the usable ones and their sizes.
+    settings: "TrainSettings", processor: Any, rows: list[PairRow], rejects: list[RowError]
+) -> TrainingPairs:
+    """Look at every row; return the usable ones, each to be seen once.
 
     The first rank does the work, the others wait for what it leaves on disk.
 
@@ -54,16 +122,16 @@ def check_pairs(
     bad = [result for result in results if isinstance(result, RowError)]
     good = [(row, size) for row, size in zip(rows, results, strict=True) if not isinstance(size, RowError)]
     stop_on_rejects(settings, rejects + bad, num_good=len(good))
-    kept, sizes = [row for row, _ in good], [size for _, size in good]
+    pairs = TrainingPairs([row for row, _ in good], [size for _, size in good], [1] * len(good))
     if is_main:
-        report = length_report(sizes)
+        report = length_report(pairs.sizes)
         print(show_lengths(report), flush=True)
         with atomic_writer(f"{beside}.preflight.json") as out:
             json.dump({**report, "num_rejected": len(rejects) + len(bad), "data": settings.data}, out, indent=2)
-    return kept, sizes
+    return pairs
 
 
-def stop_on_rejects(settings: Any, rejects: list[RowError], num_good: int) -> None:
+def stop_on_rejects(settings: "TrainSettings", rejects: list[RowError], num_good: int) -> None:
     """List unusable rows beside the run folder; stop unless they may be skipped.
 
     Raises:
@@ -85,54 +153,68 @@ def stop_on_rejects(settings: Any, rejects: list[RowError], num_good: int) -> No
         print(f"left out {len(rejects)} unusable rows, listed in {path}")
 
 
-def plan(
-    settings: Any, rows: list[PairRow], sizes: list["PairSize"]
-) -> tuple[Any, list[PairRow], list[int], list["PairSize"]]:
+def hold_out(share: float, pairs: TrainingPairs) -> tuple[TrainingPairs, TrainingPairs]:
+    """Return the pairs to train on and those that are kept apart.
+
+    A question is held out by a number that depends on it alone, so that all its pairs stay on one side and other data
+    beside it change nothing. Where the share comes to no question, the one with the smallest number is held out: an
+    evaluation that was asked for needs one.
+
+    Args:
+        share: of the questions, 0 holds out none.
+        pairs: all pairs of the run.
+
+    Raises:
+        BadInputError: no question is left to train on.
+    """
+    if not share:
+        return pairs, pairs.select(())
+    numbers = [_share_of(row.pair.group_key) for row in pairs.rows]
+    border = max(share, math.nextafter(min(numbers), 1))
+    kept = pairs.select(index for index, number in enumerate(numbers) if number >= border)
+    if not kept.rows:
+        raise BadInputError(f"held_out_share {share} leaves no question to train on; lower it, or give more data")
+    return kept, pairs.select(index for index, number in enumerate(numbers) if number < border)
+
+
+def _share_of(key: str) -> float:
+    """A number in [0, 1) that depends on the question only, so that its pairs stay on one side."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
+
+
+def plan(settings: "TrainSettings", pairs: TrainingPairs) -> tuple["TrainSettings", TrainingPairs]:
     """Choose how often each pair is seen, and the gradient accumulation that keeps packs within the token budget.
 
     Returns:
-        Settings, the rows that are seen at all, how often each is seen in an epoch, and their sizes.
+        Settings, and the pairs that are seen at all.
 
     Raises:
         BadInputError: there are fewer pairs than one step needs, or ranks cannot share a step within the budget.
     """
-    counts = repeats(rows, settings.seed, settings.resample)
-    total = sum(counts)
-    if settings.process_index == 0:
-        print(mixture_table(rows, counts, [size.num_tokens for size in sizes]), flush=True)
-    seen = [index for index, count in enumerate(counts) if count]
-    rows, counts, sizes = ([values[index] for index in seen] for values in (rows, counts, sizes))
-    if total < settings.pairs_per_step:
+    counts = repeats(pairs.rows, settings.seed, settings.resample)
+    is_main = settings.process_index == 0
+    if is_main:
+        print(mixture_table(pairs.rows, counts, [size.num_tokens for size in pairs.sizes]), flush=True)
+    pairs = replace(pairs, counts=counts).select(index for index, count in enumerate(counts) if count)
+    if pairs.num_seen < settings.pairs_per_step:
         raise BadInputError(
-            f"one epoch has {total} pairs, fewer than the {settings.pairs_per_step} of one step; lower pairs_per_step"
+            f"one epoch has {pairs.num_seen} pairs, fewer than the {settings.pairs_per_step} of one step; lower "
+            "pairs_per_step"
         )
-    from internvl_mpo.steps import StepSampler, fit_to_budget
-
-    ranks = settings.world_size
-    sampler = StepSampler(
-        [row.key for row in rows],
-        counts,
-        sizes,
-        pairs_per_step=settings.pairs_per_step,
-        pairs_per_group=settings.pairs_per_group,
-        max_tokens=settings.max_tokens_per_pack,
-        num_ranks=ranks,
-        rank=0,
-        gradient_accumulation_steps=1,
-        seed=settings.data_seed if settings.data_seed is not None else settings.seed,
-    )
+    sampler = pairs.sampler(settings)
     try:
         fit_to_budget(sampler, num_epochs=settings.num_train_epochs, max_steps=settings.max_steps)
     except ValueError as error:
         raise BadInputError(f"{error}; raise max_tokens_per_pack or pairs_per_step") from error
-    accumulation = sampler.gradient_accumulation_steps
-    if settings.process_index == 0:
+    accumulation, ranks = sampler.gradient_accumulation_steps, settings.world_size
+    if is_main:
         print(
-            f"{len(rows)} pairs ({total} a pass), {sampler.num_steps} steps a pass of {settings.pairs_per_step} pairs, "
-            f"in {ranks} x {accumulation} packs of at most {settings.max_tokens_per_pack} tokens"
+            f"{len(pairs)} pairs ({pairs.num_seen} a pass), {sampler.num_steps} steps a pass of "
+            f"{settings.pairs_per_step} pairs, in {ranks} x {accumulation} packs of at most "
+            f"{settings.max_tokens_per_pack} tokens"
         )
         if settings.preference == "aot" and ranks * accumulation > 1:
             print(
                 "note: aot compares the pairs of one pack, so this cutting is part of the result; see docs/training.md"
             )
-    return replace(settings, gradient_accumulation_steps=accumulation), rows, counts, sizes
+    return replace(settings, gradient_accumulation_steps=accumulation), pairs

@@ -1,20 +1,20 @@
 """The one pass of the start model over all pairs that fills the reference cache, on any number of ranks."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from internvl_mpo.logps import pair_logps
-from internvl_mpo.mmpr.pairs import PairRow
-from internvl_mpo.pack_plan import PairSize, fill_packs, group_tokens
+from internvl_mpo.pack_plan import fill_packs, group_tokens
 from internvl_mpo.packing import pack_groups
 from internvl_mpo.steps import cut_group
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.data import GroupDataset
 from internvl_mpo.training.distributed import inference_engine, zero_stage
+from internvl_mpo.training.pairs import TrainingPairs
 from internvl_mpo.training.policy import is_partitioned
 from internvl_mpo.training.reference_cache import ReferenceCache
 from internvl_mpo.training.speed import apply_speed_settings
@@ -25,8 +25,7 @@ def fill_cache(
     missing: Collection[str],
     model: nn.Module,
     processor: Any,
-    rows: Sequence[PairRow],
-    sizes: Sequence[PairSize],
+    pairs: TrainingPairs,
     args: MPOArguments,
 ) -> None:
     """Compute log-probs of the pairs that have none; every rank takes a share and writes its own shards.
@@ -36,12 +35,12 @@ def fill_cache(
         missing: ids of the pairs, the same on all ranks.
         model: the start model; left in evaluation mode, on the device of this rank.
         processor: encodes pairs.
-        rows: all pairs of the run.
-        sizes: tokens of each.
+        pairs: all pairs of the run, held-out ones too.
         args: budget, precision, ranks.
     """
     from tqdm import tqdm
 
+    rows, sizes = pairs.rows, pairs.sizes
     left = set(missing)
     groups: dict[Any, list[int]] = {}
     for index, row in enumerate(rows):

@@ -1,10 +1,16 @@
 """Settings of `train_mpo.py`: read, checked against each other, refused where they would have no effect."""
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
 
 from internvl_mpo.errors import BadInputError, need_package
-from internvl_mpo.settings import plain
+from internvl_mpo.mmpr.pairs import Resample
+from internvl_mpo.settings import parse_settings, plain, setting
+from internvl_mpo.training.arguments import MPOArguments
+from internvl_mpo.training.distributed import take_launchers_deepspeed, take_local_rank, zero_stage
+from internvl_mpo.training.policy import Part
+from internvl_mpo.training.preflight import VerifyImages
 
 # Settings that decide what a step computes: a run cannot go on exactly with another value. Those of optimizer and
 # schedule are among them because a checkpoint brings their states, and with them the old values.
@@ -17,7 +23,6 @@ EXACT = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 
-
 # Settings of TrainingArguments that packs leave without effect, and what to set instead. (dataloader_pin_memory is not
 # among them: packs are never pinned, but transformers itself sets it to false on a CPU.)
 WITHOUT_EFFECT = {
@@ -27,6 +32,81 @@ WITHOUT_EFFECT = {
     "dataloader_drop_last": "every step holds exactly pairs_per_step pairs",
     "dataloader_prefetch_factor": "packs are loaded by dataloader_num_workers processes, two ahead each",
 }
+
+
+@dataclass(kw_only=True)
+class TrainSettings(MPOArguments):
+    """Settings of `train_mpo.py`."""
+
+    model: str = setting(help="start model: folder or Hub id; it is also the reference")
+    data: list[str] = setting(
+        help="pairs: MMPR's meta.json, JSONL, Parquet folder, hub:OWNER/NAME; several with commas"
+    )
+    output_dir: str = setting(help="run folder: settings, log, checkpoints")
+    model_dir: str | None = setting(None, help="folder of the trained model; none = model/ in output_dir")
+    image_root: str | None = setting(None, help="folder of the images of a JSONL file; none = that of the file")
+    held_out_share: float = setting(
+        0.0, help="share of the questions kept apart to measure reward accuracy; above 0 at least one"
+    )
+    reference_cache: str | None = setting(None, help="folder of reference log-probs; none = inside output_dir")
+    resample: Resample = setting("none", help="sqrt evens out subsets by the square root of their size")
+    preflight_workers: int | None = setting(None, help="processes that check pairs; none = one per core, 0 = none")
+    preflight_cache: str | None = setting(None, help="folder of what the check found; none = beside output_dir")
+    verify_images: VerifyImages = setting("header", help="full decodes every image before training")
+    on_bad_row: Literal["stop", "skip"] = setting("stop", help="what to do when rows are unusable: stop or skip")
+    resume: str = setting("auto", help="go on from: auto (the last whole checkpoint), never, a checkpoint folder")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", help="type of the weights")
+    reference: Literal["cache", "adapter_off"] = setting(
+        "cache", help="reference log-probs: cache (computed once), or adapter_off (each step, LoRA only)"
+    )
+    lora_rank: int = setting(0, help="rank of LoRA adapters; 0 trains the weights themselves")
+    lora_alpha: int | None = setting(None, help="scale of LoRA; none = twice the rank")
+    lora_dropout: float = setting(0.0, help="dropout of LoRA; above 0 policy and reference differ from the start")
+    lora_on: Part = setting("language", help="which tower gets LoRA: language vision both")
+    load_in_4bit: bool = setting(False, help="QLoRA: language model in 4 bits (bitsandbytes); needs lora_rank")
+    save_adapter: bool = setting(False, help="also write the adapters alone, to adapter/ in output_dir")
+    save_merged: bool = setting(True, help="write the whole model, adapters merged; false needs save_adapter")
+    freeze_vision: bool = setting(False, help="do not train the vision tower")
+    freeze_projector: bool = setting(False, help="do not train the projector")
+    freeze_language: bool = setting(False, help="do not train the language model")
+    freeze_language_layers: int = setting(0, help="do not train embeddings and so many first language layers")
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, alone or together.
+
+        Raises:
+            BadInputError: naming the setting and what to give instead.
+        """
+        take_launchers_deepspeed(self)
+        if self.per_device_train_batch_size not in (1, TrainSettings.per_device_train_batch_size):
+            refuse_without_effect(self, "per_device_train_batch_size")  # MPOArguments sets it to 1
+        if self.deepspeed:
+            need_package("deepspeed", "setting 'deepspeed'")
+        super().__post_init__()
+        if self.preflight_workers is not None and self.preflight_workers < 0:
+            raise BadInputError(f"preflight_workers is {self.preflight_workers}, expected 0 or more, or none")
+        if not 0 <= self.held_out_share < 1:
+            raise BadInputError(f"held_out_share is {self.held_out_share}, expected 0 or more and below 1")
+        if not self.held_out_share and (self.eval_strategy != "no" or self.eval_on_start):
+            raise BadInputError(
+                "an evaluation is asked for (eval_steps, eval_strategy or eval_on_start), but held_out_share is 0: "
+                "give --held_out_share 0.01, or --eval_steps none --eval_strategy no --eval_on_start false"
+            )
+        check_trackers(self.report_to)
+        check_lora_settings(self)
+
+
+def parse_train_settings(argv: Sequence[str], *, program: str, about: str | None) -> TrainSettings:
+    """Return the settings of a command line, see `parse_settings`.
+
+    Raises:
+        BadInputError: also for a setting of transformers that has no effect here.
+    """
+    settings = parse_settings(TrainSettings, take_local_rank(argv), program=program, about=about)
+    for name in WITHOUT_EFFECT:  # not in __post_init__: the program itself sets gradient_accumulation_steps later
+        if name != "per_device_train_batch_size" and getattr(settings, name) != getattr(TrainSettings, name):
+            refuse_without_effect(settings, name)
+    return settings
 
 
 def refuse_without_effect(settings: Any, name: str) -> NoReturn:
@@ -56,7 +136,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise BadInputError(f"report_to names '{name}': {reason}{way_out}, or leave it out") from error
 
 
-def check_lora_settings(settings: Any) -> None:
+def check_lora_settings(settings: TrainSettings) -> None:
     """Refuse combinations that cannot work.
 
     Raises:
@@ -88,14 +168,12 @@ def check_lora_settings(settings: Any) -> None:
             raise BadInputError("save_merged and save_adapter are both false, so nothing would be saved")
     if settings.reference == "adapter_off" and settings.reference_sync_steps:
         raise BadInputError("reference adapter_off is the start model and cannot move; use reference cache")
-    from internvl_mpo.training.distributed import zero_stage
-
     if zero_stage(settings) == 3 and (settings.load_in_4bit or settings.reference_sync_steps):
         name = "load_in_4bit" if settings.load_in_4bit else "reference_sync_steps"
         raise BadInputError(f"{name} does not work with ZeRO-3, which cuts every weight in pieces; use ZeRO-2 or 1")
 
 
-def exact_settings(settings: Any) -> dict[str, Any]:
+def exact_settings(settings: TrainSettings) -> dict[str, Any]:
     """Return the settings that a checkpoint is compared by; adapters leave nothing to freeze."""
     names = [name for name in EXACT if not (settings.lora_rank and name.startswith("freeze_"))]
     return {name: plain(getattr(settings, name)) for name in names}

@@ -6,7 +6,6 @@ whole or passed over, and numbers a user needs.
 """
 
 import functools
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -21,25 +20,20 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.logps import response_logps
-from internvl_mpo.mmpr.pairs import PairRow
-from internvl_mpo.objective import (
-    RewardShift,
-    mpo_loss,
-    sequence_kl,
-)
-from internvl_mpo.pack_plan import PairSize, fill_packs
+from internvl_mpo.objective import RewardShift, mpo_loss, sequence_kl
 from internvl_mpo.packing import Group, pack_groups
-from internvl_mpo.steps import StepSampler
 from internvl_mpo.training import checkpoint
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.callbacks import EvaluateAtTheEnd, MoveReference
 from internvl_mpo.training.data import GroupDataset, Micro, StepLoader
-from internvl_mpo.training.distributed import engine_name, from_all_ranks
-from internvl_mpo.training.held_out import greedy_answers, repetition, send_samples
+from internvl_mpo.training.distributed import engine_name
+from internvl_mpo.training.held_out import HeldOut, sample_means, send_samples
 from internvl_mpo.training.live_reference import AdapterOff, MovingReference
 from internvl_mpo.training.meters import MeanMeter
-from internvl_mpo.training.not_finite import dump_step, weights_not_finite
+from internvl_mpo.training.not_finite import PackRecord, stop_step
+from internvl_mpo.training.pairs import TrainingPairs
 from internvl_mpo.training.reference_cache import ReferenceCache
+from internvl_mpo.training.run_log import RunLog
 from internvl_mpo.training.speed import apply_speed_settings
 from internvl_mpo.training.throughput import FlopModel, device_peak, memory_in_use, speed
 
@@ -56,12 +50,9 @@ class MPOTrainer(Trainer):
         args: MPOArguments,
         *,
         processor: Any,
-        rows: Sequence[PairRow],
-        counts: Sequence[int],
-        sizes: Sequence[PairSize],
+        pairs: TrainingPairs,
         reference: ReferenceCache | None,
-        held_out: Sequence[PairRow] = (),
-        held_out_sizes: Sequence[PairSize] = (),
+        held_out: TrainingPairs | None = None,
         fingerprint: Mapping[str, str] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
@@ -71,18 +62,13 @@ class MPOTrainer(Trainer):
             model: the policy, `InternVLChatModel` or a PEFT model around it.
             args: settings.
             processor: encodes pairs and is saved with the model.
-            rows: training pairs.
-            counts: how often each of them is seen in an epoch, see `mmpr.repeats`.
-            sizes: tokens of each pair.
+            pairs: what it trains on.
             reference: log-probs of the start model for every pair; None computes them with the adapters switched off.
-            held_out: pairs for `evaluate`.
-            held_out_sizes: tokens of each of them.
+            held_out: pairs for `evaluate`; None or empty evaluates nothing.
             fingerprint: what the run depends on (data, start model, ...), compared when a checkpoint is resumed.
             callbacks: more callbacks.
         """
-        self.rows, self.counts, self.sizes = rows, counts, sizes
-        self.held_out, self.held_out_sizes = held_out, held_out_sizes
-        self.reference = reference
+        self.pairs, self.reference = pairs, reference
         self.fingerprint = dict(fingerprint or {})
         apply_speed_settings(model, args)
         self.live: AdapterOff | MovingReference | None = None
@@ -93,27 +79,30 @@ class MPOTrainer(Trainer):
             callbacks = [*callbacks, MoveReference(self.live)]
         self.shift = RewardShift(args.reward_shift, args.reward_shift_momentum)
         self.step_rewards: list[Tensor] = []
-        self.step_packs: list[tuple[list[str], Tensor, Tensor, Tensor]] = []  # ids, reference log-probs, loss
+        self.step_packs: list[PackRecord] = []
         self.sums = MeanMeter()
         self.last_log = time.perf_counter()
+        dataset = functools.partial(
+            GroupDataset, processor=processor, max_tiles=args.max_tiles, max_length=args.max_length
+        )
         super().__init__(
             model=model,
             args=args,
-            train_dataset=self._dataset(rows, processor, args),
-            eval_dataset=self._dataset(held_out, processor, args) if held_out else None,
+            train_dataset=dataset(pairs.rows),
+            eval_dataset=dataset(held_out.rows) if held_out else None,
             processing_class=processor,
             data_collator=self._collate,
             callbacks=list(callbacks),
         )
+        self.held_out: HeldOut | None = None
         if held_out:
+            self.held_out = HeldOut(
+                held_out, self.eval_dataset, args, collate=self._collate, reference_logps=self._reference_logps
+            )
             self.add_callback(EvaluateAtTheEnd())
         self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step already
-
-    @staticmethod
-    def _dataset(rows: Sequence[PairRow], processor: Any, args: MPOArguments) -> GroupDataset:
-        return GroupDataset(rows, processor, max_tiles=args.max_tiles, max_length=args.max_length)
 
     def _collate(self, groups: Sequence[Group]) -> Micro:
         pack = pack_groups(groups)
@@ -128,26 +117,11 @@ class MPOTrainer(Trainer):
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
-    def step_sampler(self) -> StepSampler:
-        """Return the sampler of this rank."""
-        return StepSampler(
-            [row.key for row in self.rows],
-            self.counts,
-            self.sizes,
-            pairs_per_step=self.args.pairs_per_step,
-            pairs_per_group=self.args.pairs_per_group,
-            max_tokens=self.args.max_tokens_per_pack,
-            num_ranks=self.args.world_size,
-            rank=self.args.process_index,
-            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-        )
-
     def get_train_dataloader(self) -> DataLoader:
         """Return the packs of this rank; the sampler knows the ranks, so accelerate must not shard it again."""
         return StepLoader(
             self.train_dataset,
-            batch_sampler=self.step_sampler(),
+            batch_sampler=self.pairs.sampler(self.args),
             collate_fn=self._collate,
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -162,7 +136,7 @@ class MPOTrainer(Trainer):
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Pairs of an epoch."""
-        return sum(self.counts)
+        return self.pairs.num_seen
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Pairs of an optimizer step."""
@@ -222,7 +196,7 @@ class MPOTrainer(Trainer):
             num_pairs=num_items_in_batch[0],
             num_chosen_tokens=num_items_in_batch[1],
         )
-        self.step_packs.append((pack.pair_ids, reference_chosen, reference_rejected, out.loss.detach()))
+        self.step_packs.append(PackRecord(pack.pair_ids, reference_chosen, reference_rejected, out.loss.detach()))
         if self.accelerator.sync_gradients:  # the last pack of the step
             self._check_losses()
         self.step_rewards += [out.chosen_rewards, out.rejected_rewards]
@@ -269,7 +243,7 @@ class MPOTrainer(Trainer):
         # DeepSpeed says -1 for a norm that is not finite; float16 with a loss scale meets infinite gradients on purpose
         # and skips the step
         if norm is not None and not 0 <= norm < math.inf and not self.args.fp16:
-            raise self._not_finite("gradient", [pair_id for ids, *_ in self.step_packs for pair_id in ids])
+            raise self._not_finite("gradient", self.step_packs)
         self.step_packs = []
         return norm
 
@@ -279,58 +253,24 @@ class MPOTrainer(Trainer):
         The ranks ask each other before the last backward pass: one that stopped by itself would leave the others in a
         collective. No optimizer step has seen the earlier packs.
         """
-        is_bad = ~torch.isfinite(torch.stack([loss for *_, loss in self.step_packs]))
+        is_bad = ~torch.isfinite(torch.stack([pack.loss for pack in self.step_packs]))
         if not self.accelerator.reduce(is_bad.sum(), reduction="sum").item():
             return
-        bad = [ids for (ids, *_), is_bad_pack in zip(self.step_packs, is_bad.tolist(), strict=True) if is_bad_pack]
-        raise self._not_finite("loss", [pair_id for ids in bad for pair_id in ids])
+        raise self._not_finite(
+            "loss", [pack for pack, bad in zip(self.step_packs, is_bad.tolist(), strict=True) if bad]
+        )
 
-    def _not_finite(self, what: str, pair_ids: Sequence[str]) -> BadInputError:
-        """Write down the step so far and return the error to raise, the same on all ranks; a collective.
-
-        Args:
-            what: "loss" or "gradient".
-            pair_ids: pairs of this rank that it may come from.
-        """
-        args, step = self.args, self.state.global_step + 1
-        model = self.accelerator.unwrap_model(self.model)
-        found = from_all_ranks((list(pair_ids), weights_not_finite(model, args.process_index)), args)
-        broken = list(dict.fromkeys(name for _, names in found for name in names))
-        paths = {
-            rank: Path(args.output_dir) / f"not_finite_step{step}_rank{rank}.json"
-            for rank, (ids, _) in enumerate(found)
-            if ids
-        }
-        references = {
-            pair_id: (chosen, rejected)
-            for ids, *logps, _ in self.step_packs
-            for pair_id, chosen, rejected in zip(ids, *(values.tolist() for values in logps), strict=True)
-        }
-        names = ("max_tiles", "max_length", "beta", "preference", "quality", "generation", "label_smoothing")
-        header = {
-            "what": what,
-            "step": step,
-            "model": getattr(args, "model", None),
-            "output_dir": args.output_dir,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
-            "weights": list(args.weights),
-            "reward_shift": self.shift.value,
-            **{name: getattr(args, name) for name in names},
-            "pair_ids": list(pair_ids),
-            "packs": [ids for ids, *_ in self.step_packs],
-            "weights_not_finite": broken,
-        }
-        if pair_ids:
-            dump_step(paths[args.process_index], header, [r for r in self.rows if r.pair.id in references], references)
-        from_all_ranks(None, args)  # a launcher kills the others when the first one ends: all dumps must be written
-        suspects = [pair_id for ids, _ in found for pair_id in ids]
-        shown = ", ".join(suspects[:5]) + (", ..." if len(suspects) > 5 else "")
-        weights = f"{len(broken)} tensors of weights are not finite, the step before broke them; " if broken else ""
-        first, files = next(iter(paths.values())), ", ".join(map(str, paths.values()))
-        return BadInputError(
-            f"the {what} is not finite at step {step}; the pairs are {shown} (all in {files}); {weights}look at "
-            f"them with python -m internvl_mpo.replay --dump {first}, then lower learning_rate or leave pairs out"
+    def _not_finite(self, what: str, suspects: Sequence[PackRecord]) -> BadInputError:
+        """Return the error to raise, the same on all ranks; a collective, see `stop_step`."""
+        return stop_step(
+            what,
+            [pair_id for pack in suspects for pair_id in pack.pair_ids],
+            self.step_packs,
+            step=self.state.global_step + 1,
+            model=self.accelerator.unwrap_model(self.model),
+            args=self.args,
+            rows=self.pairs.rows,
+            reward_shift=self.shift.value,
         )
 
     # --- numbers ------------------------------------------------------------------------------------------------------
@@ -364,39 +304,13 @@ class MPOTrainer(Trainer):
         Raises:
             BadInputError: there are no held-out pairs.
         """
-        if not self.held_out:
+        if self.held_out is None:
             raise BadInputError("there are no held-out pairs to evaluate on; set held_out_share above 0")
         started = time.perf_counter()
-        # Every rank does the same number of packs, so that sharded models meet in the same collectives.
-        costs = [size.num_tokens for size in self.held_out_sizes]
-        plan = fill_packs(costs, max(self.args.max_tokens_per_pack, max(costs)))
-        ranks, rank = self.args.world_size, self.args.process_index
-        rounds = math.ceil(len(plan) / ranks)
-        meter = MeanMeter()
-        model = self.accelerator.unwrap_model(self.model) if ranks == 1 else self.model_wrapped
+        model = self.accelerator.unwrap_model(self.model) if self.args.world_size == 1 else self.model_wrapped
         was_training = model.training
         model.eval()
-        with torch.no_grad():
-            for turn in range(rounds):
-                number = turn * ranks + rank
-                micro = self._collate([self.eval_dataset[(row,)] for row in plan[min(number, len(plan) - 1)]])
-                micro = micro.to(self.args.device)
-                reference_chosen, reference_rejected = self._reference_logps(micro)
-                logps_R = response_logps(model, micro.pack)
-                num_pairs = micro.pack.num_pairs if number < len(plan) else 0  # a pack that only fills the round
-                chosen, rejected = logps_R[micro.pack.chosen_index_P], logps_R[micro.pack.rejected_index_P]
-                chosen_rewards = self.args.beta * (chosen - reference_chosen)
-                rejected_rewards = self.args.beta * (rejected - reference_rejected)
-                values = {
-                    f"{metric_key_prefix}_rewards/accuracy": chosen_rewards > rejected_rewards,
-                    f"{metric_key_prefix}_rewards/margin": chosen_rewards - rejected_rewards,
-                    f"{metric_key_prefix}_nll": -chosen / micro.pack.chosen_lengths_P,
-                }
-                meter.add(num_pairs, {name: value[:num_pairs] for name, value in values.items()})
-        metrics = meter.reduce(self.accelerator)
-        metrics[f"{metric_key_prefix}_num_pairs"] = metrics.pop("num_pairs")
-        for name in ("num_tokens", "flop"):
-            metrics.pop(name)
+        metrics = self.held_out.rewards(model, self.accelerator, metric_key_prefix)
         metrics |= self._answer_some(metric_key_prefix)
         model.train(was_training)
         self.log(dict(metrics))
@@ -405,48 +319,13 @@ class MPOTrainer(Trainer):
         return metrics
 
     def _answer_some(self, prefix: str) -> dict[str, float]:
-        """Answer some held-out questions greedily, keep and track the texts, return means over them.
-
-        All ranks do the same, so that sharded weights are gathered together.
-        """
-        questions: dict[Any, int] = {}
-        for index, row in enumerate(self.held_out):
-            questions.setdefault(row.key, index)
-        if not self.args.num_eval_samples:
-            return {}
-        spread = max(1, len(questions) // self.args.num_eval_samples)  # over all files, which lie one after another
-        chosen = list(questions.values())[::spread][: self.args.num_eval_samples]
+        """Answer some held-out questions greedily, keep and track the texts, return means over them."""
         model = self.accelerator.unwrap_model(self.model)
-        precision = torch.bfloat16 if self.args.bf16 else torch.float16
-        with torch.autocast(self.args.device.type, precision, enabled=self.args.bf16 or self.args.fp16):
-            groups = [self.eval_dataset[(index,)] for index in chosen]
-            answers = greedy_answers(model, groups, self.args.eval_sample_tokens)
-        tokenizer = self.processing_class.tokenizer
-        samples = []
-        for index, ids in zip(chosen, answers, strict=True):
-            pair = self.held_out[index].pair
-            samples.append(
-                {
-                    "step": self.state.global_step,
-                    "images": list(pair.images),
-                    "question": pair.question,
-                    "answer": tokenizer.decode(ids, skip_special_tokens=True),
-                    "chosen": pair.chosen,
-                    "num_tokens": len(ids),
-                    "finished": len(ids) < self.args.eval_sample_tokens,
-                    "repetition": repetition(ids),
-                }
-            )
-        if self.is_world_process_zero():
-            with open(Path(self.args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as out:
-                out.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        samples = self.held_out.answers(model, self.processing_class.tokenizer, self.state.global_step)
+        if samples and self.is_world_process_zero():
+            RunLog(Path(self.args.output_dir) / "samples.jsonl").append(samples)
             send_samples(self.callback_handler.callbacks, samples, self.state.global_step)
-        means = {
-            "length": [sample["num_tokens"] for sample in samples],
-            "unfinished": [not sample["finished"] for sample in samples],
-            "repetition": [sample["repetition"] for sample in samples],
-        }
-        return {f"{prefix}_samples/{name}": sum(values) / len(values) for name, values in means.items()}
+        return sample_means(samples, prefix)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -476,7 +355,7 @@ class MPOTrainer(Trainer):
             "fingerprint": self.fingerprint,
             "engine": engine_name(self.args),
             "num_ranks": self.args.world_size,
-            "steps_per_epoch": self.step_sampler().num_steps,
+            "steps_per_epoch": self.pairs.sampler(self.args).num_steps,
         }
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
