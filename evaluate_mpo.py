@@ -41,9 +41,10 @@ from internvl_mpo.evaluation.comparison import compare_runs
 from internvl_mpo.evaluation.judge import Judged, judge_tasks
 from internvl_mpo.evaluation.model_card import add_to_card
 from internvl_mpo.evaluation.report import MAX_QUESTIONS, report_html
-from internvl_mpo.evaluation.run_files import Log
+from internvl_mpo.evaluation.run_files import KeyedLog
 from internvl_mpo.evaluation.settings import EvalTask, EvaluateSettings, answer_key
 from internvl_mpo.files import atomic_writer
+from internvl_mpo.jsonl import json_line
 from internvl_mpo.settings import parse_settings, show_settings, write_settings
 
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     if rank == 0:
         print(show_settings(settings, "evaluate_mpo.py"))
         write_settings(settings, output / ("settings.score.yaml" if settings.score_only else "settings.yaml"))
-    with Log(output / "answers.jsonl", rank) as answers:
+    with KeyedLog(output / "answers.jsonl", rank) as answers:
         if not settings.score_only:
             answer_tasks(tasks, answers, settings, rank, world_size)
             wait_for_other_processes(world_size)
@@ -113,7 +114,7 @@ def data_source(settings: EvaluateSettings, benchmark: Benchmark) -> str | Path:
 
 
 def answer_tasks(
-    tasks: Sequence[EvalTask], answers: Log, settings: EvaluateSettings, rank: int, world_size: int
+    tasks: Sequence[EvalTask], answers: KeyedLog, settings: EvaluateSettings, rank: int, world_size: int
 ) -> None:
     """Generate the answers that are missing and append each to the log as it comes."""
     questions = [(answer_key(task, example), task, example) for task in tasks for example in task.examples]
@@ -193,7 +194,7 @@ def for_engine(image: Picture, engine: Engine) -> Any:
 
 
 def score_tasks(
-    tasks: Sequence[EvalTask], answers: Log, judged: Judged, rule: Rule
+    tasks: Sequence[EvalTask], answers: KeyedLog, judged: Judged, rule: Rule
 ) -> list[tuple[EvalTask, list[Score]]]:
     """Return the verdict on every question; a question without an answer is unscored."""
     verdicts = []
@@ -213,7 +214,7 @@ def score_tasks(
 
 
 def write_scores(
-    verdicts: Sequence[tuple[EvalTask, list[Score]]], answers: Log, judged: Judged, settings: EvaluateSettings
+    verdicts: Sequence[tuple[EvalTask, list[Score]]], answers: KeyedLog, judged: Judged, settings: EvaluateSettings
 ) -> dict[str, Any]:
     """Write scores.json (the numbers) and verdicts.jsonl (question, answer, verdict, reason); return the numbers."""
     output = Path(settings.output)
@@ -235,7 +236,7 @@ def write_scores(
                     "images": [kept_picture(image, output) for image in shown],
                     "answer": answers.rows.get(answer_key(task, example), {}).get("answer"),
                 }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json_line(row))
     with atomic_writer(output / "scores.json") as file:
         json.dump(scores, file, indent=2, ensure_ascii=False)
     return scores

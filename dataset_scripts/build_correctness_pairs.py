@@ -30,9 +30,10 @@ from tqdm import tqdm
 from internvl_mpo.answers.finding import FORMATS
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.files import atomic_writer
+from internvl_mpo.jsonl import iter_json_lines
 from internvl_mpo.mmpr.release import subset_name, write_meta
 from internvl_mpo.pairing import PairingStatistics, PairRules, group_key, match_responses, pair_lines
-from internvl_mpo.records import Response, iter_json_lines
+from internvl_mpo.records import Response
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 MEGABYTE = 1 << 20

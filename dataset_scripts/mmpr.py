@@ -27,11 +27,10 @@ import datasets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
 
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.files import Member, check_picture, read_lines
 from internvl_mpo.mmpr.parquet import FEATURES, to_columns
 from internvl_mpo.mmpr.release import Subset, parse_line, read_subsets
-from internvl_mpo.records import RowError
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from internvl_mpo.engines.journal import Journal, collect_replies, report_missin
 from internvl_mpo.engines.loading import load_engine
 from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.files import atomic_path
 from internvl_mpo.prompts import STYLES, ask, language_of, style_for
 from internvl_mpo.records import Question, Response, content_id, read_rows
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
@@ -132,10 +133,8 @@ def save_picture(image: Any, root: Path) -> str:
     name = f"hub/{hashlib.sha256(f'{image.mode}{image.size}'.encode() + image.tobytes()).hexdigest()[:24]}.png"
     path = root / name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        image.save(partial, "PNG")
-        partial.replace(path)
+        with atomic_path(path) as partial:
+            image.save(partial, "PNG")
     return name
 
 

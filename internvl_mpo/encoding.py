@@ -16,9 +16,8 @@ from PIL import ExifTags, Image
 
 from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.packing import Group, tree_tokens
-from internvl_mpo.records import PreferencePair, RowError
+from internvl_mpo.records import IMAGE_PLACEHOLDER, PreferencePair, RowError
 
-PLACEHOLDER = "<image>"
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -172,12 +171,11 @@ def _question(pairs: Sequence[PreferencePair]) -> tuple[str, str]:
         raise ValueError("a group needs pairs with the same images and question")
     first, where = pairs[0], f"pair {pairs[0].id}"
     question, num_images = first.question, len(first.images)
-    if num_images == 1 and PLACEHOLDER not in question:
-        question = f"{PLACEHOLDER}\n{question}"
-    if question.count(PLACEHOLDER) != num_images:
-        raise RowError(
-            f"the question has {question.count(PLACEHOLDER)} {PLACEHOLDER} placeholders for {num_images} images", where
-        )
+    if num_images == 1 and IMAGE_PLACEHOLDER not in question:
+        question = f"{IMAGE_PLACEHOLDER}\n{question}"
+    marks = question.count(IMAGE_PLACEHOLDER)
+    if marks != num_images:
+        raise RowError(f"the question has {marks} {IMAGE_PLACEHOLDER} placeholders for {num_images} images", where)
     return question, where
 
 

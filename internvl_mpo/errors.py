@@ -1,4 +1,4 @@
-"""The one exception for what a user can get wrong, and the door every program leaves by."""
+"""The exceptions for what a user can get wrong, and the door every program leaves by."""
 
 import importlib.util
 import sys
@@ -9,6 +9,14 @@ EXIT_BAD_INPUT = 2
 
 class BadInputError(ValueError):
     """Input a user can put right. The message is one sentence that names the offender and the way out."""
+
+
+class RowError(BadInputError):
+    """One row is unusable; `reason` says why without the position in the file."""
+
+    def __init__(self, reason: str, where: str = ""):
+        super().__init__(f"{where}: {reason}" if where else reason)
+        self.reason = reason
 
 
 def run_program(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:

@@ -92,6 +92,29 @@ def whole_folder(target: Path, is_main: bool) -> Iterator[Path]:
         print(f"the trained {target.name} is in {target}")
 
 
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a path beside `path`; the file written there takes the place of `path` when the block succeeds.
+
+    It is flushed to the disk first, and removed when the block fails.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        sync_to_disk(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_writer(path: str | Path) -> Iterator[IO[str]]:
     """Open a text file that appears under `path` only when the block succeeds, flushed to the disk.
@@ -99,28 +122,11 @@ def atomic_writer(path: str | Path) -> Iterator[IO[str]]:
     Half of a character outside the basic plane, which JSON can bring along, is written as JSON's own escape: it must
     not cost a run its output.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as out:
+        yield out
 
 
 def write_parquet(table: pyarrow.Table, path: Path) -> None:
     """Write a table so that the file appears whole or not at all, flushed to the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as out:
-            pyarrow.parquet.write_table(table, out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary)

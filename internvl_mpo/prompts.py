@@ -10,8 +10,7 @@ import re
 from dataclasses import dataclass
 
 from internvl_mpo.errors import BadInputError
-
-IMAGE_PLACEHOLDER = "<image>"
+from internvl_mpo.records import IMAGE_PLACEHOLDER
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.files import atomic_writer
+from internvl_mpo.jsonl import read_whole_lines
 from internvl_mpo.records import content_id
 from internvl_mpo.settings import parse_settings, read_yaml, setting
 
@@ -193,8 +194,7 @@ def _reward_accuracy(log: Path) -> float | None:
     """Per cent of held-out pairs whose chosen response has the larger reward; None for an untrained model."""
     if not log.exists():
         return None
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    shares = [row["eval_rewards/accuracy"] for row in rows if "eval_rewards/accuracy" in row]
+    shares = [row["eval_rewards/accuracy"] for row in read_whole_lines(log) if "eval_rewards/accuracy" in row]
     return 100 * shares[-1] if shares else None
 
 

@@ -10,31 +10,23 @@ On disk a row is one JSON object per line in MMPR's own form, so that official a
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
-from internvl_mpo.errors import BadInputError
-from internvl_mpo.files import atomic_writer
+from internvl_mpo.errors import RowError
+from internvl_mpo.jsonl import iter_jsonl, write_jsonl
 
+IMAGE_PLACEHOLDER = "<image>"  # stands in a question for its next picture, as in MMPR
 RULES = ("correctness", "format", "direct", "dropout_ntp", "prefix_with_image", "vote", "other")
 
 
 _CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 _PLAIN = json.JSONEncoder(ensure_ascii=False)
-_decode = json.JSONDecoder().scan_once
 json_quoted = json.encoder.encode_basestring
 _quoted = lru_cache(maxsize=4096)(json_quoted)  # a question and a response stand in many pairs
-
-
-class RowError(BadInputError):
-    """One row is unusable; `reason` says why without the position in the file."""
-
-    def __init__(self, reason: str, where: str = ""):
-        super().__init__(f"{where}: {reason}" if where else reason)
-        self.reason = reason
 
 
 def to_json_text(value: Any) -> str:
@@ -239,39 +231,6 @@ class PairLines:
 R = TypeVar("R", bound=Row)
 
 
-def iter_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (`file:line`, object) of a JSONL file; blank lines are passed over.
-
-    Raises:
-        BadInputError: the file cannot be read.
-        RowError: a line is not a JSON object.
-    """
-    for where, _, row in iter_json_lines(path):
-        yield where, row
-
-
-def iter_json_lines(path: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield (`file:line`, the line as it stands, object); see `iter_jsonl`."""
-    name = str(path)
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.isspace():
-                    continue
-                where = f"{name}:{number}"
-                try:
-                    row = _loads(line)
-                except json.JSONDecodeError as error:
-                    raise RowError(f"not valid JSON ({error.msg} at column {error.colno})", where) from error
-                if not isinstance(row, dict):
-                    raise RowError(f"expected a JSON object, found {type(row).__name__}", where)
-                yield where, line, row
-    except OSError as error:
-        raise BadInputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BadInputError(f"{path} is not UTF-8 text (byte {error.start})") from error
-
-
 def read_rows(path: str | Path, cls: type[R], *, source: str = "") -> list[R]:
     """Return all rows of a JSONL file; the first bad one raises with file and line."""
     return [cls.from_json(row, source=source, where=where) for where, row in iter_jsonl(path)]
@@ -279,21 +238,7 @@ def read_rows(path: str | Path, cls: type[R], *, source: str = "") -> list[R]:
 
 def write_rows(rows: Iterable[Row], path: str | Path) -> int:
     """Write rows as JSONL and return their number; the file appears whole or not at all."""
-    count = 0
-    with atomic_writer(path) as out:
-        for row in rows:
-            out.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
-            count += 1
-    return count
-
-
-def _loads(line: str) -> Any:
-    """`json.loads` of a line, without its search for white space at both ends, which takes half as long again."""
-    try:
-        value, end = _decode(line, 0)
-    except (StopIteration, json.JSONDecodeError):  # no value begins here, or it breaks off
-        end = 0
-    return value if end and end >= len(line) - line.endswith("\n") else json.loads(line.rstrip())
+    return write_jsonl((row.to_json() for row in rows), path)
 
 
 def _is_blank(text: str) -> bool:

@@ -4,6 +4,8 @@ import math
 import re
 from functools import lru_cache
 
+from internvl_mpo.records import IMAGE_PLACEHOLDER
+
 # A text of at least so many words loops where less than this share of its runs of four words is distinct.
 LONG_WORDS, LOOP_SHARE = 24, 0.5
 
@@ -58,9 +60,7 @@ def _answer_words(text: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------- Dropout-NTP
 
 _UNIT = re.compile(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]|[^\s\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
-
-
-_IMAGE_LINE = re.compile(r"(?:(?:Image|图)-?\d+\s*[:：]\s*)?<image>[ \t]*\n?")
+_IMAGE_LINE = re.compile(r"(?:(?:Image|图)-?\d+\s*[:：]\s*)?" + IMAGE_PLACEHOLDER + r"[ \t]*\n?")
 
 
 def cut_prefix(text: str, ratio: float) -> str:

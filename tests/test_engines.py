@@ -16,7 +16,7 @@ from internvl_mpo.engines.loading import load_engine
 from internvl_mpo.engines.local import draw_tokens, model_revision
 from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.records import iter_jsonl
+from internvl_mpo.jsonl import iter_jsonl
 
 DRAWN = Sampling(temperature=1.0, top_k=50, max_new_tokens=8)
 GREEDY = Sampling(max_new_tokens=8)

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from dataset_scripts.mmpr import MMPR
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mini.release import MMPRSettings, make_release
 from internvl_mpo.mmpr.convert import convert
 from internvl_mpo.mmpr.parquet import open_dataset
 from internvl_mpo.mmpr.shard_plan import Options
-from internvl_mpo.records import RowError
 
 NUM_ROWS = 6 * 9
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mini.release import MMPRSettings, make_release
 from internvl_mpo.mmpr.card import write_card
 from internvl_mpo.mmpr.convert import convert
@@ -31,7 +31,7 @@ from internvl_mpo.mmpr.reading import iter_pairs
 from internvl_mpo.mmpr.release import parse_line, read_subsets
 from internvl_mpo.mmpr.restore import restore
 from internvl_mpo.mmpr.shard_plan import Options
-from internvl_mpo.records import PreferencePair, RowError
+from internvl_mpo.records import PreferencePair
 from internvl_mpo.settings import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]

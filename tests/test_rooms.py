@@ -19,10 +19,11 @@ EVERYWHERE = {"tqdm", "yaml"}  # progress bars and settings files
 ROOMS = {
     "errors": set(),
     "files": {"pyarrow"},
-    "text_checks": set(),
+    "jsonl": set(),
     "pack_plan": set(),
     "settings": set(),
     "records": set(),
+    "text_checks": set(),
     "prompts": set(),
     "packing": {"torch"},
     "token_weights": set(),

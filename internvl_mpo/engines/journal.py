@@ -6,22 +6,17 @@ replies the output has no place for: nothing is asked twice, by a next run of th
 """
 
 import dataclasses
-import fcntl
 import hashlib
-import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
 from internvl_mpo.engines import Engine, Reply, Request
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.files import atomic_writer
-from internvl_mpo.records import iter_jsonl
+from internvl_mpo.jsonl import AppendLog, iter_jsonl, write_jsonl
 
 
 class Journal:
@@ -39,12 +34,9 @@ class Journal:
     def __init__(self, output: str | Path, reply_of: Callable[[Mapping[str, Any]], Reply] | None = None):
         self.output = Path(output)
         self.path = self.output.with_name(self.output.name + ".part")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")  # noqa: SIM115 - closed by `close`
-        self._offsets: dict[str, int] = {}
+        self._log = AppendLog(self.path, self.output)  # also keeps a second run away, which would ask for all again
+        self._offsets: dict[str, int] = {row["id"]: offset for offset, row in self._log}
         self._reply_of = reply_of
-        self._lock()
-        self._read_back()
         if reply_of is not None and self.output.exists():
             for where, row in iter_jsonl(self.output):
                 try:
@@ -57,8 +49,8 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+    def __exit__(self, *error: object) -> None:
+        self._log.close()
 
     def __contains__(self, id: str) -> bool:
         return id in self._offsets
@@ -68,15 +60,10 @@ class Journal:
 
     def append(self, reply: Reply) -> None:
         """Keep a reply; it is on its way to disk when this returns."""
-        line = json.dumps(dataclasses.asdict(reply), ensure_ascii=False).encode("utf-8", "surrogatepass")
-        self._file.seek(0, os.SEEK_END)
-        self._offsets[reply.id] = self._file.tell()
-        self._file.write(line + b"\n")
-        self._file.flush()
+        self._offsets[reply.id] = self._log.append(dataclasses.asdict(reply))
 
     def __getitem__(self, id: str) -> Reply:
-        self._file.seek(self._offsets[id])
-        return Reply(**json.loads(self._file.readline()))
+        return Reply(**self._log.read(self._offsets[id]))
 
     def check(self, planned: Iterable[str]) -> None:
         """Refuse to go on with replies of another plan, which `finish` would lose.
@@ -96,41 +83,11 @@ class Journal:
 
         The journal goes if the rows hold all replies.
         """
-        count = 0
-        with atomic_writer(self.output) as out:
-            for row in rows:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
+        count = write_jsonl(rows, self.output)
         if self._reply_of is not None and count == len(self):
             self.path.unlink()  # before it is closed, which lets the next run in
-        self._file.close()
+        self._log.close()
         return count
-
-    def _lock(self) -> None:
-        """Keep a second run of the same command away, which would ask for everything again and mix up the journal."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
-        except BlockingIOError as error:
-            self._file.close()
-            raise BadInputError(
-                f"another run is writing {self.output}; wait for it or give another --output"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-
-    def _read_back(self) -> None:
-        """Index whole lines and cut a torn last one."""
-        self._file.seek(0)
-        offset = 0
-        for line in self._file:
-            try:
-                if not line.endswith(b"\n"):
-                    break
-                self._offsets[json.loads(line)["id"]] = offset
-            except (ValueError, KeyError, TypeError):
-                break
-            offset += len(line)
-        self._file.truncate(offset)
 
 
 def collect_replies(engine: Engine, requests: Iterable[Request], total: int, journal: Journal) -> dict[str, str]:
@@ -168,9 +125,7 @@ def report_missing(missing: dict[str, str], output: str) -> int:
     if not missing:
         path.unlink(missing_ok=True)
         return 0
-    with atomic_writer(path) as out:
-        for id, reason in missing.items():
-            out.write(json.dumps({"id": id, "reason": reason}, ensure_ascii=False) + "\n")
+    write_jsonl(({"id": id, "reason": reason} for id, reason in missing.items()), path)
     first = next(iter(missing.values()))
     print(
         f"{len(missing)} replies are missing, named in {path} (first reason: {first}); the same command asks again",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from internvl_mpo.benchmarks.common import bootstrap_interval
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.records import iter_jsonl
+from internvl_mpo.jsonl import iter_jsonl
 
 MAX_SHOWN = 10
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from internvl_mpo.engines import Request, Sampling
-from internvl_mpo.evaluation.run_files import Log
+from internvl_mpo.evaluation.run_files import KeyedLog
 from internvl_mpo.evaluation.settings import EvalTask, EvaluateSettings, answer_key
-from internvl_mpo.records import content_id
+from internvl_mpo.records import IMAGE_PLACEHOLDER, content_id
 
 
 class Judged(NamedTuple):
@@ -21,7 +21,7 @@ class Judged(NamedTuple):
     identity: dict[str, Any]
 
 
-def judge_tasks(tasks: Sequence[EvalTask], answers: Log, settings: EvaluateSettings) -> Judged:
+def judge_tasks(tasks: Sequence[EvalTask], answers: KeyedLog, settings: EvaluateSettings) -> Judged:
     """Ask the judge for every reply that is missing, keep it, and return the replies of all runs.
 
     A reply is kept under the judge's model, the whole prompt (which holds the answer) and the run, so that a new judge,
@@ -38,7 +38,7 @@ def judge_tasks(tasks: Sequence[EvalTask], answers: Log, settings: EvaluateSetti
             for run in range(settings.judge_runs if asked else 0):
                 about = (settings.judge, settings.judge_temperature, asked)
                 key = f"{answer_key(task, example)}/{content_id(*about)}/{run}"
-                text = asked.replace("<image>", "(image)")  # an engine would look for the picture
+                text = asked.replace(IMAGE_PLACEHOLDER, "(image)")  # an engine would look for the picture
                 limit = task.benchmark.JUDGE_MAX_NEW_TOKENS
                 questions.setdefault(answer_key(task, example), []).append((key, text, limit))
     identity = {
@@ -49,7 +49,7 @@ def judge_tasks(tasks: Sequence[EvalTask], answers: Log, settings: EvaluateSetti
             task.name: content_id(judge_template(task, settings)) for task in tasks if judge_template(task, settings)
         },
     }
-    with Log(Path(settings.output) / "judgements.jsonl") as judgements:
+    with KeyedLog(Path(settings.output) / "judgements.jsonl") as judgements:
         missing = [entry for entries in questions.values() for entry in entries if entry[0] not in judgements.rows]
         if missing and not settings.score_only:
             ask_judge(missing, judgements, settings)
@@ -72,7 +72,7 @@ def judge_template(task: EvalTask, settings: EvaluateSettings) -> str | None:
     return path.read_text(encoding="utf-8") if path.exists() else template
 
 
-def ask_judge(missing: Sequence[tuple[str, str, int]], judgements: Log, settings: EvaluateSettings) -> None:
+def ask_judge(missing: Sequence[tuple[str, str, int]], judgements: KeyedLog, settings: EvaluateSettings) -> None:
     """Ask for replies through the judge's server and append each as it comes; failures are named and counted."""
     from internvl_mpo.engines.http_engine import HttpEngine
 

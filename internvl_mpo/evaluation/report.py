@@ -15,7 +15,7 @@ from internvl_mpo.benchmarks import load_benchmark
 from internvl_mpo.benchmarks.common import open_image
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.evaluation.paper_table import COLUMNS, PROTOCOLS, column
-from internvl_mpo.records import iter_jsonl
+from internvl_mpo.jsonl import iter_jsonl
 
 MAX_QUESTIONS = 120  # per benchmark and mode; a file of some MB stays quick to open
 THUMBNAIL_PIXELS = 320

@@ -3,11 +3,11 @@
 import base64
 import html
 import io
-import json
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.records import Question, iter_jsonl, read_rows
+from internvl_mpo.jsonl import iter_jsonl, read_whole_lines
+from internvl_mpo.records import Question, read_rows
 
 NAMES = {"start": "start model", "sft": "SFT on chosen", "dpo": "DPO", "bco": "BCO", "mpo": "MPO"}
 COLORS = {"start": "#8a8f98", "sft": "#4c78a8", "dpo": "#e4a11b", "bco": "#7b5ea7", "mpo": "#1a9850"}
@@ -96,8 +96,8 @@ def _plots(folder: Path, methods: list[str]) -> str:
 
     logs = {}
     for method in methods:
-        lines = (folder / "train" / method / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        logs[method] = [row for row in map(json.loads, lines) if "loss_generation" in row]
+        rows = read_whole_lines(folder / "train" / method / "log.jsonl")
+        logs[method] = [row for row in rows if "loss_generation" in row]
     plots = []
     for key, caption in (
         ("loss_preference", "preference term: 0.69 = no preference yet; lower is better"),

@@ -5,7 +5,6 @@ found over the whole release. Memory does not grow with texts or pictures.
 """
 
 import io
-import json
 import multiprocessing
 import re
 from array import array
@@ -16,7 +15,8 @@ from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import BadInputError, RowError
+from internvl_mpo.jsonl import json_line
 from internvl_mpo.mmpr.contamination import BenchmarkIndex
 from internvl_mpo.mmpr.copies import find_copies, similarity_hash
 from internvl_mpo.mmpr.differences import compare
@@ -28,7 +28,7 @@ from internvl_mpo.mmpr.reading import is_parquet
 from internvl_mpo.mmpr.release import Subset, parse_line, read_subsets
 from internvl_mpo.mmpr.shard_plan import INDEX_BYTES, line_start
 from internvl_mpo.prompts import language_of
-from internvl_mpo.records import PreferencePair, RowError
+from internvl_mpo.records import PreferencePair
 from internvl_mpo.text_checks import is_repetitive, without_images
 
 _NOT_WORD = re.compile(r"[\W_]+")
@@ -64,7 +64,7 @@ def check(
             report.examples[finding.kind].append(finding)
         if rejects is not None:
             row = {"row": finding.where, "severity": finding.severity, "kind": finding.kind, "reason": finding.detail}
-            rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rejects.write(json_line(row))
 
     subsets: list[Subset] = []
     if is_parquet(data):

@@ -7,7 +7,6 @@ depend on the release and the settings alone, a finished shard is never written 
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.files import atomic_writer
+from internvl_mpo.files import atomic_path, atomic_writer
 from internvl_mpo.mmpr.files import Member, relative
 from internvl_mpo.mmpr.manifest import MANIFEST, file_facts, read_manifest
 from internvl_mpo.mmpr.parquet import arrow_schema
 from internvl_mpo.mmpr.release import Subset
 from internvl_mpo.mmpr.shard_plan import Options, Piece, Shard, map_in_processes, plan, progress_bar
-from internvl_mpo.mmpr.shard_writer import ShardWriter, done_mark, sync_to_disk, token_counter, write_shard
+from internvl_mpo.mmpr.shard_writer import ShardWriter, done_mark, token_counter, write_shard
 from internvl_mpo.mmpr.statistics import ReleaseStatistics
 
 
@@ -183,14 +182,10 @@ def _write_tiny(work: Path, output: Path, num_subsets: int, result: Result) -> N
     if not paths:
         return
     target = output / "tiny" / "train-00000-of-00001.parquet"
-    target.parent.mkdir(exist_ok=True)
-    part = work / "tiny.parquet"
-    with ShardWriter(part, arrow_schema()) as writer:
+    with atomic_path(target) as part, ShardWriter(part, arrow_schema()) as writer:
         for path in paths:
             for row in pq.read_table(path).to_pylist():
                 writer.add(row)
-    sync_to_disk(part)
     result.shards.append(
-        {"path": str(target.relative_to(output)), "source": "tiny", "num_rows": writer.num_rows, **file_facts(part)}
+        {"path": str(target.relative_to(output)), "source": "tiny", "num_rows": writer.num_rows, **file_facts(target)}
     )
-    os.replace(part, target)

@@ -14,10 +14,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.archives import Archive, Entry, leaves_folder
 from internvl_mpo.mmpr.joined_parts import find_archives
-from internvl_mpo.records import RowError
 
 MAX_FILE_BYTES = 256 << 20  # of one picture; the largest files of MMPR are a few MB
 MAX_PIXELS = 178_956_970  # Pillow refuses larger pictures as decompression bombs, and so do all readers of the data set

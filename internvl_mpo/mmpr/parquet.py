@@ -22,13 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.files import relative
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.release import Subset
-from internvl_mpo.records import PreferencePair, RowError
+from internvl_mpo.records import IMAGE_PLACEHOLDER, PreferencePair
 
-PLACEHOLDER = "<image>"
 HUB_PREFIX = "hub:"
 _TEXT, _NUMBER, _COUNT = ({"dtype": name, "_type": "Value"} for name in ("string", "float64", "int32"))
 _ANSWER = [{"role": _TEXT, "content": _TEXT}]
@@ -118,7 +117,7 @@ def to_columns(
 
 def prompt_blocks(question: str, num_images: int) -> list[dict[str, str | None]]:
     """Return the question as content blocks; a picture stands where its placeholder stood, or else in front."""
-    parts = question.split(PLACEHOLDER)
+    parts = question.split(IMAGE_PLACEHOLDER)
     if len(parts) - 1 != num_images:  # no placeholder for one picture is usual; anything else has no better place
         parts = [*[""] * num_images, question]
     blocks = []

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from internvl_mpo.errors import RowError
 from internvl_mpo.mmpr.files import read_lines
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.parquet import HUB_PREFIX
 from internvl_mpo.mmpr.release import parse_line, read_subsets
-from internvl_mpo.records import RowError
 
 
 def iter_pairs(data: str | Path, image_root: str | Path | None = None) -> Iterator[PairRow | RowError]:

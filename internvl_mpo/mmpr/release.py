@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.files import atomic_writer
 from internvl_mpo.mmpr.files import MAX_LINE_BYTES, Member, PictureFolder, ReleaseFiles
-from internvl_mpo.records import PreferencePair, RowError, content_id
+from internvl_mpo.records import PreferencePair, content_id
 
 # Name suffixes of the official subsets and the rule they stand for.
 _RULE_OF_SUFFIX = (

@@ -8,6 +8,7 @@ from typing import IO, Any
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_writer
+from internvl_mpo.jsonl import json_line
 from internvl_mpo.mmpr.files import relative
 from internvl_mpo.mmpr.manifest import MANIFEST
 from internvl_mpo.mmpr.parquet import HUB_PREFIX, open_dataset, to_raw
@@ -46,7 +47,7 @@ def restore(data: str, output: Path) -> tuple[int, int]:
             if subset not in annotations:
                 path = output / relative(entry["annotation"])
                 annotations[subset] = files.enter_context(atomic_writer(path))
-            annotations[subset].write(json.dumps(to_raw(row), ensure_ascii=False) + "\n")
+            annotations[subset].write(json_line(to_raw(row)))
             num_rows += 1
             for picture in row["images"]:
                 num_images += _write_picture(

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.files import Member, read_lines
 from internvl_mpo.mmpr.manifest import safe_name
 from internvl_mpo.mmpr.release import Subset, parse_line, read_subsets
-from internvl_mpo.records import RowError
 
 MEGABYTE = 1 << 20
 

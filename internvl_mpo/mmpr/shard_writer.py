@@ -9,15 +9,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from internvl_mpo.errors import BadInputError
-from internvl_mpo.files import atomic_writer
+from internvl_mpo.errors import BadInputError, RowError
+from internvl_mpo.files import atomic_writer, sync_to_disk
+from internvl_mpo.jsonl import json_line
 from internvl_mpo.mmpr.files import Member, check_picture, read_lines
 from internvl_mpo.mmpr.manifest import file_facts
 from internvl_mpo.mmpr.parquet import arrow_schema, to_columns
 from internvl_mpo.mmpr.release import Subset, parse_line
 from internvl_mpo.mmpr.shard_plan import MEGABYTE, Options, Piece, Shard, subsets_of
 from internvl_mpo.mmpr.statistics import ReleaseStatistics
-from internvl_mpo.records import PreferencePair, RowError
+from internvl_mpo.records import PreferencePair
 
 ROW_GROUP_BYTES = 64 * MEGABYTE  # of Arrow data; the Hub's viewer refuses row groups of about 300 MB
 
@@ -238,7 +239,7 @@ def _reject(out: IO[str], where: str, error: RowError, line: bytes) -> None:
         entry["line"] = line.decode().rstrip("\n")
     except UnicodeDecodeError:
         entry["line_base64"] = base64.b64encode(line).decode()
-    out.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    out.write(json_line(entry))
 
 
 def _problems(subset: Subset) -> list[str]:
@@ -263,8 +264,3 @@ def token_counter(tokenizer: str | None) -> Callable[[str], int] | None:
 
 def done_mark(work: Path, shard: Shard) -> Path:
     return work / "done" / shard.path.replace("/", "__").replace(".parquet", ".json")
-
-
-def sync_to_disk(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -1,6 +1,5 @@
 """The page of a published model: what it is, how to load it, how it was trained, what it scores, what it cannot do."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from internvl_mpo.benchmarks import load_benchmark
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.evaluation.model_card import add_to_card
 from internvl_mpo.files import read_json
+from internvl_mpo.jsonl import read_whole_lines
 from internvl_mpo.publish import card_texts
 from internvl_mpo.publish.curves import CURVES, draw_curves
 from internvl_mpo.settings import read_yaml
@@ -136,7 +136,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     path = run / "log.jsonl"
     if not path.exists():
         raise BadInputError(f"{run} holds no log.jsonl; give the run folder of train_mpo.py (its --output_dir)")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    rows = read_whole_lines(path)
     if not any("loss" in row for row in rows):
         raise BadInputError(f"{path} tells of no training step; give the folder of a finished run")
     return rows

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import link, read_json, replaced_folder
+from internvl_mpo.jsonl import iter_jsonl
 from internvl_mpo.publish.adapter import build_adapter_folder, find_base, is_adapter, merge_adapter
 from internvl_mpo.publish.card import CardFacts, write_card
 from internvl_mpo.publish.hygiene import check_nothing_private
@@ -15,7 +16,6 @@ from internvl_mpo.publish.model_folder import AUTO_MAP, build_model_folder
 from internvl_mpo.publish.proof import prove_model
 from internvl_mpo.publish.settings import Built, HubSettings
 from internvl_mpo.publish.weights import parse_size
-from internvl_mpo.records import iter_jsonl
 from internvl_mpo.settings import setting
 
 # Header keys of an upstream card that stay true of the weights, whoever publishes them.

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from internvl_mpo.files import atomic_path
 from internvl_mpo.mmpr.shard_writer import ShardWriter
 
 # Columns of strings, lists of strings, and lists of pictures.
@@ -24,12 +25,10 @@ def shorten_names(path: Path) -> bool:
         names = [name for name in _COLUMNS if name in schema.names]
         if "images" not in names or not any(_is_absolute(text) for text in _texts(file, names)):
             return False
-        part = path.with_name(f"{path.name}.part")
-        with ShardWriter(part, schema) as out:
+        with atomic_path(path) as part, ShardWriter(part, schema) as out:
             for batch in file.iter_batches(batch_size=100):
                 for row in batch.to_pylist():
                     out.add({**row, **{name: _shorten(row[name]) for name in names}})
-    part.replace(path)
     return True
 
 
