@@ -36,7 +36,7 @@ ROOMS = {
     "answers": {"math_verify"},
     "pairing": set(),
     "engines": {"torch", "transformers", "modeling_internvl_mpo", "PIL", "jinja2", "pyarrow", "ray", "vllm"},
-    "benchmarks": {"PIL", "datasets", "gradio"},
+    "benchmarks": {"PIL", "datasets", "evaluate", "gradio"},
     "evaluation": {"huggingface_hub"},
     "mmpr": {"PIL", "datasets", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "transformers"},
     "publish": {
@@ -76,6 +76,7 @@ STRANGERS = {
 # packages that only these files of a room may import, so that the others can be used without them
 CONFINED = {
     "gradio": {"demo/page.py", "demo/pictures.py", "benchmarks/metric.py"},
+    "evaluate": {"benchmarks/evaluate_metric.py"},
     "ray": {"engines/ray_engine.py"},
     "vllm": {"engines/vllm_engine.py"},
     "deepspeed": {"training/distributed.py", "training/policy.py"},

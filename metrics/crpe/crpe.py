@@ -1,20 +1,13 @@
 """CRPE as an `evaluate` metric: `evaluate.load("./metrics/crpe")`. The rules are those of internvl_mpo."""
 
-from typing import Any
+from internvl_mpo.benchmarks import evaluate_metric
 
-import datasets
-import evaluate
 
-from internvl_mpo.benchmarks import crpe as benchmark
-from internvl_mpo.benchmarks.common import Rule
-from internvl_mpo.benchmarks.metric import REFERENCE_FIELDS, compute_metric
+class Crpe(evaluate_metric.BenchmarkMetric):
+    """CRPE: circular accuracy of relation questions."""
 
-_TYPES = {
-    "text": datasets.Value("string"),
-    "number": datasets.Value("int64"),
-    "texts": datasets.List(datasets.Value("string")),
-}
-_CITATION = """\
+    BENCHMARK = "crpe"
+    CITATION = """\
 @inproceedings{wang2024allseeing,
 title={The All-Seeing Project V2: Towards General Relation Comprehension of the Open World},
 author={Wang, Weiyun and Ren, Yiming and Luo, Haowen and Li, Tiantong and Yan, Chenxiang and Chen, Zhe and
@@ -22,19 +15,3 @@ author={Wang, Weiyun and Ren, Yiming and Luo, Haowen and Li, Tiantong and Yan, C
 booktitle={ECCV},
 year={2024}}
 """
-
-
-class Crpe(evaluate.Metric):
-    """CRPE: circular accuracy of relation questions."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        fields = {field: _TYPES[kind] for field, kind in REFERENCE_FIELDS[benchmark.NAME].items()}
-        return evaluate.MetricInfo(
-            description=benchmark.__doc__ or "",
-            citation=_CITATION,
-            inputs_description=f"predictions: raw answers. references: objects with {', '.join(fields)}.",
-            features=datasets.Features({"predictions": datasets.Value("string"), "references": fields}),
-        )
-
-    def _compute(self, predictions: list[str], references: list[dict[str, Any]], rule: Rule = "ours") -> dict[str, Any]:
-        return compute_metric(benchmark.NAME, predictions, references, rule)
