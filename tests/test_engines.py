@@ -1,6 +1,7 @@
 """The engine in this process, on a tiny random model."""
 
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -9,11 +10,11 @@ import torch
 from PIL import Image
 from tiny_world import make_model_folder, make_pictures
 
-from internvl_mpo.engines import Reply, Request, Sampling
+from internvl_mpo.engines import Draft, Reply, Request, Sampling
 from internvl_mpo.engines.internvl_engine import InternVLEngine
 from internvl_mpo.engines.journal import Journal, sample_seed
 from internvl_mpo.engines.loading import load_engine
-from internvl_mpo.engines.local import draw_tokens, model_revision
+from internvl_mpo.engines.local import SeededDraw, draw_tokens, model_revision
 from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.jsonl import iter_jsonl
@@ -292,3 +293,24 @@ def test_vllm_is_asked_as_its_interface_wants(monkeypatch, tmp_path):
     assert (plain["add_generation_prompt"], plain["continue_final_message"]) == (True, False)
     assert (continued["add_generation_prompt"], continued["continue_final_message"]) == (False, True)
     assert conversations[0][-1] == {"role": "assistant", "content": "So"}
+
+
+def test_a_seed_gives_its_numbers_however_many_are_drawn_together():
+    sampling, steps = Sampling(temperature=1.0), 150
+    logits = torch.linspace(0, 3, 50).expand(3, 50)
+    draw, seeds = SeededDraw([4, 5, 6], sampling), (4, 6)
+    rows = [draw.next_tokens(logits[:2], [0, 2]).tolist() for _ in range(steps)]
+    at_once = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    assert rows == [draw_tokens(logits[:2], sampling, at_once[:, step]).tolist() for step in range(steps)]
+
+
+def test_a_reply_takes_memory_as_it_grows_not_as_it_might(engine):
+    class Reader(Draft):
+        def add(self, piece):
+            super().add(piece)
+            if self.num_pieces == 5:
+                self.stop()
+
+    wanted = Sampling(temperature=1.0, max_new_tokens=10**12)
+    reply = ask(engine, [Request(id="x", question="?", seed=1, sampling=wanted, draft=Reader(threading.Event()))])["x"]
+    assert (reply.finish_reason, reply.num_tokens) == ("stopped", 5)

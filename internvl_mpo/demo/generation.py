@@ -3,7 +3,7 @@
     rows      R conversations, left-padded; row r may use the LoRA adapter or the bare base
     put       called by transformers once per step with the R new tokens
 
-Every row draws from its own seed, as in `engines.transformers_engine`, so an answer does not depend on its neighbour.
+Every row draws from its own seed, as in every engine, so an answer does not depend on its neighbour.
 """
 
 import threading
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from internvl_mpo.demo.conversation import Message
 from internvl_mpo.demo.pictures import Cutter
 from internvl_mpo.engines import Sampling
 from internvl_mpo.engines.internvl_engine import InternVLEngine, load_internvl_processor
-from internvl_mpo.engines.local import draw_tokens
+from internvl_mpo.engines.local import SeededDraw
 from internvl_mpo.errors import BadInputError
 
 BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
@@ -52,7 +52,6 @@ class ChatModel:
         self.model, self.processor, self.tokenizer = engine.model, engine.processor, engine.tokenizer
         self.device, self.revision = engine.device, engine.revision
         self.stop_ids, self.suppressed = engine.stop_ids, engine.suppressed
-        self._stops = set(self.stop_ids.tolist())
         self.cutter = Cutter.of(self.processor)
         self.peft = _attach(self.model, adapter) if adapter else None
 
@@ -79,19 +78,15 @@ class ChatModel:
             stop: ends the generation after the step that is running.
         """
         inputs = self._inputs(chats, max_tiles, adapters)
-        uniforms = None
-        if sampling.temperature > 0:
-            draw = torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed))
-            uniforms = draw.to(self.device).expand(len(chats), -1)
         mixed = {"adapter_names": list(adapters)} if adapters else {}
         (self.peft or self.model).generate(
             **inputs,
             **mixed,
             do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=self.stop_ids.tolist(),
-            pad_token_id=int(self.stop_ids[0]),
-            logits_processor=[_Draw(sampling, uniforms, self.suppressed)],
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.stop_ids[0],
+            logits_processor=[SeededDraw([seed] * len(chats), sampling, self.suppressed)],
             streamer=_Steps(put),
             stopping_criteria=[_Stopped(stop)],
         )
@@ -102,7 +97,7 @@ class ChatModel:
 
     def has_ended(self, token: int) -> bool:
         """Return whether a token ends an answer."""
-        return token in self._stops
+        return token in self.stop_ids
 
     def _inputs(
         self, chats: Sequence[Sequence[Message]], max_tiles: int | None, adapters: Sequence[str] | None
@@ -200,22 +195,6 @@ class _Stopped(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         return torch.full((len(input_ids),), self._stop.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-class _Draw(LogitsProcessor):
-    """Leaves one token per row: the likeliest, or the one that the row's uniform number falls on."""
-
-    def __init__(self, sampling: Sampling, uniforms: torch.Tensor | None, suppressed: torch.Tensor):
-        self._sampling, self._uniforms, self._suppressed = sampling, uniforms, suppressed
-        self._step = 0
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.float().masked_fill(self._suppressed[: scores.shape[-1]], float("-inf"))
-        if self._uniforms is not None:
-            tokens = draw_tokens(scores, self._sampling, self._uniforms[:, self._step])
-            scores = torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
-        self._step += 1
-        return scores
 
 
 def load_cutter(path: str) -> Cutter:

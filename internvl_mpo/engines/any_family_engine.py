@@ -1,7 +1,7 @@
 """The engine in this process for every other family: any `AutoModelForImageTextToText` model, batched.
 
 LLaVA, Qwen2-VL, SmolVLM, native InternVL and the rest are asked through their own processor, chat template and
-`generate`. The InternVL family has an engine of its own (`transformers_engine`), which runs a prompt once for all its
+`generate`. The InternVL family has an engine of its own (`internvl_engine`), which runs a prompt once for all its
 samples; this one runs it once per sample. Replies are drawn the same way, one uniform number per token from each
 reply's own seed.
 """
@@ -19,7 +19,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    LogitsProcessor,
     LogitsProcessorList,
     PretrainedConfig,
     ProcessorMixin,
@@ -32,8 +31,8 @@ from transformers.utils import is_torchvision_available
 from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
 from internvl_mpo.engines.local import (
     WINDOW,
+    SeededDraw,
     decode_reply,
-    draw_tokens,
     end_reason,
     load_picture,
     model_revision,
@@ -193,7 +192,7 @@ class AnyFamilyEngine:
             temperature=None,
             top_k=None,
             top_p=None,
-            logits_processor=LogitsProcessorList(_draws(requests)),
+            logits_processor=LogitsProcessorList([SeededDraw([request.seed for request in requests], sampling)]),
             stopping_criteria=StoppingCriteriaList([_Drafts(requests, self.stop_ids)]),
             eos_token_id=self.stop_ids or None,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -240,29 +239,6 @@ class _Drafts(StoppingCriteria):
                     request.draft.add(token)
                     self.ended[row] = request.draft.stopped.is_set()
         return torch.tensor(self.ended, device=input_ids.device)
-
-
-class _SeededDraw(LogitsProcessor):
-    """Draws each row's token from its own seed and leaves `generate` nothing else to choose."""
-
-    def __init__(self, requests: Iterable[Request], sampling: Sampling):
-        self.sampling = sampling
-        draws = [
-            torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(request.seed))
-            for request in requests
-        ]
-        self.uniform_RL = torch.stack(draws)
-        self.step = 0
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        tokens = draw_tokens(scores.float(), self.sampling, self.uniform_RL[:, self.step].to(scores.device))
-        self.step += 1
-        return torch.full_like(scores, float("-inf")).scatter(1, tokens[:, None], 0.0)
-
-
-def _draws(requests: tuple[Request, ...]) -> list[LogitsProcessor]:
-    sampling = requests[0].sampling
-    return [_SeededDraw(requests, sampling)] if sampling.temperature > 0 else []
 
 
 def load_family_processor(model_path: str, config: PretrainedConfig, trust_remote_code: bool = False) -> ProcessorMixin:

@@ -21,8 +21,8 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, DynamicCache
 from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
 from internvl_mpo.engines.local import (
     WINDOW,
+    SeededDraw,
     decode_reply,
-    draw_tokens,
     end_reason,
     load_picture,
     model_revision,
@@ -192,20 +192,59 @@ class InternVLEngine:
 
     @torch.inference_mode()
     def _run(self, rows: list[Request], pictures: dict[Prompt, list[Image.Image]]) -> list[Reply]:
-        sampling = rows[0].sampling
         firsts: dict[Prompt, Request] = {}
         for request in rows:
             firsts.setdefault(_prompt(request), request)
         prompts = list(firsts)
         inputs = self._inputs(list(firsts.values()), [pictures[prompt] for prompt in prompts])
         parent = torch.tensor([prompts.index(_prompt(request)) for request in rows], device=self.device)
+        prompt_ids = inputs["input_ids"].tolist()
+        prompt_ids = [prompt_ids[prompt] for prompt in parent.tolist()]
+        for request, ids in zip(rows, prompt_ids, strict=True):
+            if request.draft:
+                request.draft.begin(functools.partial(decode_reply, self.tokenizer, ids, prefix=request.prefix))
+        written = self._write(rows, inputs, parent)
+        return [self._reply(*one) for one in zip(rows, prompt_ids, written, strict=True)]
 
-        watched = self._begin_drafts(rows, inputs["input_ids"][parent])
+    def _write(self, rows: list[Request], inputs: dict[str, torch.Tensor], parent: torch.Tensor) -> list[list[int]]:
+        """Return the tokens of every row.
 
+        Args:
+            rows: R requests of one sampler.
+            inputs: of P prompts, as the processor gives them.
+            parent: (R,) the prompt each row continues.
+        """
         cache = DynamicCache()
         mask = inputs.pop("attention_mask")
         position = mask.long().cumsum(-1).sub(1).clamp(min=0)
-        logits = self.model(
+        logits = self._step(cache, mask, position, **inputs)
+        cache.batch_select_indices(parent)
+        logits, mask, position = logits[parent], mask[parent], position[parent, -1:]
+
+        draw = SeededDraw([request.seed for request in rows], rows[0].sampling, self.suppressed)
+        written: list[list[int]] = [[] for _ in rows]
+        live = list(range(len(rows)))
+        while True:
+            tokens = draw.next_tokens(logits, live)
+            for row, token in zip(live, tokens.tolist(), strict=True):
+                written[row].append(token)
+            keep = [index for index, row in enumerate(live) if self._goes_on(rows[row], written[row])]
+            if not keep:
+                return written
+            if len(keep) < len(live):
+                kept = torch.tensor(keep, device=self.device)
+                cache.batch_select_indices(kept)
+                tokens, mask, position = tokens[kept], mask[kept], position[kept]
+                live = [live[index] for index in keep]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            position = position + 1
+            logits = self._step(cache, mask, position, input_ids=tokens[:, None])
+
+    def _step(
+        self, cache: DynamicCache, mask: torch.Tensor, position: torch.Tensor, **inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the model over what is new and return the logits of the next token, (rows, vocabulary)."""
+        return self.model(
             **inputs,
             attention_mask=mask,
             position_ids=position,
@@ -213,43 +252,16 @@ class InternVLEngine:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        cache.batch_select_indices(parent)
-        logits, mask, position = logits[parent], mask[parent], position[parent, -1:]
 
-        num_rows, limit = len(rows), sampling.max_new_tokens
-        uniforms = None
-        if sampling.temperature > 0:
-            draws = [torch.rand(limit, generator=torch.Generator().manual_seed(request.seed)) for request in rows]
-            uniforms = torch.stack(draws).to(self.device)
-        output = torch.full((num_rows, limit), -1, dtype=torch.long, device=self.device)
-        live = torch.arange(num_rows, device=self.device)
-        for step in range(limit):
-            logits = logits.float().masked_fill(self.suppressed[: logits.shape[-1]], float("-inf"))
-            tokens = draw_tokens(logits, sampling, None if uniforms is None else uniforms[live, step])
-            output[live, step] = tokens
-            running = ~torch.isin(tokens, self.stop_ids)
-            if watched:
-                running = _fill_drafts([rows[row] for row in live.tolist()], tokens, running)
-            if not running.all():
-                keep = running.nonzero().squeeze(-1)
-                if not len(keep):
-                    break
-                cache.batch_select_indices(keep)
-                live, tokens, mask, position = live[keep], tokens[keep], mask[keep], position[keep]
-            if step + 1 == limit:
-                break
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            position = position + 1
-            logits = self.model(
-                input_ids=tokens[:, None],
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-        prompt_ids = inputs["input_ids"]
-        return [self._reply(request, prompt_ids[parent[row]], output[row].tolist()) for row, request in enumerate(rows)]
+    def _goes_on(self, request: Request, written: list[int]) -> bool:
+        """Show the last token to whoever reads along; return whether another one is wanted."""
+        if written[-1] in self.stop_ids:
+            return False
+        if request.draft:
+            request.draft.add(written[-1])
+            if request.draft.stopped.is_set():
+                return False
+        return len(written) < request.sampling.max_new_tokens
 
     def _inputs(self, requests: list[Request], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         texts = [self._text(request) for request in requests]
@@ -261,26 +273,17 @@ class InternVLEngine:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return dict(inputs)
 
-    def _reply(self, request: Request, prompt_ids: torch.Tensor, output: list[int]) -> Reply:
-        tokens = [token for token in output if token >= 0]
-        stopped = bool(tokens) and tokens[-1] in self.stop_ids
-        words = tokens[:-1] if stopped else tokens
-        text = decode_reply(self.tokenizer, prompt_ids.tolist(), words, request.prefix)
-        return Reply(id=request.id, text=text, finish_reason=end_reason(request, stopped), num_tokens=len(tokens))
+    def _reply(self, request: Request, prompt_ids: list[int], tokens: list[int]) -> Reply:
+        has_ended = tokens[-1] in self.stop_ids
+        text = decode_reply(self.tokenizer, prompt_ids, tokens[:-1] if has_ended else tokens, request.prefix)
+        return Reply(id=request.id, text=text, finish_reason=end_reason(request, has_ended), num_tokens=len(tokens))
 
-    def _begin_drafts(self, rows: list[Request], prompt_ids: torch.Tensor) -> bool:
-        """Begin the drafts of requests that have one; return whether any has."""
-        watched = [(request, ids) for request, ids in zip(rows, prompt_ids, strict=True) if request.draft]
-        for request, ids in watched:
-            request.draft.begin(functools.partial(decode_reply, self.tokenizer, ids.tolist(), prefix=request.prefix))
-        return bool(watched)
-
-    def _stop_ids(self, vocab: dict[str, int]) -> torch.Tensor:
+    def _stop_ids(self, vocab: dict[str, int]) -> list[int]:
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ids = {vocab[token] for token in _TURN_ENDS if token in vocab}
         ids |= {self.tokenizer.eos_token_id} if self.tokenizer.eos_token_id is not None else set()
         ids |= set(configured) if isinstance(configured, list) else ({configured} if configured is not None else set())
-        return torch.tensor(sorted(ids), device=self.device)
+        return sorted(ids)
 
     def _suppressed(self, vocab: dict[str, int]) -> torch.Tensor:
         """True for ids no reply may hold: control tokens, image tokens, and rows of the head beyond the vocabulary."""
@@ -321,16 +324,6 @@ def load_internvl_processor(model_path: str) -> InternVLChatProcessor:
     except OSError:
         config = InternVLChatConfig.from_pretrained(model_path)
         return InternVLChatProcessor.from_config(config, AutoTokenizer.from_pretrained(model_path))
-
-
-def _fill_drafts(rows: list[Request], tokens: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
-    """Add each row's token to its draft; return which rows go on, those that nobody waits for left out."""
-    kept = running.tolist()
-    for index, (request, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-        if request.draft and kept[index]:
-            request.draft.add(token)
-            kept[index] = not request.draft.stopped.is_set()
-    return torch.tensor(kept, device=running.device)
 
 
 def _prompt(request: Request) -> Prompt:

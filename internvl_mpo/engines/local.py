@@ -1,12 +1,13 @@
 """What engines in this process share: device, dtype, pictures, seeded draws, streaming."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -16,6 +17,7 @@ from modeling_internvl_mpo.image_processing_internvl_mpo import to_rgb
 
 # Requests looked at together when batches are formed: enough to sort by length, few enough to keep in memory.
 WINDOW = 4096
+_DRAWN_AHEAD = 64  # uniform numbers of a row that are drawn together
 
 
 def draw_tokens(logits_RV: torch.Tensor, sampling: Sampling, uniform_R: torch.Tensor | None) -> torch.Tensor:
@@ -41,6 +43,48 @@ def draw_tokens(logits_RV: torch.Tensor, sampling: Sampling, uniform_R: torch.Te
     target = uniform_R[:, None].to(cumulative.dtype) * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True).clamp(max=k - 1)
     return ids.gather(-1, index).squeeze(-1)
+
+
+class SeededDraw(LogitsProcessor):
+    """Chooses the next token of every row: the likeliest, or one drawn from the row's own seed.
+
+    A row uses one uniform number per token, so neither its neighbours nor the batch size choose its words. For a loop
+    of one's own it is called by `next_tokens`; as a `LogitsProcessor` it leaves `generate` nothing else to choose.
+
+    Args:
+        seeds: R of them.
+        sampling: how tokens are drawn.
+        suppressed_V: True for ids that no reply may hold; None suppresses nothing.
+    """
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, suppressed_V: torch.Tensor | None = None):
+        self._sampling, self._suppressed_V = sampling, suppressed_V
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds] if sampling.temperature else []
+        self._uniform_RB = torch.empty(0)
+        self._step = 0
+
+    def next_tokens(self, logits_LV: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """Return the next token of L rows, (L,); `rows` are those that still live, None is all R.
+
+        Every row has taken as many steps as the others, so this is called once per step.
+        """
+        logits_LV = logits_LV.float()
+        if self._suppressed_V is not None:
+            logits_LV = logits_LV.masked_fill(self._suppressed_V[: logits_LV.shape[-1]], float("-inf"))
+        uniform_L = None
+        if self._generators:
+            column = self._step % _DRAWN_AHEAD
+            if column == 0:  # a reply may have any length, so numbers are drawn as it grows
+                drawn = [torch.rand(_DRAWN_AHEAD, generator=generator) for generator in self._generators]
+                self._uniform_RB = torch.stack(drawn).to(logits_LV.device)
+            uniform_R = self._uniform_RB[:, column]
+            uniform_L = uniform_R if rows is None else uniform_R[list(rows)]
+        self._step += 1
+        return draw_tokens(logits_LV, self._sampling, uniform_L)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        tokens_R = self.next_tokens(scores)
+        return torch.full_like(scores, float("-inf")).scatter(1, tokens_R[:, None], 0.0)
 
 
 def torch_device(name: str) -> torch.device:
