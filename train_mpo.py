@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.files import whole_folder
+from internvl_mpo.files import check_replaceable, replaced_folder
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.reading import iter_pairs
 from internvl_mpo.records import RowError, content_id
@@ -32,6 +32,10 @@ if TYPE_CHECKING:  # what imports transformers is imported where it is used, aft
 PROGRAM = "train_mpo.py"
 # Found by `plan`, so that a saved run does not give it back.
 FOUND = ("gradient_accumulation_steps",)
+# What a result folder of version 0.2 holds, which did not mark it otherwise; its settings were written last.
+RESULT_FILES = (
+    *("training_settings.yaml", "*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "merges.txt", "README.md"),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -66,9 +70,14 @@ def read_settings(argv: list[str]) -> "TrainSettings":
     """Return the checked settings; without arguments, or with --help, only the usage is printed."""
     if argv and not {"-h", "--help"} & set(argv):
         _check_paths_cheaply(argv)
+    from internvl_mpo.training.checkpoint import check_run_folder
     from internvl_mpo.training.settings import parse_train_settings  # imports transformers, some seconds
 
-    return parse_train_settings(argv, program=PROGRAM, about=__doc__)
+    settings = parse_train_settings(argv, program=PROGRAM, about=__doc__)
+    if settings.process_index == 0:
+        check_run_folder(settings.output_dir)
+        check_result_folders(settings)
+    return settings
 
 
 def _check_paths_cheaply(argv: list[str]) -> None:
@@ -357,14 +366,14 @@ def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | No
     """Train to the end, from a checkpoint if there is one."""
     import torch
 
-    from internvl_mpo.training.checkpoint import remove_half_written
+    from internvl_mpo.training.checkpoint import SETTINGS_FILE, remove_half_written
 
     if checkpoint is not None:
         trainer.check_resumable(checkpoint)
     if settings.world_size > 1:
         torch.distributed.barrier()  # all ranks have looked before anything is removed
     if settings.process_index == 0:
-        write_settings(settings, Path(settings.output_dir) / "settings.yaml", leave_out=FOUND)
+        write_settings(settings, Path(settings.output_dir) / SETTINGS_FILE, leave_out=FOUND)
         for name in remove_half_written(settings.output_dir):
             print(f"{name} is half-written and was removed")
         print(f"going on from {checkpoint}" if checkpoint else "starting at step 0")
@@ -378,25 +387,50 @@ def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | No
 
 
 def save(settings: "TrainSettings", trainer: "MPOTrainer", processor: Any) -> None:
-    """Write the folders under a temporary name and rename them, so that each is there whole or not at all."""
+    """Write the folders of the trained model, so that each is there whole or not at all."""
     from internvl_mpo.publish import write_model_folder
     from internvl_mpo.training.policy import check_saved_weights, plain_base, whole_weights, write_adapter
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     is_main = settings.process_index == 0
-    if settings.save_adapter:
-        with whole_folder(Path(settings.output_dir) / "adapter", is_main) as folder:
-            write_adapter(model, processor, folder, keep=is_main)
-            if is_main:
-                check_saved_weights(folder, {})
-                write_settings(settings, folder / "training_settings.yaml", leave_out=FOUND)
-    if settings.save_merged:
-        weights = whole_weights(model, keep=is_main)
-        with whole_folder(Path(settings.model_dir or Path(settings.output_dir) / "model"), is_main) as folder:
-            if is_main:
+    for kind, target in result_folders(settings).items():
+        weights = whole_weights(model, keep=is_main) if kind == "model" else {}
+        with replaced_folder(target, name=f"{kind} folder", unmarked=RESULT_FILES, is_main=is_main) as folder:
+            if kind == "adapter":
+                write_adapter(model, processor, folder, keep=is_main)
+            elif is_main:
                 write_model_folder(plain_base(model), processor, folder, weights=weights)
+            if is_main:
                 check_saved_weights(folder, weights)
-                write_settings(settings, folder / "training_settings.yaml", leave_out=FOUND)
+                write_settings(settings, folder / RESULT_FILES[0], leave_out=FOUND)
+        if is_main:
+            print(f"the trained {kind} is in {target}")
+
+
+def result_folders(settings: "TrainSettings") -> dict[str, Path]:
+    """Return where the adapter and the model of a run are written, as far as they are asked for."""
+    folders = {}
+    if settings.save_adapter:
+        folders["adapter"] = Path(settings.output_dir) / "adapter"
+    if settings.save_merged:
+        folders["model"] = Path(settings.model_dir or Path(settings.output_dir) / "model")
+    return folders
+
+
+def check_result_folders(settings: "TrainSettings") -> None:
+    """Refuse result folders that hold something else, or that would replace what the run needs.
+
+    Raises:
+        BadInputError: naming the folder.
+    """
+    folders = result_folders(settings)
+    beside = settings.output_dir.rstrip("/")
+    used = [settings.output_dir, settings.model, *settings.data, settings.image_root, settings.reference_cache]
+    used += [settings.preflight_cache or f"{beside}.preflight", Path(settings.output_dir) / "reference"]
+    for kind, folder in folders.items():
+        others = [other for other in folders.values() if other is not folder]
+        name = "model_dir" if kind == "model" and settings.model_dir else f"the {kind} folder"
+        check_replaceable(folder, sources=[*filter(None, used), *others], name=name, unmarked=RESULT_FILES)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.files import replaced_folder
 from internvl_mpo.publish import read_json, weight_files, write_companions
 from internvl_mpo.settings import parse_settings, setting, show_settings
 
@@ -157,25 +158,24 @@ def convert(source: str | Path, output: str | Path) -> Path:
 
     Args:
         source: an official or a native folder.
-        output: made if absent.
+        output: made if absent; replaced if an earlier conversion wrote it.
 
     Returns:
         The folder written.
 
     Raises:
-        BadInputError: another kind of model, or one that has no form in the other layout.
+        BadInputError: another kind of model, one that has no form in the other layout, or an output that holds
+            something else.
     """
     source, output = Path(source), Path(output)
     raw = read_json(source / "config.json")
-    output.mkdir(parents=True, exist_ok=True)
-    if raw.get("model_type") == "internvl_chat":
-        _write_native(source, raw, output)
-    elif raw.get("model_type") == "internvl":
-        _write_official(source, raw, output)
-    else:
+    writers = {"internvl_chat": _write_native, "internvl": _write_official}
+    if raw.get("model_type") not in writers:
         raise BadInputError(
             f"{source / 'config.json'} has model_type {raw.get('model_type')!r}; expected 'internvl_chat' or 'internvl'"
         )
+    with replaced_folder(output, sources=[source]) as folder:
+        writers[raw["model_type"]](source, raw, folder)
     return output
 
 

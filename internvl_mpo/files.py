@@ -1,10 +1,11 @@
 """Folders and small files: read, change, and replace a whole folder at once."""
 
 import contextlib
+import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,35 +15,120 @@ from internvl_mpo.errors import BadInputError
 
 
 @contextlib.contextmanager
-def replaced_folder(output: str | Path, *, sources: Sequence[str | Path]) -> Iterator[Path]:
-    """Give a new folder to build in; it takes the place of `output` when the block succeeds.
+def replaced_folder(
+    output: str | Path,
+    *,
+    sources: Sequence[str | Path] = (),
+    name: str = "output",
+    unmarked: Sequence[str] = (),
+    is_main: bool = True,
+) -> Iterator[Path]:
+    """Give a new folder to build in; it takes the place of `output` when the block succeeds, and goes when it fails.
 
-    A hidden file beside the folder tells later runs that the folder was built here and may be replaced.
+    A hidden file beside the folder lists what was built, so that later runs know what they may replace.
 
     Args:
         output: may exist if an earlier run built it.
-        sources: folders that are read, which must not be touched.
+        sources: see `check_replaceable`.
+        name: see `check_replaceable`.
+        unmarked: see `check_replaceable`.
+        is_main: whether this rank writes; the others get the same path and touch nothing.
 
     Raises:
-        BadInputError: `output` holds, or lies around, something that is not ours to replace.
+        BadInputError: `output` is not ours to replace.
+    """
+    output = Path(output)
+    place = output.resolve()  # a symbolic link stays, and what it points to is replaced
+    part, old = (place.with_name(f".{place.name}.{end}") for end in ("part", "old"))
+    if not is_main:
+        yield part
+        return
+    check_replaceable(output, sources=sources, name=name, unmarked=unmarked)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        check_replaceable(output, sources=sources, name=name, unmarked=unmarked)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    with atomic_writer(_marker(place)) as out:  # between the two, so that the list never speaks of another folder
+        json.dump({"files": {key: _facts(path) for key, path in _files(part).items()}}, out, indent=1)
+    part.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(
+    output: str | Path, *, sources: Sequence[str | Path] = (), name: str = "output", unmarked: Sequence[str] = ()
+) -> None:
+    """Refuse a folder that `replaced_folder` may not replace; a program calls this before expensive work.
+
+    Only what was built there and nobody has touched since may go: a file that was added or changed is somebody's work.
+
+    Args:
+        output: the folder, which need not exist.
+        sources: folders and files that the program reads or writes, which must stay.
+        name: the setting, for messages.
+        unmarked: patterns of the files that version 0.2 built there without marking the folder; the first one is the
+            name of the file that was written last.
+
+    Raises:
+        BadInputError: naming the folder, what is in it, and the way out.
     """
     output = Path(output)
     where = output.resolve()
     for source in sources:
         if where == Path(source).resolve() or where in Path(source).resolve().parents:
-            raise BadInputError(f"output is the source folder {source}, or lies around it; give another folder")
-    marker = output.with_name(f".{output.name}.built")
-    if output.exists() and not output.is_dir():
-        raise BadInputError(f"output {output} is a file; give a folder")
-    if output.exists() and any(output.iterdir()) and not marker.exists():
-        raise BadInputError(f"output {output} holds other things; give an empty or a new folder")
-    part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    yield part
-    marker.touch()
-    shutil.rmtree(output, ignore_errors=True)
-    part.rename(output)
+            raise BadInputError(f"{name} {output} is {source}, or lies around it, and would replace it; give another")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise BadInputError(f"{name} {output} is a file; give a folder")
+    if where.is_mount():
+        raise BadInputError(f"{name} {output} is a mount point, which cannot be replaced; give a folder in it")
+    is_built = _rule(where, unmarked)
+    foreign = next((key for key, path in _files(where).items() if not is_built(key, path)), None)
+    if foreign is not None:
+        raise BadInputError(
+            f"{name} {output} holds other things than were built there ({foreign}); give an empty or a new folder, or "
+            "move it away"
+        )
+
+
+def _rule(folder: Path, unmarked: Sequence[str]) -> Callable[[str, Path], bool]:
+    """What tells files that were built in a folder from others: their list, or what version 0.2 left in its place."""
+    marker = _marker(folder)
+    if marker.is_file() and marker.stat().st_size:
+        built = read_json(marker).get("files", {})
+        # a file with a second hard link, as `link` makes them, is changed with its source and not lost with the folder
+        return lambda key, path: key in built and (built[key] == _facts(path) or path.lstat().st_nlink > 1)
+    last = marker if marker.is_file() else folder / unmarked[0] if unmarked else None
+    if last is None or not last.is_file():
+        return lambda key, path: False
+    patterns = ("*",) if last == marker else unmarked
+    until = last.stat().st_mtime_ns
+    return lambda key, path: (
+        (path.lstat().st_mtime_ns <= until or path.lstat().st_nlink > 1)
+        and any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
+    )
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Everything in a folder but folders, by its path in it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _facts(path: Path) -> list[int]:
+    stat = path.lstat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _marker(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.built")
 
 
 def link(path: Path, folder: Path, name: str | None = None) -> Path:
@@ -76,20 +162,6 @@ def update_json(path: Path, values: dict[str, Any]) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     content.update(values)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path, is_main: bool) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of `target` when the block succeeds; only rank 0 touches disk."""
-    temporary = target.with_name(f".{target.name}.part")
-    if is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    yield temporary
-    if is_main:
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        print(f"the trained {target.name} is in {target}")
 
 
 def sync_to_disk(path: Path) -> None:

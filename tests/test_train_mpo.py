@@ -247,6 +247,52 @@ def test_what_a_run_saved_is_taken_back(unbroken):
     assert again.learning_rate == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--model_dir", "FOLDER/thesis"], "model_dir FOLDER/thesis holds other things than were built there (a.tex)"),
+        (["--model_dir", "FOLDER/run"], "or lies around it"),  # the run folder would be replaced at the end
+        (["--model_dir", "FOLDER"], "or lies around it"),
+        (["--model_dir", "WORLD/start"], "or lies around it"),
+        (["--model_dir", "FOLDER/ref", "--reference_cache", "FOLDER/ref"], "or lies around it"),
+        (["--model_dir", "FOLDER/run/adapter", "--lora_rank", "2", "--save_adapter"], "or lies around it"),
+        (["--output_dir", "FOLDER/old"], "the model folder FOLDER/old/model holds other things"),
+        (["--output_dir", "FOLDER/old", "--model_dir", "FOLDER/new", "--lora_rank", "2", "--save_adapter"],
+         "the adapter folder FOLDER/old/adapter holds other things"),
+        (["--output_dir", "FOLDER/other"], "other holds checkpoint-7, but no settings.yaml of a run of this program"),
+        (["--output_dir", "FOLDER/logged"], "logged holds log.jsonl, but no settings.yaml"),
+    ],
+)  # fmt: skip
+def test_folders_of_others_are_refused_before_any_work_and_stay(world, tmp_path, capsys, no_work, more, words):
+    files = ("thesis/a.tex", "old/model/config.json", "old/adapter/mine.txt", "other/checkpoint-7/model.bin",
+             "logged/log.jsonl")  # fmt: skip
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    fill = lambda text: text.replace("FOLDER", str(tmp_path)).replace("WORLD", str(world))  # noqa: E731
+    assert train(world, tmp_path / "run", *map(fill, more)) == 2
+    assert fill(words) in capsys.readouterr().err
+    assert all((tmp_path / name).is_file() for name in files)
+    assert (world / "start" / "config.json").is_file()
+
+
+def test_a_model_folder_of_this_program_is_replaced_until_somebody_adds_to_it(world, tmp_path, capsys):
+    output, model = tmp_path / "run", tmp_path / "model"
+    assert train(world, output, "--model_dir", str(model), "--max_steps", "1") == 0
+    (tmp_path / ".model.built").unlink()  # as version 0.2 left it
+    os.utime(model / "training_settings.yaml")
+    assert train(world, tmp_path / "second", "--model_dir", str(model), "--max_steps", "1", "--seed", "7") == 0
+    assert "seed: 7" in (model / "training_settings.yaml").read_text()
+    for kept in (".model.built", None):
+        (model / "notes.md").write_text("mine")
+        if kept is None:
+            (tmp_path / ".model.built").unlink()
+            os.utime(model / "notes.md", ns=(1, 1))  # older than all the rest, but no file of ours
+        assert train(world, tmp_path / "third", "--model_dir", str(model), "--max_steps", "1") == 2
+        assert "(notes.md)" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
 def test_a_missing_setting_is_named(world, capsys):
     assert run_program(train_mpo.main, ["--data", str(world / "pairs.jsonl"), "--output_dir", "x"]) == 2
     assert "missing setting 'model'" in capsys.readouterr().err

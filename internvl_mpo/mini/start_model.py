@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from internvl_mpo.files import check_replaceable, replaced_folder
 from internvl_mpo.mini.digits import DIGIT_PIXELS
 from internvl_mpo.records import Response, read_rows
 from internvl_mpo.settings import setting
@@ -126,6 +127,7 @@ def train_start_model(settings: StartSettings) -> None:
     from internvl_mpo.publish import write_model_folder
     from modeling_internvl_mpo import InternVLChatModel, InternVLChatProcessor, get_conversation
 
+    check_replaceable(settings.output, sources=[settings.world])
     world = Path(settings.world)
     rows = read_rows(world / "annotations.jsonl", Response)
     conversation = get_conversation("internlm2-chat")
@@ -167,7 +169,8 @@ def train_start_model(settings: StartSettings) -> None:
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
-    write_model_folder(model, processor, settings.output)
+    with replaced_folder(settings.output, sources=[settings.world]) as folder:
+        write_model_folder(model, processor, folder)
 
 
 def _batches(num_rows: int, settings: StartSettings) -> Iterator[list[int]]:

@@ -16,6 +16,7 @@ from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_writer
 
 STATE_FILE = "mpo_state.json"
+SETTINGS_FILE = "settings.yaml"
 
 
 def write_state(checkpoint: str | Path, state: Mapping[str, Any]) -> None:
@@ -40,6 +41,28 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
 def whole_checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the whole checkpoints of a run, oldest first."""
     return [folder for folder in _folders(output_dir) if (folder / STATE_FILE).is_file()]
+
+
+def check_run_folder(output_dir: str | Path) -> None:
+    """Refuse a folder with logs or checkpoints of another program, which would be taken for ours and deleted.
+
+    A run of ours writes `SETTINGS_FILE` before anything else.
+
+    Raises:
+        BadInputError: naming what is there.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise BadInputError(f"output_dir {folder} is a file; give a folder")
+    if (folder / SETTINGS_FILE).is_file():
+        return
+    names = [name for name in ("log.jsonl", "samples.jsonl") if (folder / name).exists()]
+    names += [path.name for path in _folders(folder) if not (path / STATE_FILE).is_file()]
+    if names:
+        raise BadInputError(
+            f"output_dir {folder} holds {names[0]}, but no {SETTINGS_FILE} of a run of this program; give another "
+            "folder, or move that away"
+        )
 
 
 def remove_half_written(output_dir: str | Path) -> list[str]:
