@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 from PIL import ExifTags, Image
 
+from internvl_mpo.families.contract import PLACEHOLDER, Family
+from internvl_mpo.families.registry import family_of_processor
 from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.packing import Group, tree_tokens
 from internvl_mpo.records import IMAGE_PLACEHOLDER, PreferencePair, RowError
@@ -64,7 +66,7 @@ def encode_group(
     """Encode pairs that share images and question.
 
     Args:
-        processor: `InternVLChatProcessor` of the model.
+        processor: of the model, of any family.
         pairs: at least one; all with the same `group_key`.
         image_root: folder that image paths are relative to, or what reads them by these paths.
         max_tiles: most tiles of a single image, thumbnail not counted; several images share it, `max_tiles // n` each
@@ -79,25 +81,28 @@ def encode_group(
             response, a response is empty, or chosen and rejected are equal.
         ValueError: the pairs do not share images and question.
     """
+    family = family_of_processor(processor)
     question, where = _question(pairs)
-    prompt = _render(processor, question)
+    prompt = _render(family, processor, question, len(pairs[0].images), where)
     images = [_open(image_root, name, where) for name in pairs[0].images]
-    inputs: dict[str, Any] = {}
-    if images:
-        limits = {"max_dynamic_patch": _tiles_per_image(max_tiles, len(images))}
-        inputs = {"images": [images], **limits}
     try:
-        features = processor(text=[prompt], return_num_tiles=True, **inputs)
+        encoded = family.encode(processor, prompt, images, _tiles_per_image(max_tiles, len(images)))
     except (ValueError, OSError) as error:
         raise RowError(f"the prompt cannot be encoded: {error}", where) from error
     finally:
         for image in images:
             image.close()
-    prompt_ids = list(features["input_ids"][0])
-    num_tiles = int(sum(features["num_tiles"])) if images else 0
-    _check_prompt(processor, len(prompt_ids), prompt_ids.count(processor.image_token_id), num_tiles, max_length, where)
-    responses, indices, _ = _responses(processor, pairs, prompt, max_length - len(prompt_ids))
-    return Group(prompt_ids, responses, indices, [pair.id for pair in pairs], features.get("pixel_values"))
+    _check_room(len(encoded.ids), max_length, where)
+    responses, indices, _ = _responses(family, processor, pairs, prompt, max_length - len(encoded.ids))
+    return Group(
+        encoded.ids,
+        responses,
+        indices,
+        [pair.id for pair in pairs],
+        encoded.tiles,
+        image_inputs=encoded.image_inputs,
+        positions=encoded.positions,
+    )
 
 
 def measure_group(
@@ -123,27 +128,30 @@ def measure_group(
         RowError: whatever `encode_group` would refuse; damage behind an image's header only with `decode`.
         ValueError: as in `encode_group`.
     """
+    family = family_of_processor(processor)
     question, where = _question(pairs)
-    prompt = _render(processor, question)
-    limits = {"max_dynamic_patch": _tiles_per_image(max_tiles, len(pairs[0].images))}
-    num_tiles = 0
+    prompt = _render(family, processor, question, len(pairs[0].images), where)
+    limit = _tiles_per_image(max_tiles, len(pairs[0].images))
+    costs = []
     for name in pairs[0].images:
         with _open(image_root, name, where) as image:
             width, height = _upright_size(image)
-            num_tiles += processor.image_processor.get_number_of_image_patches(height, width, limits)
+            try:
+                costs.append(family.picture_cost(processor, height, width, len(pairs[0].images), limit))
+            except ValueError as error:
+                raise RowError(f"the prompt cannot be encoded: {error}", where) from error
             if decode:
                 try:
                     image.load()
                 except (OSError, SyntaxError, ValueError) as error:
                     raise RowError(f"image '{name}' cannot be decoded ({error})", where) from error
-    (bare,) = processor.expand_images([prompt], [0] * len(pairs[0].images))
-    bare_ids = processor.tokenizer(bare)["input_ids"]
-    image_tokens = num_tiles * processor.num_image_token
-    prompt_tokens = len(bare_ids) + image_tokens
-    literal = bare_ids.count(processor.image_token_id)
-    _check_prompt(processor, prompt_tokens, literal + image_tokens, num_tiles, max_length, where)
-    responses, _, num_cut = _responses(processor, pairs, prompt, max_length - prompt_tokens)
+    before, *after = prompt.split(family.placeholder(processor))
+    bare = before + "".join(cost.text + text for cost, text in zip(costs, after, strict=True))
+    prompt_tokens = len(processor.tokenizer(bare)["input_ids"]) + sum(cost.left_out for cost in costs)
+    _check_room(prompt_tokens, max_length, where)
+    responses, _, num_cut = _responses(family, processor, pairs, prompt, max_length - prompt_tokens)
     num_tokens = prompt_tokens + tree_tokens(responses)
+    num_tiles = sum(cost.num_tiles for cost in costs)
     return GroupSize(prompt_tokens, tuple(map(len, responses)), num_tiles, num_cut, num_tokens)
 
 
@@ -179,10 +187,13 @@ def _question(pairs: Sequence[PreferencePair]) -> tuple[str, str]:
     return question, where
 
 
-def _render(processor: Any, question: str) -> str:
-    return processor.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-    )
+def _render(family: Family, processor: Any, question: str, num_images: int, where: str) -> str:
+    """Return the prompt as text, with one placeholder of the family for each picture."""
+    prompt = family.render(processor, [{"role": "user", "content": question}], add_generation_prompt=True)
+    for token in family.reserved(processor):
+        if prompt.count(token) != (num_images if token == family.placeholder(processor) else 0):
+            raise RowError(f"the question spells out {token}, which stands for pictures", where)
+    return prompt
 
 
 def _tiles_per_image(max_tiles: int, num_images: int) -> int:
@@ -210,25 +221,18 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def _check_prompt(
-    processor: Any, num_tokens: int, num_image_tokens: int, num_tiles: int, max_length: int, where: str
-) -> None:
-    if num_image_tokens != num_tiles * processor.num_image_token:
-        raise RowError(
-            f"the prompt has {num_image_tokens} image tokens for {num_tiles} tiles of {processor.num_image_token}; "
-            "the question must not spell out image tokens",
-            where,
-        )
+def _check_room(num_tokens: int, max_length: int, where: str) -> None:
     if num_tokens >= max_length:
         raise RowError(f"the prompt has {num_tokens} tokens, no response fits below the limit of {max_length}", where)
 
 
 def _responses(
-    processor: Any, pairs: Sequence[PreferencePair], prompt: str, room: int
+    family: Family, processor: Any, pairs: Sequence[PreferencePair], prompt: str, room: int
 ) -> tuple[list[list[int]], list[tuple[int, int]], int]:
     """Tokenize the responses of all pairs.
 
     Args:
+        family: of the processor.
         processor: as in `encode_group`.
         pairs: as in `encode_group`.
         prompt: the rendered prompt, images not expanded.
@@ -238,10 +242,11 @@ def _responses(
         Distinct responses, (chosen, rejected) indices of each pair, number of distinct responses that were cut.
     """
     tokenizer = processor.tokenizer
+    turn = family.turn(processor)
     # A special token is a border that no merge crosses: what comes after the last one is all the context there is.
     header = prompt[max(prompt.rfind(token) for token in [*tokenizer.all_special_tokens, prompt]) :]
     header_ids = tokenizer(header, add_special_tokens=False)["input_ids"]
-    end = _end_of_turn(processor)
+    reserved = set(tokenizer.convert_tokens_to_ids(list(family.reserved(processor))))
     numbers: dict[tuple[int, ...], int] = {}
     num_cut = 0
 
@@ -249,14 +254,15 @@ def _responses(
         nonlocal num_cut
         if not text:
             raise RowError(f"'{side}' is empty", where)
+        text = turn.lead + text
         ids = tokenizer(header + text, add_special_tokens=False)["input_ids"]
         if ids[: len(header_ids)] == header_ids:
             ids = ids[len(header_ids) :]
         else:  # the text merges with the header, as a leading newline can; the model starts after the header
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if processor.image_token_id in ids:
+        if not reserved.isdisjoint(ids):
             raise RowError(f"'{side}' spells out the image token", where)
-        kept = (*ids, end)[:room]
+        kept = (*ids, turn.end_id)[:room]
         if kept not in numbers:
             numbers[kept] = len(numbers)
             num_cut += len(kept) < len(ids) + 1
@@ -271,15 +277,3 @@ def _responses(
             raise RowError(f"chosen and rejected are equal in the {room} tokens that the length limit leaves", where)
         indices.append((chosen, rejected))
     return [list(ids) for ids in numbers], indices, num_cut
-
-
-def _end_of_turn(processor: Any) -> int:
-    """Return the id of the token that the chat template writes after an answer."""
-    message = {"role": "assistant", "content": "the answer"}
-    answered = processor.apply_chat_template(
-        [{"role": "user", "content": "a question"}, message], add_generation_prompt=False, tokenize=False
-    )
-    closing = answered.rpartition("the answer")[2]
-    if not closing:
-        raise ValueError("the chat template writes nothing after an answer, so its end cannot be learned")
-    return processor.tokenizer(closing, add_special_tokens=False)["input_ids"][0]

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from internvl_mpo.families.registry import family_of_model
 from internvl_mpo.kernels.last_layer import trim_last_layer
 from internvl_mpo.kernels.packed_attention import use_packed_attention
 from internvl_mpo.kernels.scoring_head import ScoringHead
@@ -33,7 +34,7 @@ def attach_scoring(
     """Teach a model to answer `model(pack=pack)` with log-probs; see the top of this file.
 
     Args:
-        model: an InternVL chat model or a causal language model of transformers, or one with a LoRA adapter of peft.
+        model: of any family of `families/`, or one with a LoRA adapter of peft.
         attention: back end for packs, see `use_packed_attention`.
         trim: leave out of the last layer what no scored token needs, see `last_layer.py`; the result is the same.
         plain_twin: score packs in the form of `twin_logps` instead, slow and with all logits, to compare with.
@@ -47,7 +48,8 @@ def attach_scoring(
     """
     # LoRA lives inside the layers of the base model, and peft passes unknown arguments of forward on to it.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    use_packed_attention(base, attention)
+    decoder = family_of_model(base).decoder(base)
+    use_packed_attention(decoder, attention)
     head = base.get_output_embeddings()
     if isinstance(head, ScoringHead):
         return model
@@ -55,8 +57,7 @@ def attach_scoring(
         raise ValueError(f"the output head is a {type(head).__name__}; scoring needs a plain nn.Linear")
     base.set_output_embeddings(ScoringHead(head))
     if trim:
-        decoder = base.get_decoder()
-        trim_last_layer(getattr(decoder, "model", decoder))
+        trim_last_layer(decoder)
     plain_forward = base.forward
 
     @functools.wraps(plain_forward)
@@ -170,16 +171,17 @@ def _score(
 
 def _trunk(model: nn.Module, pack: Pack) -> Tensor:
     """Return the last hidden states of a pack, after the final norm. Shape: (T, D)"""
-    images = {} if pack.pixel_values is None else {"pixel_values": pack.pixel_values.to(model.dtype)}
+    family = family_of_model(model)
+    embeds_1TD, further = family.embed(model, pack)
     # A ready 4-D mask is handed on as it is; with none, transformers would build a dense one from the positions.
     no_mask = torch.empty(1, 1, 1, 0, dtype=torch.bool, device=pack.input_ids.device)
-    output = model.base_model(
-        input_ids=pack.input_ids,
+    output = family.decoder(model)(
+        inputs_embeds=embeds_1TD,
         position_ids=pack.position_ids,
         attention_mask=no_mask,
         pack_layout=pack.layout,
         use_cache=False,
-        **images,
+        **further,
     )
     return output.last_hidden_state[0]
 
@@ -191,7 +193,7 @@ def twin_logps(model: nn.Module, groups: Sequence[Group], *, temperature: float 
     all logits exist at once: the form of the original program with two responses, and the measure of the packed form.
 
     Args:
-        model: any causal language model of transformers, wrapped or not; `attach_scoring` is not needed.
+        model: of any family of `families/`; `attach_scoring` is not needed.
         groups: the groups of the pack, in order.
         temperature: divides the logits.
     """
@@ -214,10 +216,9 @@ def _twin_group(model: nn.Module, group: Group, temperature: float, squares: boo
     input_ids_RL = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
     place_L = torch.arange(input_ids_RL.shape[1], device=device)
     real_RL = place_L < lengths_R[:, None]
-    images = {}
-    if group.tiles is not None:
-        images = {"pixel_values": group.tiles.to(device).repeat(len(rows), 1, 1, 1)}
-    logits_RLV = model(input_ids=input_ids_RL, attention_mask=real_RL.long(), use_cache=False, **images).logits[:, :-1]
+    family = family_of_model(model)
+    inputs = family.forward_inputs(group, len(rows), device) | family.token_inputs(model, input_ids_RL)
+    logits_RLV = model(input_ids=input_ids_RL, attention_mask=real_RL.long(), use_cache=False, **inputs).logits[:, :-1]
     if logits_RLV.dtype in (torch.float16, torch.bfloat16):
         logits_RLV = logits_RLV.float()
     logps_RLV = (logits_RLV / temperature).log_softmax(-1)

@@ -37,9 +37,13 @@ class Group:
         responses: token ids of each distinct response; the end-of-turn token is the last unless it was cut off.
         pairs: (chosen, rejected) as indices into `responses`.
         pair_ids: ids of the rows the pairs come from.
-        tiles: pixels of the prompt's images in reading order; None for a text-only prompt. Shape: (I, 3, S, S)
+        tiles: pixels of the prompt's images in reading order; None for a text-only prompt. Shape: (I, 3, S, S), or
+            (patches, width) where a family cuts no tiles
         token_weights: of each pair, the weights of the tokens of its chosen and of its rejected response; None where
             all are 1. See `token_weights.py`.
+        image_inputs: what the vision tower needs beside the pixels, by name; rows in reading order.
+        positions: rotary positions of the prompt where they have several axes; None counts the tokens.
+            Shape: (axes, prompt tokens)
     """
 
     prompt_ids: list[int]
@@ -48,6 +52,8 @@ class Group:
     pair_ids: list[str]
     tiles: Tensor | None = None
     token_weights: list[tuple[list[float], list[float]]] | None = None
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)
+    positions: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -117,8 +123,8 @@ class Pack:
 
     Attributes:
         input_ids: token ids that run through the model. Shape: (1, T)
-        position_ids: place of each token on its own path. Shape: (1, T)
-        pixel_values: tiles of all groups in order, None if there are none. Shape: (I, 3, S, S)
+        position_ids: place of each token on its own path. Shape: (1, T), or (axes, 1, T)
+        pixel_values: tiles of all groups in order, None if there are none. Shape: (I, 3, S, S), or (patches, width)
         layout: who may see whom.
         predict_index_S: index of the token whose hidden state predicts each scored token. Shape: (S,)
         target_ids_S: token ids of the scored tokens. Shape: (S,)
@@ -130,6 +136,8 @@ class Pack:
         pair_ids: ids of the rows the pairs come from.
         num_tiles: tiles of each group.
         pair_tokens: weights of tokens in the log-ratios of the pairs; None where all are 1.
+        image_inputs: what the vision tower needs beside the pixels, by name; rows of all groups in order.
+        num_image_rows: rows of each group in each of them.
     """
 
     input_ids: Tensor
@@ -146,6 +154,8 @@ class Pack:
     pair_ids: list[str]
     num_tiles: list[int]
     pair_tokens: PairTokens | None = None
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)
+    num_image_rows: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -199,6 +209,7 @@ class Pack:
         changed = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         if self.pair_tokens is not None:
             changed["pair_tokens"] = PairTokens(*map(function, self.pair_tokens))
+        changed["image_inputs"] = {name: function(value) for name, value in self.image_inputs.items()}
         return replace(self, **changed, layout=self.layout.move(function))
 
 
@@ -219,7 +230,7 @@ def pack_groups(groups: Sequence[Group]) -> Pack:
     order = entry_response.argsort(stable=True)  # the tree is walked stem by stem
     return Pack(
         input_ids=torch.tensor([row.input_ids]),
-        position_ids=torch.tensor([row.positions]),
+        position_ids=_positions(groups, row),
         pixel_values=torch.cat(tiles) if tiles else None,
         layout=Layout(row.segments, torch.tensor(row.visible_until), torch.tensor(sorted({*row.predict_index}))),
         predict_index_S=torch.tensor(row.predict_index),
@@ -232,7 +243,30 @@ def pack_groups(groups: Sequence[Group]) -> Pack:
         pair_ids=[pair_id for group in groups for pair_id in group.pair_ids],
         num_tiles=[0 if group.tiles is None else len(group.tiles) for group in groups],
         pair_tokens=_pair_tokens(groups, row),
+        **_image_inputs(groups),
     )
+
+
+def _positions(groups: Sequence[Group], row: "_Row") -> Tensor:
+    """Return the positions of a row. Shape: (1, T), or (axes, 1, T) where a prompt has several axes"""
+    positions = torch.tensor([row.positions])
+    starts = [segment.start for segment in row.segments if segment.parent < 0]
+    for group, start in zip(groups, starts, strict=True):
+        if group.positions is not None:
+            if positions.ndim == 2:
+                positions = positions.repeat(len(group.positions), 1, 1)
+            positions[:, 0, start : start + len(group.prompt_ids)] = group.positions
+    return positions
+
+
+def _image_inputs(groups: Sequence[Group]) -> dict[str, dict]:
+    """Return the two fields of a pack that hold what the vision tower needs beside the pixels."""
+    inputs: dict[str, list[Tensor]] = {}
+    for group in groups:
+        for name, rows in group.image_inputs.items():
+            inputs.setdefault(name, []).append(rows)
+    num_rows = {name: [len(group.image_inputs.get(name, ())) for group in groups] for name in inputs}
+    return {"image_inputs": {name: torch.cat(rows) for name, rows in inputs.items()}, "num_image_rows": num_rows}
 
 
 def _pair_tokens(groups: Sequence[Group], row: "_Row") -> PairTokens | None:
@@ -266,17 +300,21 @@ def unpack_groups(pack: Pack) -> list[Group]:
     home_R = [bisect.bisect_right(starts, predicts[scored[0]]) - 1 for scored in scored_R]  # group of each response
     pairs = list(zip(pack.chosen_index_P.tolist(), pack.rejected_index_P.tolist(), pack.pair_ids, strict=True))
     tiles = iter([] if pack.pixel_values is None else pack.pixel_values.split([n for n in pack.num_tiles if n]))
+    image_inputs = {name: rows.split(pack.num_image_rows[name]) for name, rows in pack.image_inputs.items()}
     groups = []
     for number, start in enumerate(starts):
         first, count = home_R.index(number), home_R.count(number)
+        end = predicts[scored_R[first][0]] + 1
         own = [pair for pair in pairs if home_R[pair[0]] == number]
         groups.append(
             Group(
-                prompt_ids=input_ids[start : predicts[scored_R[first][0]] + 1],
+                prompt_ids=input_ids[start:end],
                 responses=[[targets[index] for index in scored] for scored in scored_R[first : first + count]],
                 pairs=[(chosen - first, rejected - first) for chosen, rejected, _ in own],
                 pair_ids=[pair_id for _, _, pair_id in own],
                 tiles=next(tiles) if pack.num_tiles[number] else None,
+                image_inputs={name: rows[number] for name, rows in image_inputs.items() if len(rows[number])},
+                positions=pack.position_ids[:, 0, start:end] if pack.position_ids.ndim == 3 else None,
             )
         )
     return groups
@@ -341,7 +379,9 @@ class _Row:
         before = start + len(prompt) - 1 if parent < 0 else self.segments[parent].stop - 1
         path = len(group.prompt_ids) + depth - len(prompt)  # tokens on the path before this segment
         self.input_ids += prompt + run
-        self.positions += range(path, path + stop - start)
+        # responses go on counting from the largest position of the prompt, which pictures with several axes lower
+        after = 0 if group.positions is None else int(group.positions.max()) + 1 - len(group.prompt_ids)
+        self.positions += [*range(len(prompt)), *range(path + len(prompt) + after, path + after + stop - start)]
 
         first_scored = len(self.target_ids)
         self.target_ids += scored

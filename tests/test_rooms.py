@@ -31,6 +31,7 @@ ROOMS = {
     "objective": {"torch"},
     "steps": set(),
     "kernels": {"torch", "transformers", "flash_attn"},
+    "families": {"torch", "transformers", "PIL", "modeling_internvl_mpo"},
     "logps": {"torch"},
     "encoding": {"PIL"},
     "answers": {"math_verify"},
@@ -69,6 +70,7 @@ ROOMS = {
 STRANGERS = {
     "benchmarks": {"engines"},  # a scorer never knows which model answered
     "engines": {"pairing", "steps", "logps", "objective"},  # who answers knows nothing of pairs and training
+    "families": {"steps", "kernels", "objective"},  # a family knows nothing of losses and attention back ends
     "publish": {"steps", "logps", "objective", "kernels"},
     "training": {"publish", "benchmarks", "evaluation", "engines", "pairing", "answers"},
     "demo": {"training", "publish", "mmpr", "logps", "objective"},

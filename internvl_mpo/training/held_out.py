@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from internvl_mpo.families.registry import family_of_model
 from internvl_mpo.logps import response_logps
 from internvl_mpo.pack_plan import fill_packs
 from internvl_mpo.packing import Group
@@ -125,21 +126,24 @@ def greedy_answers(model: nn.Module, groups: Sequence[Group], max_new_tokens: in
     Every rank must call this with the same groups where weights are sharded.
 
     Args:
-        model: `InternVLChatModel`, or a PEFT model around it, in evaluation mode.
+        model: of any family, or a PEFT model around it, in evaluation mode.
         groups: encoded prompts.
         max_new_tokens: where an answer is cut.
     """
-    device = next(model.parameters()).device
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family, device = family_of_model(base), next(model.parameters()).device
     answers = []
     for group in groups:
         prompt = torch.tensor([group.prompt_ids], device=device)
-        tiles = {} if group.tiles is None else {"pixel_values": group.tiles.to(device, model.dtype)}
+        inputs = family.forward_inputs(group, 1, device) | family.token_inputs(base, prompt)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         ids = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
             max_new_tokens=max_new_tokens,
-            **tiles,
+            **inputs,
         )
         answers.append(ids[0, prompt.shape[1] :].tolist())
     return answers

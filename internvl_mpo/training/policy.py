@@ -11,7 +11,6 @@ A parameter that ZeRO-3 has partitioned is empty between uses; `num_elements` an
 """
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,17 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from internvl_mpo.errors import BadInputError, need_package
+from internvl_mpo.families.registry import family_of_model, family_of_source
 
 _LEFT_ALONE = "the folder was not put in its place, and the last checkpoint is untouched"
 
 Part = Literal["language", "vision", "both"]
 
-# What the parts of an InternVL chat model are called in its parameter names.
-PARTS = {"vision tower": "vision_model.", "projector": "mlp1.", "language model": "language_model."}
-# Linear layers of InternViT that adapters go to.
-VISION_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-# Rates in the configurations of InternViT and of the language models.
-NOISE_RATES = ("dropout", "drop_path_rate", "attention_dropout", "resid_pdrop", "embd_pdrop")
+# The parts of a model that adapters go to, by the setting.
+LORA_PARTS = {"language": ("language model",), "vision": ("vision tower",), "both": ("language model", "vision tower")}
+# Rates in the configurations of vision towers and language models.
+NOISE_RATES = (
+    *("dropout", "drop_path_rate", "attention_dropout", "resid_pdrop", "embd_pdrop"),
+    *("hidden_dropout_prob", "projection_dropout"),
+)
 
 
 def load_model(source: str, dtype: torch.dtype, *, in_4bit: bool = False) -> nn.Module:
@@ -46,14 +47,15 @@ def load_model(source: str, dtype: torch.dtype, *, in_4bit: bool = False) -> nn.
             embeddings and output head stay as they are.
 
     Raises:
-        BadInputError: bitsandbytes is not installed.
+        BadInputError: no family takes the model, or bitsandbytes is not installed.
         OSError: from transformers, if there is no such model.
         ValueError: from transformers, if the model does not fit its configuration.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import PreTrainedConfig
 
-    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
-    for part in (config.vision_config, config.llm_config):
+    family = family_of_source(source)
+    config = family.load_config(source)
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
         for rate in NOISE_RATES:
             if getattr(part, rate, 0.0):
                 setattr(part, rate, 0.0)
@@ -66,9 +68,9 @@ def load_model(source: str, dtype: torch.dtype, *, in_4bit: bool = False) -> nn.
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["vision_model", "mlp1", "language_model.output", "lm_head"],
+            llm_int8_skip_modules=list(family.keep_wide),
         )
-    return AutoModel.from_pretrained(source, trust_remote_code=True, **options)
+    return family.load_model(source, **options)
 
 
 def freeze(
@@ -82,7 +84,7 @@ def freeze(
     """Switch gradients of whole parts off.
 
     Args:
-        model: an `InternVLChatModel`.
+        model: of any family.
         vision: freeze the vision tower.
         projector: freeze the projector.
         language: freeze the language model, embeddings and head included.
@@ -91,14 +93,13 @@ def freeze(
     Raises:
         BadInputError: more layers are asked for than there are.
     """
-    if vision:
-        model.vision_model.requires_grad_(False)
-    if projector:
-        model.mlp1.requires_grad_(False)
-    if language:
-        model.language_model.requires_grad_(False)
+    family = family_of_model(model)
+    frozen = {"vision tower": vision, "projector": projector, "language model": language}
+    for name, parameter in model.named_parameters():
+        if frozen.get(family.part_of(name), False):
+            parameter.requires_grad_(False)
     if num_language_layers:
-        layers = model.language_model.model.layers
+        layers = family.decoder(model).layers
         if num_language_layers > len(layers):
             raise BadInputError(
                 f"freeze_language_layers is {num_language_layers}, but the language model has {len(layers)} layers"
@@ -114,7 +115,7 @@ def add_adapters(
     """Return the model with LoRA adapters (peft); nothing else is trained any more.
 
     Args:
-        model: an `InternVLChatModel`.
+        model: of any family.
         rank: of the adapters.
         alpha: scale; None means twice the rank.
         dropout: of the adapters' input; not 0 makes policy and reference differ from the first step on.
@@ -123,18 +124,12 @@ def add_adapters(
     """
     from peft import LoraConfig, get_peft_model
 
-    from modeling_internvl_mpo.configuration_internvl_mpo import LORA_TARGETS
-
-    towers = {
-        "language_model": LORA_TARGETS[model.config.llm_config.model_type] if on != "vision" else (),
-        "vision_model": VISION_TARGETS if on != "language" else (),
-    }
-    layers = [rf".*{tower}\..*\.{re.escape(name)}" for tower, names in towers.items() for name in names]
+    family = family_of_model(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha or 2 * rank,
         lora_dropout=dropout,
-        target_modules="|".join(layers),
+        target_modules="|".join(family.lora_targets(model, part) for part in LORA_PARTS[on]),
         task_type="CAUSAL_LM",
     )
     # DeepSpeed ZeRO-3 wants one type of weights; elsewhere adapters of a bfloat16 model are kept in float32.
@@ -150,9 +145,12 @@ def trainable_table(model: nn.Module) -> str:
     Raises:
         BadInputError: nothing is left to train.
     """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = family_of_model(base)
+    parts = [(family.part_of(name), parameter) for name, parameter in base.named_parameters()]
     rows = []
-    for part, prefix in [*PARTS.items(), ("all", "")]:
-        parameters = [p for name, p in model.named_parameters() if prefix in name]
+    for part in (*family.parts, "all"):
+        parameters = [parameter for its_part, parameter in parts if part in (its_part, "all")]
         everything = sum(map(num_elements, parameters))
         trained = sum(num_elements(p) for p in parameters if p.requires_grad)
         rows.append((part, everything, trained, 100 * trained / max(everything, 1)))

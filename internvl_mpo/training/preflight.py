@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from internvl_mpo.encoding import measure_group, pair_size
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.families.registry import family_of_processor
 from internvl_mpo.files import atomic_writer, write_parquet
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.pack_plan import PairSize
@@ -267,7 +268,7 @@ def _processor_digest(processor: Any) -> str:
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = (vocabulary, processor.chat_template, processor.num_image_token, processor.image_processor.to_json_string())
+    parts = (vocabulary, processor.chat_template, *family_of_processor(processor).cost_settings(processor))
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
