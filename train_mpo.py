@@ -10,8 +10,6 @@ that was killed goes on with the same command. Every field of transformers' Trai
 options below.
 """
 
-import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +44,8 @@ def main(argv: list[str]) -> int:
         print(show_settings(settings, f"{PROGRAM}: settings"), flush=True)
 
     checkpoint = choose_checkpoint(settings)
-    rows, rejects = read_pairs(settings)
     processor = load_processor(settings)
+    rows, rejects = read_pairs(settings)
     pairs, held_out = hold_out(settings.held_out_share, check_pairs(settings, processor, rows, rejects))
     settings, pairs = plan(settings, pairs)
     if is_main:
@@ -177,34 +175,15 @@ def load_processor(settings: "TrainSettings") -> Any:
     """Return the processor of the start model; weights are read only after all pairs have been checked.
 
     Raises:
-        BadInputError: the folder holds something else.
+        BadInputError: there is no such model, or no family takes it.
     """
-    from transformers import AutoProcessor
+    from internvl_mpo.families.registry import family_of_source
 
-    import modeling_internvl_mpo  # noqa: F401 - registers the classes, so official folders load without remote code
-
-    source = settings.model
-    if Path(source).is_dir():
-        config_path = Path(source) / "config.json"
-        if (Path(source) / "adapter_config.json").is_file() and not config_path.is_file():
-            raise BadInputError(
-                f"model folder '{source}' holds LoRA adapters alone; give the merged model folder of that run "
-                "(save_merged), or the model it started from"
-            )
-        if not config_path.is_file():
-            raise BadInputError(f"model folder '{source}' has no config.json")
-        try:
-            kind = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
-        except ValueError as error:
-            raise BadInputError(f"{config_path} is not valid JSON: {error}") from error
-        if kind != "internvl_chat":
-            raise BadInputError(f"{config_path} is of model_type '{kind}', expected 'internvl_chat' (InternVL2)")
-    elif (os.sep in source.rstrip("/") and source.startswith((".", "/"))) or source.count("/") > 1:
-        raise BadInputError(f"model folder '{source}' does not exist")
+    family = family_of_source(settings.model)
     try:
-        return AutoProcessor.from_pretrained(source, trust_remote_code=True)
+        return family.load_processor(settings.model)
     except (OSError, ValueError) as error:
-        raise _cannot_load(source, error) from error
+        raise _cannot_load(settings.model, error) from error
 
 
 def load_policy(settings: "TrainSettings") -> Any:

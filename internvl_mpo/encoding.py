@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from PIL import ExifTags, Image
 
-from internvl_mpo.families.contract import PLACEHOLDER, Family
+from internvl_mpo.families.contract import Family
 from internvl_mpo.families.registry import family_of_processor
 from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.packing import Group, tree_tokens

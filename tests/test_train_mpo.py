@@ -326,9 +326,9 @@ def test_bad_rows_stop_the_run_before_training(world, tmp_path, capsys, changes,
 
 def test_a_folder_of_another_model_family_is_refused(world, tmp_path, capsys):
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "blip"}')
     assert train(world, tmp_path / "run", "--model", str(tmp_path / "other")) == 2
-    assert "model_type 'llava', expected 'internvl_chat'" in capsys.readouterr().err
+    assert "model_type 'blip', expected one of 'internvl_chat'" in capsys.readouterr().err
 
 
 def test_two_pairs_with_one_id_are_refused(world, tmp_path, capsys):

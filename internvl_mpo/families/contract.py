@@ -21,8 +21,6 @@ from internvl_mpo.packing import Group, Pack
 Message = Mapping[str, str]  # role and content; `<image>` in the content marks where a picture goes
 Part = Literal["vision tower", "projector", "language model"]
 
-PLACEHOLDER = "<image>"
-
 
 @dataclass(frozen=True)
 class Prompt:
