@@ -38,7 +38,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["internvl_mpo", "internvl_mpo.*", "modeling_internvl_mpo"]),
-    package_data={"internvl_mpo.demo": ["style.css"]},
+    package_data={"": ["*.css", "*.html"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.17",

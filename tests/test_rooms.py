@@ -20,6 +20,7 @@ ROOMS = {
     "errors": set(),
     "files": {"pyarrow"},
     "jsonl": set(),
+    "html_page": {"jinja2"},
     "pack_plan": set(),
     "settings": set(),
     "records": set(),

@@ -3,8 +3,6 @@
 It needs no network and no server: pictures are embedded as small JPEGs, filters are a few lines of script.
 """
 
-import base64
-import html
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -15,51 +13,11 @@ from internvl_mpo.benchmarks import load_benchmark
 from internvl_mpo.benchmarks.common import open_image
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.evaluation.paper_table import COLUMNS, PROTOCOLS, column
+from internvl_mpo.html_page import data_uri, render_page
 from internvl_mpo.jsonl import iter_jsonl
 
 MAX_QUESTIONS = 120  # per benchmark and mode; a file of some MB stays quick to open
 THUMBNAIL_PIXELS = 320
-
-_STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#1a1a1a}
-table{border-collapse:collapse;margin:.5rem 0}
-td,th{padding:.15rem .6rem;text-align:left;vertical-align:top}
-.bars{width:100%;max-width:56rem}
-.bars td:nth-child(2){width:45%}
-.bar{height:.9rem;background:#b9c4d0}
-.own .bar{background:#2a6fb0}
-.own td{font-weight:600}
-.question{border-top:1px solid #ddd;padding:.8rem 0;display:flex;gap:1rem}
-.question img{max-width:200px;max-height:200px}
-.answers{display:flex;flex-wrap:wrap;gap:1rem}
-.answer{flex:1 1 12rem;min-width:0}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0}
-.right{color:#17753a}
-.wrong{color:#b3261e}
-.unanswered,.unscored{color:#8a6d00}
-nav button{margin:0 .4rem .4rem 0}
-nav button[aria-pressed=true]{background:#2a6fb0;color:#fff}
-small{color:#555}
-[hidden]{display:none!important}
-@media(max-width:40rem){
-body{margin:1rem auto}
-.question{flex-direction:column}
-td,th{padding:.15rem .3rem}
-.bars tr{display:grid;grid-template-columns:1fr 1fr 3rem}
-.bars td:nth-child(2){width:auto}
-.bars td:nth-child(4),.bars td[colspan]{grid-column:1/-1}
-details{overflow-x:auto}
-}
-"""
-_HEAD = (
-    "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
-    "<title>Evaluation</title>"
-)
-_SCRIPT = """
-function show(button,state){document.querySelectorAll('nav button').forEach(b=>b.ariaPressed=b===button)
-document.querySelectorAll('.question').forEach(q=>
- q.hidden=state!=='all'&&!q.dataset.states.split(' ').includes(state))}
-"""
 
 
 def report_html(runs: Sequence[Path]) -> str:
@@ -69,22 +27,28 @@ def report_html(runs: Sequence[Path]) -> str:
         BadInputError: a folder holds no finished run.
     """
     scores = [_scores(run) for run in runs]
-    parts = [_HEAD, f"<style>{_STYLE}</style>"]
-    parts.append(f"<h1>Evaluation of {' and '.join(_escape(run.name) for run in runs)}</h1>")
+    benchmarks = []
     for name in dict.fromkeys(name for run_scores in scores for name in run_scores):
-        parts.append(f"<h2>{_escape(load_benchmark(name).TITLE)}</h2>")
         summaries = [
             (f"{run.name} {mode}", summary)
             for run, run_scores in zip(runs, scores, strict=True)
             for mode, summary in run_scores.get(name, {}).items()
         ]
-        parts += [_bars(name, summaries), *(_breakdowns(label, summary) for label, summary in summaries)]
-    states = ("all", "right", "wrong", "unanswered", "unscored", *(("flipped",) if len(runs) > 1 else ()))
-    buttons = "".join(f"<button onclick=\"show(this,'{state}')\">{state}</button>" for state in states)
-    parts.append(f"<h2>Questions</h2><nav>{buttons}</nav>")
-    parts += _questions(runs)
-    parts.append(f"<script>{_SCRIPT}</script>")
-    return "\n".join(parts)
+        benchmarks.append(
+            {
+                "title": load_benchmark(name).TITLE,
+                "bars": _bars(name, summaries),
+                "protocol": PROTOCOLS[name] if name in COLUMNS else None,
+                "breakdowns": [table for label, summary in summaries for table in _breakdowns(label, summary)],
+            }
+        )
+    return render_page(
+        "evaluation/report.html",
+        names=[run.name for run in runs],
+        benchmarks=benchmarks,
+        states=("all", "right", "wrong", "unanswered", "unscored", *(("flipped",) if len(runs) > 1 else ())),
+        questions=_questions(runs),
+    )
 
 
 def verdict_state(row: Mapping[str, Any]) -> str:
@@ -103,51 +67,37 @@ def _scores(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _bars(name: str, summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def _bars(name: str, summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, str]]:
     """The run's numbers above the paper's; a column of another kind is named, so that nobody compares across."""
     scale = PROTOCOLS[name].scale if name in PROTOCOLS else 100.0
-    rows = []
+    bars = []
     for label, summary in summaries:
         headline = summary["headline"]
         low_high = summary.get("interval")
         note = f"{headline}, rule {summary['rule']}" + (f", {low_high[0]:.1f} to {low_high[1]:.1f}" if low_high else "")
-        rows.append(_bar(label, summary[headline], scale, note, "own"))
-    if name in COLUMNS:
-        paper = column(name)
-        rows += [_bar(model, value, scale, "", "") for model, value in sorted(paper.items(), key=lambda item: -item[1])]
-        protocol = PROTOCOLS[name]
-        rows.append(
-            f"<tr><td colspan=4><small>Paper: {_escape(protocol.number)}; {_escape(protocol.program)}; judge "
-            f"{_escape(protocol.judge or 'none')}. {_escape(protocol.caution)}</small></td></tr>"
-        )
-    return f"<table class=bars>{''.join(rows)}</table>"
+        bars.append(_bar(label, summary[headline], scale, note, "own"))
+    paper = column(name) if name in COLUMNS else {}
+    return bars + [_bar(model, paper[model], scale, "", "") for model in sorted(paper, key=paper.get, reverse=True)]
 
 
-def _bar(label: str, value: float | None, scale: float, note: str, kind: str) -> str:
+def _bar(label: str, value: float | None, scale: float, note: str, kind: str) -> dict[str, str]:
     width = 0 if value is None else max(0.0, min(1.0, value / scale)) * 100
     shown = "-" if value is None else f"{value:.1f}"
-    return (
-        f"<tr class='{kind}'><td>{_escape(label)}</td><td><div class=bar style='width:{width:.1f}%'></div></td>"
-        f"<td>{shown}</td><td><small>{_escape(note)}</small></td></tr>"
-    )
+    return {"label": label, "width": f"{width:.1f}", "shown": shown, "note": note, "kind": kind}
 
 
-def _breakdowns(label: str, summary: Mapping[str, Any]) -> str:
-    tables = []
-    for group, parts in summary.get("breakdown", {}).items():
-        cells = "".join(
-            f"<tr><td>{_escape(value)}</td>"
-            + "".join(f"<td>{_escape(key)} {_number(number)}</td>" for key, number in numbers.items())
-            + "</tr>"
-            for value, numbers in parts.items()
+def _breakdowns(label: str, summary: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]:
+    """(title, rows of (value, numbers)) of every table."""
+    return [
+        (
+            f"{label} by {group}",
+            [(value, [(key, _number(number)) for key, number in numbers.items()]) for value, numbers in parts.items()],
         )
-        tables.append(
-            f"<details><summary>{_escape(label)} by {_escape(group)}</summary><table>{cells}</table></details>"
-        )
-    return "".join(tables)
+        for group, parts in summary.get("breakdown", {}).items()
+    ]
 
 
-def _questions(runs: Sequence[Path]) -> list[str]:
+def _questions(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """Every question once, with what each run and mode answered."""
     questions: dict[tuple[str, str], list[tuple[str, dict[str, Any]]]] = {}
     for run in runs:
@@ -161,42 +111,44 @@ def _questions(runs: Sequence[Path]) -> list[str]:
     return [_question(name, rows) for (name, _), rows in questions.items()]
 
 
-def _question(name: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def _question(name: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     first = rows[0][1]
     states = {verdict_state(row) for _, row in rows}
     if len({verdict_state(row) == "right" for _, row in rows}) > 1:
         states.add("flipped")
-    answers = "".join(
-        f"<div class=answer><b>{_escape(label)}</b> <span class={verdict_state(row)}>{verdict_state(row)}</span> "
-        f"<small>{_escape(row['extracted'] or '')} ({_escape(row['reason'])})</small>"
-        f"<pre>{_escape(row['answer'] or '')}</pre></div>"
-        for label, row in rows
-    )
-    choices = "".join(f"<br>{chr(65 + i)}. {_escape(choice)}" for i, choice in enumerate(first["choices"]))
-    return (
-        f"<div class=question data-states='{' '.join(sorted(states))}'>{_thumbnail(first['images'])}<div>"
-        f"<small>{_escape(name)} {_escape(first['id'])}</small><p>{_escape(first['question'])}{choices}<br>"
-        f"<small>gold: {_escape(first['gold'] or '-')}</small></p><div class=answers>{answers}</div></div></div>"
-    )
+    return {
+        "states": sorted(states),
+        "benchmark": name,
+        "id": first["id"],
+        "text": first["question"],
+        "choices": [(chr(65 + number), choice) for number, choice in enumerate(first["choices"])],
+        "gold": first["gold"] or "-",
+        "has_picture": bool(first["images"]),
+        "thumbnail": _thumbnail(first["images"][0]) if first["images"] else None,
+        "answers": [
+            {
+                "label": label,
+                "state": verdict_state(row),
+                "extracted": row["extracted"] or "",
+                "reason": row["reason"],
+                "text": row["answer"] or "",
+            }
+            for label, row in rows
+        ],
+    }
 
 
-def _thumbnail(images: Sequence[str]) -> str:
-    if not images:
-        return ""
+def _thumbnail(image: str) -> str | None:
+    """The picture as `src`; None where it is not at hand any more."""
     try:
-        picture = open_image(Path(images[0]))
+        picture = open_image(Path(image))
     except BadInputError:
-        return "<div><small>picture not at hand</small></div>"
+        return None
     picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
-    return f"<div><img src='data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}' alt=''></div>"
+    return data_uri(buffer.getvalue(), "jpeg")
 
 
 def _number(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else "-" if value is None else _escape(str(value))
-
-
-def _escape(text: str) -> str:
-    # A lone surrogate in an answer cannot be written as UTF-8.
-    return html.escape(text.encode("utf-8", "replace").decode("utf-8"))
+    return f"{value:.1f}" if isinstance(value, float) else "-" if value is None else str(value)

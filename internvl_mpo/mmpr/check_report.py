@@ -1,43 +1,23 @@
 """The findings of `check` as a table for the terminal and as one self-contained page."""
 
-import base64
-import html
 import io
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from internvl_mpo.files import atomic_writer
+from internvl_mpo.html_page import data_uri, render_page
 from internvl_mpo.mmpr.card import draw_lengths, length_row
 from internvl_mpo.mmpr.findings import KINDS, Report
 from internvl_mpo.mmpr.release import split_subset_name
 
 _HOW = {"both": "found by picture and words", "picture": "by picture", "question": "by words"}
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #15803d; --bad: #c2362b; --warn: #b7791f; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: .2rem; } .note { opacity: .75; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); }
-th { text-align: right; vertical-align: bottom; } td { text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child, th:first-child, td.text, th.text, td.rule { text-align: left; } td.rule { white-space: nowrap; }
-td.text { overflow-wrap: anywhere; }
-.error { color: var(--bad); font-weight: 600; } .warning { color: var(--warn); font-weight: 600; }
-.verdict { padding: .6rem 1rem; border-left: 6px solid var(--good); background: var(--soft); }
-.verdict.error { border-color: var(--bad); } .verdict.warning { border-color: var(--warn); }
-.bar { display: inline-block; height: .7rem; background: var(--good); vertical-align: middle; }
-.bar.less { background: var(--bad); } figure { margin: 0; } img { max-width: 100%; }
-figure.plot { background: #fff; border-radius: .5rem; max-width: 46rem; margin-top: 1rem; }
-.cards { margin-top: 1rem; display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
-.card { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; font-size: .85rem;
-  overflow-wrap: anywhere; }
-code { overflow-wrap: anywhere; }
-"""
 
 
 def text_table(report: Report) -> str:
     """Return one line per subset with what was found in it, and below it the findings with their first examples."""
-    kinds = [kind for kind in KINDS if any(found == kind for found, _ in report.kinds)]
+    kinds = _kinds(report)
     names = _subsets(report)
     width = max([len("subset"), *map(len, names)])
     lines = ["  ".join([f"{'subset':<{width}}", f"{'rows':>9}", *(f"{kind:>{max(7, len(kind))}}" for kind in kinds)])]
@@ -131,39 +111,41 @@ def write_report(report: Report, path: Path) -> None:
     """Write the page."""
     errors, warnings = report.num("error"), report.num("warning")
     verdict = "error" if errors else "warning" if warnings else "clean"
-    said = "No errors and no warnings." if verdict == "clean" else f"{errors:,} errors, {warnings:,} warnings."
-    title = f"Check of {html.escape(Path(report.data).name)}"
-    body = [
-        f"<h1>{title}</h1><p class=note>{html.escape(report.data)}</p>",
-        f"<p class='verdict {verdict}'>{said} {sum(report.counts.values()):,} rows in {len(report.counts)} subsets, "
-        f"{sum(report.statistics.image_formats.values()):,} pictures looked at.</p>",
-        "<h2>Subsets</h2>",
-        _subset_table(report),
-        "<h2>Length of responses</h2><p class=note>In words. The bar shows how much longer (green) or shorter (red) "
-        "chosen responses are than rejected ones; a model learns such a habit before anything else.</p>",
-        _length_table(report),
-        _plot(report),
-        "<h2>How the responses of a pair differ</h2><p class=note>In words. A loss that pushes a rejected response "
-        "down takes along what it shares with the chosen one: pairs that differ in one word are the ones that unlearn. "
-        f"{_asked(report)}</p>",
-        _difference_table(report),
-        "<h2>Findings</h2>",
-        _findings(report),
-    ]
-    if report.index is not None:
-        rows = "".join(f"<tr><td>{name}<td class=text>{found}</tr>" for name, found in contamination_rows(report))
-        body += [
-            "<h2>Benchmarks</h2><p class=note>Questions by eight words in a row, pictures by their look: see for "
-            "yourself what was found before you believe it.</p>",
-            f"<div class=scroll><table>{rows}</table></div>",
-            f"<div class=cards>{''.join(_card(report, *shown) for shown in report.shown)}</div>",
-        ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{title}</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>",
-        encoding="utf-8",
+    page = render_page(
+        "mmpr/check_report.html",
+        report=report,
+        name=Path(report.data).name,
+        verdict=verdict,
+        said="No errors and no warnings." if verdict == "clean" else f"{errors:,} errors, {warnings:,} warnings.",
+        num_rows=sum(report.counts.values()),
+        num_pictures=sum(report.statistics.image_formats.values()),
+        kinds=_kinds(report),
+        subsets=_subset_rows(report),
+        lengths=_length_bars(report),
+        plot=_plot(report),
+        asked=_asked(report),
+        difference_columns=difference_columns(report),
+        difference_rows=difference_rows(report),
+        findings=_findings(report),
+        contamination=contamination_rows(report) if report.index is not None else None,
+        cards=[_card(report, *shown) for shown in report.shown],
     )
+    with atomic_writer(path) as out:
+        out.write(page)
+
+
+def _asked(report: Report) -> str:
+    if not report.model:
+        return "With --model the table also says how likely a model finds both."
+    return (
+        f"Log-probs are those of {report.model}, over a sample; a gap near 0 between responses that are "
+        "nearly equal says that the model does not tell them apart."
+    )
+
+
+def _kinds(report: Report) -> list[str]:
+    """The kinds of findings that were found at all, in the order of `KINDS`."""
+    return [kind for kind in KINDS if any(found == kind for found, _ in report.kinds)]
 
 
 def _subsets(report: Report) -> list[str]:
@@ -176,56 +158,34 @@ def _number(report: Report, kind: str, subset: str) -> int:
     return report.kinds[kind, subset]
 
 
-def _subset_table(report: Report) -> str:
-    kinds = [kind for kind in KINDS if any(found == kind for found, _ in report.kinds)]
-    head = "".join(f"<th>{kind}" for kind in kinds)
+def _subset_rows(report: Report) -> list[dict[str, Any]]:
+    """A row of the table for each subset, and one for all."""
+    kinds = _kinds(report)
     rows = []
     for name in _subsets(report):
         source, rule = split_subset_name(name)
-        cells = "".join(_cell(report, kind, name) for kind in kinds)
         expected = report.expected.get(name)
-        rows.append(
-            f"<tr><td>{html.escape(source)}<td class=rule>{rule}<td>{report.counts[name]:,}"
-            f"<td>{'' if expected is None else f'{expected:,}'}{cells}</tr>"
-        )
-    total = "".join(_cell(report, kind, "total") for kind in kinds)
-    rows.append(f"<tr><td><b>all</b><td><td><b>{sum(report.counts.values()):,}</b><td>{total}</tr>")
-    columns = f"<tr><th>source<th class=text>rule<th>rows<th>meta.json says{head}</tr>"
-    return f"<div class=scroll><table>{columns}{''.join(rows)}</table></div>"
+        numbers = {"num_rows": f"{report.counts[name]:,}", "expected": "" if expected is None else f"{expected:,}"}
+        rows.append({"source": source, "rule": rule, **numbers, "cells": [_cell(report, k, name) for k in kinds]})
+    numbers = {"num_rows": f"{sum(report.counts.values()):,}", "expected": ""}
+    rows.append({"source": "all", "rule": "", **numbers, "cells": [_cell(report, k, "total") for k in kinds]})
+    return rows
 
 
-def _cell(report: Report, kind: str, subset: str) -> str:
+def _cell(report: Report, kind: str, subset: str) -> tuple[str, str]:
+    """Severity and number of a kind of finding; empty where there is none."""
     number = _number(report, kind, subset)
-    return f"<td class={KINDS[kind][0]}>{number:,}" if number else "<td>"
+    return (KINDS[kind][0], f"{number:,}") if number else ("", "")
 
 
-def _length_table(report: Report) -> str:
+def _length_bars(report: Report) -> list[tuple[str, list[str], str, bool]]:
+    """(source and rule, its numbers, width of the bar in rem, whether chosen responses are the shorter ones)."""
     rows = []
-    for name, (question, chosen, rejected, ratio, longer) in length_rows(report):
-        size = 5 * abs(math.log2(float(ratio) or 1e-2))
-        bar = f"<span class='bar{' less' if float(ratio) < 1 else ''}' style='width:{min(size, 15):.1f}rem'></span>"
-        rows.append(f"<tr><td>{html.escape(name)}<td>{question}<td>{chosen}<td>{rejected}<td>{ratio}<td>{longer}"
-                    f"<td class=text>{bar}</tr>")  # fmt: skip
-    head = "<tr><th>source and rule<th>question<th>chosen<th>rejected<th>ratio<th>chosen longer<th></tr>"
-    return f"<div class=scroll><table>{head}{''.join(rows)}</table></div>"
-
-
-def _asked(report: Report) -> str:
-    if not report.model:
-        return "With --model the table also says how likely a model finds both."
-    return (
-        f"Log-probs are those of {html.escape(report.model)}, over a sample; a gap near 0 between responses that are "
-        "nearly equal says that the model does not tell them apart."
-    )
-
-
-def _difference_table(report: Report) -> str:
-    head = "".join(f"<th>{column}" for column in difference_columns(report))
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}{''.join(f'<td>{cell}' for cell in cells)}</tr>"
-        for name, cells in difference_rows(report)
-    )
-    return f"<div class=scroll><table><tr><th>source and rule{head}</tr>{rows}</table></div>"
+    for name, words in length_rows(report):
+        ratio = float(words[3])
+        width = min(5 * abs(math.log2(ratio or 1e-2)), 15)
+        rows.append((name, words, f"{width:.1f}", ratio < 1))
+    return rows
 
 
 def _plot(report: Report) -> str:
@@ -233,39 +193,23 @@ def _plot(report: Report) -> str:
         return ""
     image = io.BytesIO()
     draw_lengths(report.statistics.lengths, "words", image)
-    uri = _uri(image.getvalue(), "png")
-    return f"<figure class=plot><img alt='lengths of questions and responses' src='{uri}'></figure>"
+    return data_uri(image.getvalue(), "png")
 
 
-def _findings(report: Report) -> str:
+def _findings(report: Report) -> list[dict[str, Any]]:
     parts = []
     for kind, (severity, meaning) in KINDS.items():
-        number = _number(report, kind, "total")
+        number, examples = _number(report, kind, "total"), report.examples[kind]
         if number:
-            shown = report.examples[kind]
-            cells = ((html.escape(finding.where), html.escape(finding.detail)) for finding in shown)
-            rows = "".join(
-                f"<tr><td class=text><code>{where}</code><td class=text>{text}</tr>" for where, text in cells
-            )
-            more = (
-                f"<p class=note>and {number - len(shown):,} more in the rejects file</p>" if number > len(shown) else ""
-            )
-            parts.append(
-                f"<h3><span class={severity}>{severity}</span>: {kind}, {number:,}</h3>"
-                f"<p class=note>{html.escape(meaning)}</p><div class=scroll><table>{rows}</table></div>{more}"
-            )
-    return "".join(parts) or "<p>None.</p>"
+            more = f"{number - len(examples):,}" if number > len(examples) else ""
+            part = {"kind": kind, "severity": severity, "meaning": meaning, "number": f"{number:,}", "more": more}
+            parts.append({**part, "examples": examples})
+    return parts
 
 
-def _card(report: Report, example: int, where: str, picture: bytes) -> str:
-    name, id = map(html.escape, report.index.examples[example])
-    question = html.escape(report.index.questions[example][:200])
-    return (
-        f"<div class=card><img alt='training picture' src='{_uri(picture, 'jpeg')}'>"
-        f"<p><code>{html.escape(where)}</code></p>"
-        f"<p>looks like the picture of <b>{name} {id}</b>: {question}</p></div>"
-    )
-
-
-def _uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _card(report: Report, example: int, where: str, picture: bytes) -> dict[str, str]:
+    benchmark, id = report.index.examples[example]
+    question = report.index.questions[example][:200]
+    return {
+        "picture": data_uri(picture, "jpeg"), "where": where, "benchmark": benchmark, "id": id, "question": question,
+    }  # fmt: skip
