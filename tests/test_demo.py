@@ -5,6 +5,8 @@ import base64
 import io
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import threading
@@ -25,12 +27,12 @@ from internvl_mpo.demo.conversation import (
     Turn,
     check_question,
     describe_speed,
-    safe_markdown,
     split_answer,
 )
 from internvl_mpo.demo.examples import make_examples
 from internvl_mpo.demo.guard import Guard
 from internvl_mpo.demo.local_models import LocalModels
+from internvl_mpo.demo.markup import safe_markdown
 from internvl_mpo.demo.pictures import Cutter, Limits, read_data_uri, read_picture, take_uploads
 from internvl_mpo.demo.servers import Servers
 from internvl_mpo.demo.service import Service
@@ -42,7 +44,8 @@ from internvl_mpo.engines import Sampling
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr.reading import iter_pairs
 from modeling_internvl_mpo.image_processing_internvl_mpo import dynamic_preprocess
-from tests.demo_world import ScriptedBackend, finish, settings_for, wait_until
+from tests.demo_world import ScriptedBackend, finish, make_page, settings_for, wait_until
+from tests.hostile_markup import hostile_answers
 from tests.tiny_world import make_model_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,12 +139,32 @@ def test_too_many_pictures_are_refused_by_number():
         ("[x]( JaVaScRiPt:alert(1))", "[x] ( JaVaScRiPt:alert(1))"),
         ("[x](https://example.org)", "[x](https://example.org)"),
         ("![x](https://example.org/spy.png)", r"!\[x](https://example.org/spy.png)"),
-        ("$a<b$ and a < b", "$a<b$ and a < b"),
-        ("`<b>` stays code", "`<b>` stays code"),
+        ("$a<b$ and a < b", "$a< b$ and a < b"),
+        ("`<b>` looks like code", "`<\u2060b>` looks like code"),
+        ("```cpp\nvector<int> a;\n```", "```cpp\nvector<int> a;\n```"),
+        ("```mermaid\ngraph\n```", "```\ngraph\n```"),
+        ("```\nnever <b>closed", "```\nnever <b>closed\n```"),
+        ("[a]: javascript:x", r"\[a]: javascript:x"),
     ],
 )
 def test_text_of_a_model_carries_no_markup_of_its_own(text, shown):
     assert safe_markdown(text) == shown
+
+
+def test_no_tag_and_no_picture_begins_outside_plain_fences():
+    for answer in hostile_answers(2000):
+        shown = safe_markdown(answer)
+        if all(re.fullmatch(r"(`{3,}|~{3,})\w*", line) for line in shown.split("\n") if "```" in line or "~~~" in line):
+            shown = re.sub(r"(?ms)^(```+|~~~+)\w*\n.*?^\1$", "", shown)
+        assert not re.search(r"<[A-Za-z/!?]|!\[", shown), answer
+        assert "mermaid\n" not in shown
+
+
+def test_markup_of_any_length_is_read_quickly():
+    start = time.process_time()
+    for piece in ("`", "` ``", "$", "$$ ", "```\n", "\n", "[", "<img ", "~~~a\n`", "\\[", "](("):
+        safe_markdown(piece * (30_000 // len(piece)))
+    assert time.process_time() - start < 8
 
 
 def test_blinded_panes_do_not_tell_the_model():
@@ -732,6 +755,63 @@ def test_there_is_no_vote_without_answers(tmp_path):
     for conversation in (Conversation(), Conversation([Turn("What?", Controls())]), Conversation([finished("", "b")])):
         with pytest.raises(BadInputError):
             VoteBox(tmp_path).cast(conversation, "left", ScriptedBackend().names())
+
+
+def test_one_turn_takes_one_vote(tmp_path):
+    box, backend = VoteBox(tmp_path / "votes"), ScriptedBackend()
+    conversation = Conversation([finished("We add.\nFinal answer: 7", "We multiply.\nFinal answer: 12")])
+    box.cast(conversation, "right", backend.names())
+    for verdict in ("right", "left", "tie"):
+        with pytest.raises(BadInputError, match="is stored already"):
+            box.cast(conversation, verdict, backend.names())
+    assert len((tmp_path / "votes" / "votes.jsonl").read_text().splitlines()) == 1
+    conversation.turns[-1] = finished("We add.\nFinal answer: 7", "We multiply.\nFinal answer: 12")  # asked again
+    box.cast(conversation, "left", backend.names())
+
+
+@pytest.mark.parametrize(
+    ("base", "mpo", "style", "state"),
+    [
+        ("Final answer: 16", "Final answer: 36", "cot", "different"),
+        ("16", "16.0", "cot", "same"),
+        ("**Final answer: 16**", "We add.\n\nFinal answer: 16", "cot", "same"),
+        (r"\boxed{3}", "Final answer: 3", "cot", "same"),
+        ("Final answer: 3", r"<think>ab</think> \boxed{4}", "r1", "different"),
+        ("Yes", "No", "direct", "different"),
+        ("There are many digits in this picture, and I would rather not choose one of them.", "7", "cot", "unknown"),
+    ],
+)
+def test_the_banner_says_what_a_reader_sees(base, mpo, style, state):
+    turn = finished(base, mpo, style=style)
+    assert turn.agreement.state == state, turn.agreement.text
+    assert ("gave a final answer" in turn.agreement.text) == (state == "unknown")
+
+
+def anything(draw: random.Random, depth: int = 0) -> object:
+    """A JSON value, of a kind a program may well send by mistake."""
+    numbers = [-1, 0, 1, 3, 10**400, 1e308, float("inf"), float("nan"), 0.5]
+    simple = [None, True, "", "1", "cot", "\ud800", "x" * 9000, *numbers]
+    if depth < 3 and draw.random() < 0.3:
+        inner = [anything(draw, depth + 1) for _ in range(draw.randrange(4))]
+        return inner if draw.random() < 0.5 else {"path": inner[0] if inner else "/etc/passwd", "a": inner}
+    return draw.choice(simple)
+
+
+def test_whatever_a_program_sends_to_compare_is_answered_or_refused_in_a_sentence(tmp_path):
+    gradio = pytest.importorskip("gradio", reason="the demo needs gradio")
+    page, draw = make_page(tmp_path, ScriptedBackend()), random.Random(0)
+    honest = {"question": "What is it?", "images": None, "style": "cot", "temperature": 0, "seed": 0}
+    honest |= {"max_new_tokens": 8, "max_tiles": None}
+    answered = 0
+    for _ in range(3000):
+        wrong = draw.sample(sorted(honest), draw.randrange(1, 3))
+        call = {**honest, **{name: anything(draw) for name in wrong}}
+        try:
+            for _ in page.compare(**call):
+                answered += 1
+        except gradio.Error as error:
+            assert re.fullmatch(r"[^\n]{5,300}", str(error.message)), call
+    assert answered
 
 
 def test_votes_go_to_the_named_repository_in_files_of_this_process(tmp_path, monkeypatch):

@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from internvl_mpo.demo.conversation import Answer, Controls, Conversation, Turn
+from internvl_mpo.demo.pictures import Limits
+from internvl_mpo.demo.sharing import Shelf
 from internvl_mpo.mmpr.reading import iter_pairs
 from tests.demo_world import ScriptedBackend, make_page, wait_until
+from tests.hostile_markup import hostile_answers
 
 gradio = pytest.importorskip("gradio", reason="the demo needs gradio")
 pytestmark = pytest.mark.slow
@@ -222,6 +226,39 @@ def test_text_between_formula_signs_cannot_carry_scripts(page):
     page.wait_for_timeout(300)
     assert page.evaluate("window.hacked") is None
     assert page.locator("#chat-a .message img").count() == 0
+
+
+def test_two_hundred_hostile_answers_stay_in_their_panes(page, demo):
+    """Opened through a shared link: questions, thoughts, bodies and final answers of both sides are seen."""
+    answers = hostile_answers(200, seed=1)
+    turns = []
+    for number, (base, mpo) in enumerate(zip(answers[::2], answers[1::2], strict=True)):
+        sides = {"base": Answer(base, 3, 0.1, 0.2, "stop"), "mpo": Answer(mpo, 3, 0.1, 0.2, "stop")}
+        style = ("cot", "direct", "r1", "plain")[number % 4]
+        turns.append(Turn(answers[-number], Controls(style=style), (), sides))
+    name = Shelf(demo.folder / "shared", 1, Limits()).store(Conversation(turns))
+    elsewhere = []
+    page.on("request", lambda request: elsewhere.append(request.url))
+    visit(page, f"{demo.url}/?c={name}")
+    page.wait_for_function("document.querySelectorAll('#chat-b .user').length == 100")
+    page.wait_for_timeout(1500)
+    assert [url for url in elsewhere if not url.startswith((demo.url, "data:", "blob:"))] == []
+    assert page.evaluate("window.hacked") is None
+    inside = "#chat-a .message, #chat-b .message"
+    forbidden = (
+        "img:not(.sent), form, iframe, video, object, embed, style, link, base, script, svg image, input, .mermaid"
+    )
+    found = page.evaluate(
+        f"""[...document.querySelectorAll("{inside}")].flatMap(m => [...m.querySelectorAll("{forbidden}")])
+        .map(e => e.outerHTML.slice(0, 200))"""
+    )
+    assert found == []
+    out_of_place = page.evaluate(
+        f"""[...document.querySelectorAll("{inside}")].flatMap(m => [...m.querySelectorAll("*")])
+        .filter(e => ["fixed", "sticky"].includes(getComputedStyle(e).position)).map(e => e.outerHTML.slice(0, 200))"""
+    )
+    assert out_of_place == []
+    assert page.evaluate("getComputedStyle(document.body).backgroundImage") == "none"
 
 
 def test_two_visitors_at_once_both_finish(demo, chromium):

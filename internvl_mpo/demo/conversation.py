@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from internvl_mpo.answers.common import clean_answer
 from internvl_mpo.answers.comparing import Outcome, compare_answers
-from internvl_mpo.answers.finding import parse_answer
+from internvl_mpo.answers.finding import ParsedAnswer, parse_answer
 from internvl_mpo.demo.pictures import Picture
 from internvl_mpo.engines import Sampling
 from internvl_mpo.errors import BadInputError
@@ -35,7 +35,7 @@ class Controls:
 
     def __post_init__(self) -> None:
         if self.style not in STYLE_NAMES:
-            raise BadInputError(f"style is '{self.style}'; expected one of {', '.join(STYLE_NAMES)}")
+            raise BadInputError(f"style is '{self.style[:40]}'; expected one of {', '.join(STYLE_NAMES)}")
         if not 0 <= self.temperature <= 2:
             raise BadInputError(f"temperature is {self.temperature}; give 0 (greedy) to 2")
         if not 0 <= self.seed < 2**31:
@@ -94,12 +94,14 @@ class Turn:
         controls: how it was asked.
         images: pictures that came with it.
         answers: by side.
+        voted: whether a vote about it has been stored.
     """
 
     question: str
     controls: Controls
     images: tuple[Picture, ...] = ()
     answers: dict[str, Answer] = field(default_factory=lambda: dict.fromkeys(SIDES, Answer()))
+    voted: bool = False
 
     @property
     def asked(self) -> str:
@@ -202,6 +204,8 @@ class Parts(NamedTuple):
     reason: str
 
 
+MAX_LONE_ANSWER_WORDS = 2  # a number with its unit; more words are a sentence
+_SOME_REASONING = "What was thought is not looked at."
 _FINAL_LINE = re.compile(r"(?is)(?:\*\*|__)?(?:final\s+answer|答案)\s*(?:is\s*)?[*_]*\s*[:：].*$")
 
 
@@ -210,12 +214,27 @@ def split_answer(text: str, answer_format: str) -> Parts:
     thoughts, body = "", text
     if text.lstrip().startswith("<think>"):
         thoughts, _, body = text.lstrip()[len("<think>") :].partition("</think>")
-    parsed = parse_answer(text, answer_format)
-    if answer_format == "marker" and parsed.answer is not None:
+    parsed = read_off(text, answer_format)
+    if parsed.reason == "after the marker":
         body = _FINAL_LINE.sub("", body)
-    elif answer_format == "text" and parsed.answer is not None:
+    elif parsed.reason == "whole text":
         body = ""
     return Parts(thoughts.strip(), body.strip(), parsed.answer, parsed.reason)
+
+
+def read_off(text: str, answer_format: str) -> ParsedAnswer:
+    """Return the final answer as a reader sees it.
+
+    Training pairs need reasoning before the answer, and the answer where the prompt asked for it; a reader reads
+    "Final answer: 16" wherever it stands, and a line that is nothing but an answer.
+    """
+    parsed = strict = parse_answer(text, answer_format)
+    for other in (answer_format, "marker", "boxed"):
+        if parsed.answer is None and other not in ("text", "think"):
+            parsed = parse_answer(f"{_SOME_REASONING}\n{text}", other)
+    if parsed.answer is None and len(text.split()) <= MAX_LONE_ANSWER_WORDS and "<think>" not in text:
+        parsed = parse_answer(text, "text")
+    return parsed if parsed.answer is not None else strict
 
 
 class Agreement(NamedTuple):
@@ -249,23 +268,6 @@ def shown_answer(final: str) -> str:
     if re.search(r"\\[A-Za-z]+|[\^_]\{", final) and not re.search(r"\$|\\\(|\\\[", final):
         return f"${final.strip().rstrip('.')}$"
     return final if re.search(r"\$|\\\(|\\\[", final) else clean_answer(final)
-
-
-_CODE_OR_MATH = re.compile(r"(```.*?(?:```|$)|`[^`\n]*`|\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\$[^$\n]+\$)", re.DOTALL)
-
-
-def safe_markdown(text: str) -> str:
-    """Return text of a model or a visitor as Markdown that cannot carry markup of its own.
-
-    Tags are shown as they are spelled, pictures are not fetched, links keep only http(s) and mailto addresses. Code and
-    formulas are left alone: there the renderer escapes by itself.
-    """
-    pieces = _CODE_OR_MATH.split(text)
-    for index in range(0, len(pieces), 2):
-        piece = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", pieces[index])
-        piece = piece.replace("![", r"!\[")
-        pieces[index] = re.sub(r"\]\((?!\s*(?:https?:|mailto:))", "] (", piece)
-    return "".join(pieces)
 
 
 def describe_speed(answer: Answer) -> str:

@@ -29,9 +29,15 @@ def fetch(url: str, max_bytes: int) -> bytes:
     Raises:
         BadInputError: it is not public, too slow, too large, compressed, or not there.
     """
-    with_pool = ThreadPoolExecutor(1)  # a lookup cannot be interrupted; nobody waits for its thread
+    pool = ThreadPoolExecutor(
+        2
+    )  # one for an event loop of its own; a lookup cannot be interrupted, nobody waits for it
+
+    def fetch_in_time() -> bytes:
+        return asyncio.run(asyncio.wait_for(_fetch(url, max_bytes, pool), DEADLINE_SECONDS))
+
     try:
-        return asyncio.run(asyncio.wait_for(_fetch(url, max_bytes, with_pool), DEADLINE_SECONDS))
+        return pool.submit(fetch_in_time).result()
     except TimeoutError as error:
         raise BadInputError(f"{url} gave no picture within {DEADLINE_SECONDS:g} seconds") from error
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
@@ -39,7 +45,7 @@ def fetch(url: str, max_bytes: int) -> bytes:
             raise
         raise BadInputError(f"{url} could not be fetched") from error
     finally:
-        with_pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 async def _fetch(url: str, max_bytes: int, pool: ThreadPoolExecutor) -> bytes:

@@ -15,9 +15,10 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from internvl_mpo.demo import browser, show
-from internvl_mpo.demo.conversation import SIDES, STYLE_NAMES, Conversation, safe_markdown
+from internvl_mpo.demo.conversation import SIDES, STYLE_NAMES, Conversation
 from internvl_mpo.demo.examples import Example
 from internvl_mpo.demo.guard import Guard
+from internvl_mpo.demo.markup import safe_markdown
 from internvl_mpo.demo.service import Service
 from internvl_mpo.demo.settings import DemoSettings
 from internvl_mpo.demo.sharing import Shelf
@@ -219,7 +220,7 @@ class Page:
     def _view(self, conversation: Conversation, running: bool = False, said: str = "") -> list[Any]:
         """Values of every output that shows the conversation, in the order of `view` above."""
         turn = conversation.turns[-1] if conversation.turns else None
-        can_vote = bool(turn and turn.is_finished and not running and not said)
+        can_vote = bool(turn and turn.is_finished and not running and not turn.voted)
         can_vote = can_vote and all(answer.text for answer in turn.answers.values())
         return [
             *(show.chat_messages(conversation, side) for side in conversation.order),

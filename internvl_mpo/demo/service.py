@@ -82,15 +82,23 @@ class Service:
         self.max_new_tokens, self.allow_image_urls = max_new_tokens, allow_image_urls
         self._sessions: dict[str, Session] = {}
 
-    def controls(self, style: str, temperature: float, max_new_tokens: float, max_tiles: float, seed: Any) -> Controls:
-        """Return checked controls.
+    def controls(self, style: Any, temperature: Any, max_new_tokens: Any, max_tiles: Any, seed: Any) -> Controls:
+        """Return checked controls; whatever a page or a program sent is looked at here.
 
         Raises:
-            BadInputError: one of them is out of range.
+            BadInputError: one of them is no number, or out of range.
         """
+        seed = 0 if seed is None else seed
+        numbers = {"max_new_tokens": max_new_tokens, "max_tiles": max_tiles, "seed": seed, "temperature": temperature}
+        for name, value in numbers.items():
+            if not _is_number(value, whole=name != "temperature"):
+                kind = "number" if name == "temperature" else "whole number"
+                raise BadInputError(f"{name} is no {kind} that can be used")
+        if not isinstance(style, str):
+            raise BadInputError("style must be text")
         if not 1 <= max_new_tokens <= self.max_new_tokens:
             raise BadInputError(f"The longest answer must have 1 to {self.max_new_tokens} tokens.")
-        return Controls(style, float(temperature), int(max_new_tokens), int(max_tiles), int(seed or 0))
+        return Controls(style, float(temperature), int(max_new_tokens), int(max_tiles), int(seed))
 
     def begin(
         self,
@@ -290,3 +298,10 @@ class Service:
             BadInputError: one of them is not acceptable.
         """
         return [read_upload(self.upload(path), self.limits) for path in files]
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    """Whether a value out of JSON is a number, neither true, infinite nor thousands of digits long."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**53 and (not whole or value == int(value))

@@ -10,10 +10,10 @@ from internvl_mpo.demo.conversation import (
     Conversation,
     Turn,
     describe_speed,
-    safe_markdown,
     shown_answer,
     split_answer,
 )
+from internvl_mpo.demo.markup import safe_markdown
 from internvl_mpo.demo.pictures import Cutter, Picture, data_uri
 
 TITLES = {"base": "Base", "mpo": "MPO"}

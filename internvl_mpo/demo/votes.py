@@ -61,13 +61,15 @@ class VoteBox:
         """Store a vote about the last turn and return a sentence about what was stored.
 
         Raises:
-            BadInputError: there is nothing to vote on yet.
+            BadInputError: there is nothing to vote on yet, or it was voted on.
         """
         if verdict not in VERDICTS:
             raise BadInputError(f"a vote is one of {', '.join(VERDICTS)}, not '{verdict}'")
         if not conversation.turns or not conversation.turns[-1].is_finished:
             raise BadInputError("There is nothing to vote on yet; ask a question and wait for both answers.")
         turn = conversation.turns[-1]
+        if turn.voted:
+            raise BadInputError("Your vote on these answers is stored already; ask another question to vote again.")
         texts = {side: turn.answers[side].text for side in SIDES}
         if not all(texts.values()):
             raise BadInputError("One side gave no answer, so there is nothing to compare.")
@@ -120,6 +122,7 @@ class VoteBox:
             self._write_pictures(conversation)
             with open(path, "a", encoding="utf-8") as out:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            turn.voted = True
         return said
 
     def flush(self) -> None:
