@@ -65,33 +65,31 @@ def attach_scoring(
         *args: Any,
         pack: Pack | None = None,
         chunk_size: int | None = None,
-        temperature: float = 1.0,
         squares: bool = False,
         **kwargs: Any,
     ) -> Any:
         if pack is None:
             return plain_forward(*args, **kwargs)
         if plain_twin:
-            return _twin_scores(base, pack, temperature, squares)
-        return _score(base, pack, chunk_size, temperature, squares)  # kwargs: peft adds arguments of its own, all None
+            return _twin_scores(base, pack, squares)
+        return _score(base, pack, chunk_size, squares)  # kwargs: peft adds arguments of its own, all None
 
     base.forward = forward
     return model
 
 
-def token_logps(model: nn.Module, pack: Pack, *, chunk_size: int | None = None, temperature: float = 1.0) -> Tensor:
+def token_logps(model: nn.Module, pack: Pack, *, chunk_size: int | None = None) -> Tensor:
     """Return the log-prob of each token of each response of a pack, differentiable. Shape: (E,)
 
     Args:
         model: a model that went through `attach_scoring`, wrapped or not.
         pack: on the model's device.
         chunk_size: words of the vocabulary for which logits exist at a time; None chooses.
-        temperature: divides the logits.
 
     Returns:
         float32, or float64 for a float64 model.
     """
-    return model(pack=pack, chunk_size=chunk_size, temperature=temperature)
+    return model(pack=pack, chunk_size=chunk_size)
 
 
 class PairScores(NamedTuple):
@@ -132,38 +130,36 @@ def score_pairs(model: nn.Module, pack: Pack, *, likeness: bool = False) -> Pair
     )
 
 
-def response_logps(model: nn.Module, pack: Pack, **options: Any) -> Tensor:
+def response_logps(model: nn.Module, pack: Pack, *, chunk_size: int | None = None) -> Tensor:
     """Return the summed log-prob of each response of a pack. Shape: (R,)
 
     Args:
         model: as in `token_logps`.
         pack: as in `token_logps`.
-        options: `chunk_size` and `temperature` of `token_logps`.
+        chunk_size: as in `token_logps`.
     """
-    return pack.response_sums(token_logps(model, pack, **options))
+    return pack.response_sums(token_logps(model, pack, chunk_size=chunk_size))
 
 
-def pair_logps(model: nn.Module, pack: Pack, **options: Any) -> tuple[Tensor, Tensor]:
+def pair_logps(model: nn.Module, pack: Pack, *, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the log-probs of chosen and rejected of each pair, summed with the token weights of the pack.
 
     Args:
         model: as in `token_logps`.
         pack: as in `token_logps`.
-        options: `chunk_size` and `temperature` of `token_logps`.
+        chunk_size: as in `token_logps`.
 
     Returns:
         Shape: 2 x (P,)
     """
-    return pack.pair_sums(token_logps(model, pack, **options))
+    return pack.pair_sums(token_logps(model, pack, chunk_size=chunk_size))
 
 
-def _score(
-    model: nn.Module, pack: Pack, chunk_size: int | None, temperature: float, squares: bool
-) -> Tensor | tuple[Tensor, Tensor]:
+def _score(model: nn.Module, pack: Pack, chunk_size: int | None, squares: bool) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of the tokens of all responses, with `squares` also log sum p^2 there. Shape: (E,) or 2 x (E,)"""
     hidden_TD = _trunk(model, pack)
     head = model.get_output_embeddings()
-    options = {"chunk_size": chunk_size, "temperature": temperature, "squares": squares}
+    options = {"chunk_size": chunk_size, "squares": squares}
     scores = head(hidden_TD[pack.predict_index_S], pack.target_ids_S, **options)
     # a plain tuple: ZeRO-3 takes outputs apart and could not put a named one together again
     return tuple(values_S[pack.entry_scored_E] for values_S in scores) if squares else scores[pack.entry_scored_E]
@@ -186,7 +182,7 @@ def _trunk(model: nn.Module, pack: Pack) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def twin_logps(model: nn.Module, groups: Sequence[Group], *, temperature: float = 1.0) -> Tensor:
+def twin_logps(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     """Return what `response_logps` returns for the pack of `groups`, the plain way. Shape: (R,)
 
     Every response is a padded sequence of its own that starts with the prompt and brings its own copy of the tiles, and
@@ -195,20 +191,19 @@ def twin_logps(model: nn.Module, groups: Sequence[Group], *, temperature: float 
     Args:
         model: of any family of `families/`; `attach_scoring` is not needed.
         groups: the groups of the pack, in order.
-        temperature: divides the logits.
     """
-    rows = [row for group in groups for row in _twin_group(model, group, temperature, squares=False)]
+    rows = [row for group in groups for row in _twin_group(model, group, squares=False)]
     return torch.stack([logps.sum() for (logps,) in rows])
 
 
-def _twin_scores(model: nn.Module, pack: Pack, temperature: float, squares: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _twin_scores(model: nn.Module, pack: Pack, squares: bool) -> Tensor | tuple[Tensor, Tensor]:
     """What `_score` returns, the plain way."""
-    rows = [row for group in unpack_groups(pack) for row in _twin_group(model, group, temperature, squares)]
+    rows = [row for group in unpack_groups(pack) for row in _twin_group(model, group, squares)]
     scores = tuple(torch.cat(values) for values in zip(*rows, strict=True))
     return scores if squares else scores[0]
 
 
-def _twin_group(model: nn.Module, group: Group, temperature: float, squares: bool) -> list[tuple[Tensor, ...]]:
+def _twin_group(model: nn.Module, group: Group, squares: bool) -> list[tuple[Tensor, ...]]:
     """Log-probs of the tokens of every response, with `squares` also log sum p^2 there. Each has shape (tokens,)."""
     device = next(model.parameters()).device
     rows = [torch.tensor(group.prompt_ids + response) for response in group.responses]
@@ -221,7 +216,7 @@ def _twin_group(model: nn.Module, group: Group, temperature: float, squares: boo
     logits_RLV = model(input_ids=input_ids_RL, attention_mask=real_RL.long(), use_cache=False, **inputs).logits[:, :-1]
     if logits_RLV.dtype in (torch.float16, torch.bfloat16):
         logits_RLV = logits_RLV.float()
-    logps_RLV = (logits_RLV / temperature).log_softmax(-1)
+    logps_RLV = logits_RLV.log_softmax(-1)
     scores = [logps_RLV.gather(2, input_ids_RL[:, 1:, None])[..., 0]]
     if squares:
         scores.append((2 * logps_RLV.detach()).logsumexp(-1))

@@ -13,7 +13,7 @@ published losses are other formulas in the first place (`preference_terms.py`), 
 Nothing here knows of models, files, trainers or ranks. P is the number of pairs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -227,28 +227,26 @@ class RewardShift:
             return 0.0
         return self.total if self.mode == "ema" else self.total / self.count
 
-    def update(self, rewards: Tensor, all_reduce: Callable[[Tensor], Any] | None = None) -> float:
+    def sums(self, rewards: Tensor) -> Tensor:
+        """Return what rewards add to the shift, float64; the caller adds it up over the ranks. Shape: (2,)
+
+        Args:
+            rewards: rewards of chosen and rejected responses, in any order; may be empty except in mode inclusive. Any
+                shape.
+        """
+        rewards = to_float64(rewards)
+        if self.mode == "inclusive":
+            return torch.stack([rewards.mean(), rewards.new_ones(())])
+        return torch.stack([rewards.sum(), rewards.new_tensor(float(rewards.numel()))])
+
+    def update(self, sums: Tensor) -> float:
         """Take rewards in and return the new value.
 
         Args:
-            rewards: rewards of chosen and rejected responses of this rank, in any order; may be empty except in
-                mode inclusive. Any shape.
-            all_reduce: sums a float64 tensor over the ranks in place; None uses torch.distributed where it is
-                initialised.
+            sums: see `sums`. Shape: (2,)
         """
-        if self.mode == "none":
-            return 0.0
-        rewards = to_float64(rewards)
-        if self.mode == "inclusive":
-            sums = torch.stack([rewards.mean(), rewards.new_ones(())])
-        else:
-            sums = torch.stack([rewards.sum(), rewards.new_tensor(float(rewards.numel()))])
-        if all_reduce is not None:
-            all_reduce(sums)
-        elif torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
         total, count = sums.tolist()
-        if count == 0:
+        if count == 0 or self.mode == "none":
             return self.value
         if self.mode == "ema":
             mean = total / count

@@ -92,12 +92,6 @@ class Layout:
     scored_index_U: Tensor
     plan: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def dense_mask(self) -> Tensor:
-        """Return the whole mask, True where the row's token sees the column's token. Shape: (T, T)"""
-        index_T = torch.arange(len(self.visible_until_T), device=self.visible_until_T.device)
-        earlier_TT = index_T[None, :] <= index_T[:, None]
-        return earlier_TT & (index_T[:, None] < self.visible_until_T[None, :])
-
     def move(self, function: Callable[[Tensor], Tensor]) -> "Layout":
         """Return the layout with `function` applied to its tensors; plans, which hold tensors too, are left behind."""
         return Layout(self.segments, function(self.visible_until_T), function(self.scored_index_U))
@@ -199,10 +193,6 @@ class Pack:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pack":
         """Return the pack with every tensor on `device`."""
         return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Pack":
-        """Return the pack in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
-        return self._with_each(Tensor.pin_memory)
 
     def _with_each(self, function: Callable[[Tensor], Tensor]) -> "Pack":
         """Return the pack with `function` applied to every tensor."""

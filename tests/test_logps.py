@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
+from tiny import dense_mask, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -94,11 +94,11 @@ def test_gradients_equal_the_twin_for_every_language_model(backbone):
     assert (packed - plain).norm() / plain.norm() < 5e-5
 
 
-def test_gradients_equal_the_twin_in_float64_with_tied_weights_and_temperature():
+def test_gradients_equal_the_twin_in_float64_with_tied_weights():
     model = scoring_model(llm_config={"tie_word_embeddings": True}).double()
     groups = mixed_groups(model)
-    packed = gradient(model, response_logps(model, pack_groups(groups), chunk_size=5, temperature=0.7))
-    plain = gradient(model, twin_logps(model, groups, temperature=0.7))
+    packed = gradient(model, response_logps(model, pack_groups(groups), chunk_size=5))
+    plain = gradient(model, twin_logps(model, groups))
     assert (packed - plain).norm() / plain.norm() < 1e-6  # RMSNorm computes in float32
 
 
@@ -234,9 +234,9 @@ def test_chunked_head_equals_log_softmax(bias, trained):
     hidden = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 11, (10,))
     assert torch.equal(head(hidden), plain(hidden))
-    assert torch.autograd.gradcheck(lambda h: head(h, targets, chunk_size=3, temperature=0.5), hidden)
-    expected = (plain(hidden) / 0.5).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    got = head(hidden, targets, chunk_size=3, temperature=0.5)
+    assert torch.autograd.gradcheck(lambda h: head(h, targets, chunk_size=3), hidden)
+    expected = plain(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    got = head(hidden, targets, chunk_size=3)
     assert torch.allclose(got, expected, rtol=0, atol=1e-13)
     inputs = [hidden, *[p for p in plain.parameters() if p.requires_grad]]
     weights = torch.arange(10.0, dtype=torch.float64)
@@ -341,7 +341,7 @@ def test_flex_block_mask_equals_the_dense_mask(model):
     block_mask = flex_block_mask(layout)
     assert block_mask.shape == (1, 1, size, size)
     mask = create_mask(block_mask.mask_mod, None, None, size, size, device="cpu")[0, 0]
-    assert torch.equal(mask[:num_tokens, :num_tokens], layout.dense_mask())
+    assert torch.equal(mask[:num_tokens, :num_tokens], dense_mask(layout))
     assert not mask[num_tokens:].any() and not mask[:, num_tokens:].any()
 
 

@@ -138,31 +138,35 @@ def test_what_cannot_be_computed_is_refused_by_name(changes, words):
 # --- the reward shift -------------------------------------------------------------------------------------------------
 
 
+def add(shift: RewardShift, *rewards: float) -> float:
+    return shift.update(shift.sums(torch.tensor(rewards)))
+
+
 def test_previous_shift_never_contains_the_current_step():
     shift = RewardShift("previous")
     assert shift.value == 0.0
-    shift.update(torch.tensor([1.0, 3.0]))
+    add(shift, 1.0, 3.0)
     assert shift.value == 2.0
-    shift.update(torch.tensor([5.0, 5.0, 5.0, 5.0]))
+    add(shift, 5.0, 5.0, 5.0, 5.0)
     assert shift.value == pytest.approx(4.0)  # all six rewards count the same
 
 
 def test_inclusive_shift_weighs_micro_batches_equally():
     shift = RewardShift("inclusive")
-    shift.update(torch.tensor([1.0, 3.0]))
-    assert shift.update(torch.tensor([5.0, 5.0, 5.0, 5.0])) == pytest.approx(3.5)
+    add(shift, 1.0, 3.0)
+    assert add(shift, 5.0, 5.0, 5.0, 5.0) == pytest.approx(3.5)
 
 
 def test_ema_shift_starts_at_the_first_step_and_forgets():
     shift = RewardShift("ema", momentum=0.9)
-    shift.update(torch.tensor([1.0]))
+    add(shift, 1.0)
     assert shift.value == 1.0
-    shift.update(torch.tensor([2.0]))
+    add(shift, 2.0)
     assert shift.value == pytest.approx(1.1)
 
 
 def test_no_shift_stays_zero():
-    assert RewardShift("none").update(torch.tensor([7.0])) == 0.0
+    assert add(RewardShift("none"), 7.0) == 0.0
 
 
 @pytest.mark.parametrize("mode", ["previous", "inclusive", "ema"])
@@ -171,11 +175,11 @@ def test_shift_is_exact_after_a_json_round_trip(mode):
     rewards = [torch.randn(3, generator=generator) for _ in range(20)]
     unbroken, first = RewardShift(mode), RewardShift(mode)
     for r in rewards[:10]:
-        unbroken.update(r), first.update(r)
+        unbroken.update(unbroken.sums(r)), first.update(first.sums(r))
     resumed = RewardShift(mode)
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for r in rewards[10:]:
-        assert unbroken.update(r) == resumed.update(r)
+        assert unbroken.update(unbroken.sums(r)) == resumed.update(resumed.sums(r))
 
 
 def test_shift_of_another_mode_is_not_loaded():
@@ -184,10 +188,9 @@ def test_shift_of_another_mode_is_not_loaded():
 
 
 def test_ranks_are_summed_before_the_mean():
-    def other_rank_adds(sums):  # rank 1 saw four rewards of 10
-        sums += torch.tensor([40.0, 4.0])
-
-    assert RewardShift("previous").update(torch.tensor([4.0, 4.0]), other_rank_adds) == pytest.approx(48 / 6)
+    shift = RewardShift("previous")
+    sums = shift.sums(torch.tensor([4.0, 4.0])) + shift.sums(torch.full((4,), 10.0))
+    assert shift.update(sums) == pytest.approx(48 / 6)
 
 
 def golden_scenarios():
@@ -219,10 +222,9 @@ def test_losses_and_gradients_of_other_trainers(name, key, mode, tolerance):
             columns.append([torch.tensor(rank[k], dtype=torch.float64) for k in keys])
         rewards = [0.1 * torch.cat([pc - rc, pr - rr]) for pc, pr, rc, rr in columns]
         if mode == "inclusive":
-            sums = torch.stack([torch.stack([r.mean() for r in rewards]).sum(), torch.tensor(float(len(rewards)))])
-            shift.update(rewards[0], lambda own, sums=sums: own.copy_(sums))
+            shift.update(sum(map(shift.sums, rewards)))
         elif mode == "pairs":
-            shift.update(torch.cat(rewards))
+            shift.update(shift.sums(torch.cat(rewards)))
         for number, (pc, pr, rc, rr) in enumerate(columns):
             pc.requires_grad_(), pr.requires_grad_()
             lengths = torch.tensor(ranks[number]["chosen_len"])
@@ -239,7 +241,7 @@ def test_losses_and_gradients_of_other_trainers(name, key, mode, tolerance):
             for tensor, side in ((pc, "policy_chosen_logps"), (pr, "policy_rejected_logps")):
                 assert tensor.grad.tolist() == pytest.approx(expected["grad"]["total"][side], rel=1e-5, abs=1e-9)
         if mode == "previous":
-            shift.update(torch.cat(rewards))
+            shift.update(shift.sums(torch.cat(rewards)))
 
 
 class OnMPS(torch.Tensor):
@@ -256,7 +258,8 @@ class OnMPS(torch.Tensor):
 
 def test_rewards_and_means_are_summed_in_float64_off_a_device_that_has_none():
     rewards = torch.tensor([0.1, 0.3]).as_subclass(OnMPS)
-    assert RewardShift("previous").update(rewards) == pytest.approx(0.2)
+    shift = RewardShift("previous")
+    assert shift.update(shift.sums(rewards)) == pytest.approx(0.2)
     meter = MeanMeter()
     meter.add(2, {"rewards/chosen": rewards, "rewards/accuracy": rewards > 0.2})
     means = meter.reduce(SimpleNamespace(device=torch.device("mps"), reduce=lambda values, reduction: values))
@@ -270,10 +273,10 @@ LARGE_AND_ONES = torch.tensor([2.0**25, 1.0, 1.0, -(2.0**25)])
 
 @pytest.mark.parametrize("mode", ["previous", "inclusive", "ema"])
 def test_a_shift_loses_no_small_reward_beside_a_large_one(mode):
-    assert RewardShift(mode).update(LARGE_AND_ONES) == 0.5
+    assert add(RewardShift(mode), *LARGE_AND_ONES.tolist()) == 0.5
     shift = RewardShift(mode, momentum=0.0)
-    for value in LARGE_AND_ONES:
-        shift.update(value[None])
+    for value in LARGE_AND_ONES.tolist():
+        add(shift, value)
     assert shift.value == (-(2.0**25) if mode == "ema" else 0.5)
 
 

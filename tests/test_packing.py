@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import dense_mask
 
 from internvl_mpo.pack_plan import PairSize, fill_packs, group_tokens, plan_packs
 from internvl_mpo.packing import Group, Segment, pack_groups, tree_tokens, unpack_groups
@@ -68,7 +69,7 @@ def test_a_stem_is_scored_once_and_counts_for_every_response():
 
 def test_no_branch_sees_another_and_no_group_sees_another():
     pack = pack_groups([stemmed_group(), plain_group()])
-    assert pack.layout.dense_mask().int().tolist() == [
+    assert dense_mask(pack.layout).int().tolist() == [
         # p0 p1 p2 x  y  z  w  v  | 5  7  8
         [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -115,7 +116,7 @@ def test_every_response_can_be_read_back_from_its_path(shapes):
         for number, (size, responses) in enumerate(shapes)
     ]
     pack = pack_groups(groups)
-    mask_TT = pack.layout.dense_mask()
+    mask_TT = dense_mask(pack.layout)
     expected = [(group.prompt_ids, response) for group in groups for response in group.responses]
     for number, (prompt, response) in enumerate(expected):
         scored = pack.entry_scored_E[pack.entry_response_E == number]

@@ -107,13 +107,13 @@ def test_data_that_was_moved_is_still_known(tmp_path):
 def test_a_gap_names_the_first_ids_and_the_way_out(tmp_path):
     rows = [pair(str(number)) for number in range(5)]
     ids = [row.id for row in rows]
-    cache = ReferenceCache(tmp_path, SETTINGS, digests(*rows), command="`python train_mpo.py --config x.yaml`")
+    cache = ReferenceCache(tmp_path, SETTINGS, digests(*rows))
     cache.add(ids[:1], torch.tensor([-1.0]), torch.tensor([-2.0]))
     with pytest.raises(BadInputError) as error:
         cache.lookup(ids)
     assert "4 of 5 pairs have no reference log-probs" in str(error.value)
     assert f"({ids[1]}, {ids[2]}, {ids[3]}, ...)" in str(error.value)
-    assert "run `python train_mpo.py --config x.yaml` to fill the gap" in str(error.value)
+    assert "run the training command again to fill the gap" in str(error.value)
 
 
 def test_a_pair_of_another_run_is_refused(tmp_path):

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
+from internvl_mpo.packing import Layout
 from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLChatProcessor
 
 SPECIAL_TOKENS = [
@@ -103,3 +104,9 @@ def tiny_model(backbone: str = "qwen2", seed: int = 0, **overrides: Any) -> Inte
 def tiny_processor(config: InternVLChatConfig | None = None) -> InternVLChatProcessor:
     """Return the processor that goes with `tiny_config`."""
     return InternVLChatProcessor.from_config(config or tiny_config(), tiny_tokenizer())
+
+
+def dense_mask(layout: Layout) -> torch.Tensor:
+    """Return the whole mask of a pack, True where the row's token sees the column's token. Shape: (T, T)"""
+    index_T = torch.arange(len(layout.visible_until_T))
+    return (index_T[None, :] <= index_T[:, None]) & (index_T[:, None] < layout.visible_until_T[None, :])

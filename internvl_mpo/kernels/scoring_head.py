@@ -30,7 +30,6 @@ class ScoringHead(nn.Linear):
         targets: Tensor | None = None,
         *,
         chunk_size: int | None = None,
-        temperature: float = 1.0,
         squares: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or log-probs of `targets` if they are given.
@@ -39,7 +38,6 @@ class ScoringHead(nn.Linear):
             hidden: Shape: (..., D), with targets (S, D)
             targets: token ids. Shape: (S,)
             chunk_size: words for which logits exist at a time; None chooses.
-            temperature: divides the logits.
             squares: also return log sum over words v of p(v)^2, without a gradient.
 
         Returns:
@@ -55,9 +53,7 @@ class ScoringHead(nn.Linear):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            return _TargetLogps.apply(
-                hidden.to(dtype), self.weight.to(dtype), bias, targets, chunk_size, temperature, squares
-            )
+            return _TargetLogps.apply(hidden.to(dtype), self.weight.to(dtype), bias, targets, chunk_size, squares)
 
 
 class _TargetLogps(torch.autograd.Function):
@@ -76,10 +72,9 @@ class _TargetLogps(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_S: Tensor,
         chunk_size: int,
-        temperature: float,
         squares: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        tiles = _Tiles(hidden_SD, weight_VD, bias_V, targets_S, chunk_size, temperature)
+        tiles = _Tiles(hidden_SD, weight_VD, bias_V, targets_S, chunk_size)
         largest_S = torch.full_like(targets_S, -torch.inf, dtype=tiles.dtype)
         total_S, score_S, squares_S = (torch.zeros_like(largest_S) for _ in range(3))
         for words in tiles.words:
@@ -93,7 +88,7 @@ class _TargetLogps(torch.autograd.Function):
                 squares_S = squares_S * shrink_S.square_() + logits.square_().sum(dim=1)
         logsumexp_S = largest_S + total_S.log_()
         ctx.save_for_backward(hidden_SD, weight_VD, bias_V, targets_S, logsumexp_S)
-        ctx.chunk_size, ctx.temperature = chunk_size, temperature
+        ctx.chunk_size = chunk_size
         if not squares:
             return score_S - logsumexp_S
         log_squares_S = squares_S.log_() + 2 * (largest_S - logsumexp_S)
@@ -104,7 +99,7 @@ class _TargetLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_S: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
         hidden_SD, weight_VD, bias_V, targets_S, logsumexp_S = ctx.saved_tensors
-        tiles = _Tiles(hidden_SD, weight_VD, bias_V, targets_S, ctx.chunk_size, ctx.temperature)
+        tiles = _Tiles(hidden_SD, weight_VD, bias_V, targets_S, ctx.chunk_size)
         grad_hidden = torch.zeros_like(hidden_SD, dtype=tiles.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
         grad_bias = torch.empty_like(bias_V) if ctx.needs_input_grad[2] else None
@@ -112,7 +107,7 @@ class _TargetLogps(torch.autograd.Function):
             grad_logits = tiles.logits(words).sub_(logsumexp_S[:, None]).exp_().mul_(-grad_S[:, None])
             index_S, inside_S = tiles.targets(words)
             grad_logits.scatter_add_(1, index_S[:, None], torch.where(inside_S, grad_S, 0)[:, None])
-            grad_logits = grad_logits.div_(ctx.temperature).to(hidden_SD.dtype)
+            grad_logits = grad_logits.to(hidden_SD.dtype)
             if grad_hidden is not None:
                 grad_hidden += grad_logits @ weight_VD[words]
             if grad_weight is not None:
@@ -121,7 +116,7 @@ class _TargetLogps(torch.autograd.Function):
                 grad_bias[words] = grad_logits.sum(0)
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden_SD.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 class _Tiles:
@@ -134,10 +129,8 @@ class _Tiles:
         bias_V: Tensor | None,
         targets_S: Tensor,
         chunk_size: int,
-        temperature: float,
     ):
         self.hidden_SD, self.weight_VD, self.bias_V, self.targets_S = hidden_SD, weight_VD, bias_V, targets_S
-        self.temperature = temperature
         # at least float32, so that sums over a large vocabulary stay exact
         self.dtype = torch.promote_types(hidden_SD.dtype, torch.float32)
         num_words = len(weight_VD)
@@ -155,7 +148,7 @@ class _Tiles:
             logits.copy_(self.hidden_SD @ self.weight_VD[words].T)
         if self.bias_V is not None:
             logits += self.bias_V[words]
-        return logits if self.temperature == 1 else logits.div_(self.temperature)
+        return logits
 
     def targets(self, words: slice) -> tuple[Tensor, Tensor]:
         """Return where each row's target lies among the words, and whether it is one of them. Shape: 2 x (S,)"""

@@ -41,7 +41,6 @@ class ReferenceCache:
         digests: Mapping[str, str],
         *,
         shard_size: int = 1024,
-        command: str = "the training command again",
     ):
         """Open the cache and read the shards that are there.
 
@@ -51,7 +50,6 @@ class ReferenceCache:
                 size and tiling, length limit, dtype, ...
             digests: `PairRow.digest` of every pair of the run, by pair id.
             shard_size: pairs that are collected before a shard is written.
-            command: what fills a gap, for messages.
 
         Raises:
             BadInputError: a shard cannot be read.
@@ -59,7 +57,7 @@ class ReferenceCache:
         self.name = content_id(settings)
         self.folder = Path(folder) / self.name
         self.settings, self.digests = dict(settings), digests
-        self.shard_size, self.command = shard_size, command
+        self.shard_size = shard_size
         self._logps: dict[str, tuple[float, float]] = {}
         self._added: list[tuple[str, float, float]] = []
         self._read: set[Path] = set()
@@ -78,7 +76,7 @@ class ReferenceCache:
                 self._logps.update(zip(columns["digest"], rows, strict=True))
             except (OSError, KeyError, pyarrow.ArrowException) as error:
                 raise BadInputError(
-                    f"reference log-probs in {path} cannot be read ({error}); delete the file and run {self.command}"
+                    f"reference log-probs in {path} cannot be read ({error}); delete the file and start again"
                 ) from error
             self._read.add(path)
 
@@ -121,7 +119,7 @@ class ReferenceCache:
             named = ", ".join(missing[:_NUM_NAMED]) + (", ..." if len(missing) > _NUM_NAMED else "")
             raise BadInputError(
                 f"{len(missing)} of {len(pair_ids)} pairs have no reference log-probs in {self.folder} ({named}); "
-                f"run {self.command} to fill the gap"
+                f"run the training command again to fill the gap"
             )
         chosen, rejected = zip(*(self._logps[self._digest(pair_id)] for pair_id in pair_ids), strict=True)
         return torch.tensor(chosen, dtype=dtype), torch.tensor(rejected, dtype=dtype)

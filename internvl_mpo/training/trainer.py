@@ -178,7 +178,7 @@ class MPOTrainer(Trainer):
         if self.shift.mode == "inclusive":
             ratios = (policy_chosen - reference_chosen, policy_rejected - reference_rejected)
             # what is not finite stops this step below; in the shift it would put the blame on all packs of all ranks
-            self.shift.update(self.args.beta * torch.cat(ratios).detach().nan_to_num(0.0, 0.0, 0.0))
+            self._move_shift(self.args.beta * torch.cat(ratios).detach().nan_to_num(0.0, 0.0, 0.0))
         out = mpo_loss(
             policy_chosen,
             policy_rejected,
@@ -233,9 +233,13 @@ class MPOTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             if self.shift.mode in ("previous", "ema"):
-                self.shift.update(torch.cat(self.step_rewards))
+                self._move_shift(torch.cat(self.step_rewards))
             self.step_rewards = []
         return loss
+
+    def _move_shift(self, rewards: Tensor) -> None:
+        """Let rewards of this rank and of the others join the shift; a collective."""
+        self.shift.update(self.accelerator.reduce(self.shift.sums(rewards), reduction="sum"))
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient; stop before the optimizer acts on one that is not finite."""
