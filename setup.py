@@ -53,7 +53,6 @@ setup(
         "pyyaml",
         "tqdm",
         "jinja2",
-        "math-verify",
         "scikit-learn",  # the handwritten digits of the embedded default
         "matplotlib",  # curves of its report
     ],

@@ -2,9 +2,9 @@
 
     python bench/draw_answers.py ../shared/data --output drawn.json
 
-The drawing is seeded, so the same data give the same answers. Each is cut to the short text a matcher is asked about: the
-last box, else what follows the last "answer is", else the last line. `tests/cases/answers_drawn.json` holds the 500 of
-2026-11-28 with their labels; the cut is deliberately not the package's own.
+The drawing is seeded, so the same data give the same answers. Each is cut to the short text a matcher is asked about:
+the last box, else what follows the last "answer is", else the last line. `tests/cases/answers_drawn.json` holds the
+500 of 2026-11-28 with their labels; the cut is deliberately not the package's own.
 """
 
 import argparse

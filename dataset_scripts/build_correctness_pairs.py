@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from tqdm import tqdm
 
+from internvl_mpo.answers.comparing import accepted_answers
 from internvl_mpo.answers.finding import FORMATS
-from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.errors import BadInputError, RowError, run_program
 from internvl_mpo.files import atomic_writer
 from internvl_mpo.jsonl import iter_json_lines
 from internvl_mpo.mmpr.release import subset_name, write_meta
@@ -177,6 +178,8 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int, stats: PairingS
                 if not response.answer or response.answer.isspace():
                     stats.add(response.source, "drop responses without ground truth")
                     continue
+                if response.answer[0] in "[{":
+                    _check_truth(response.answer, where)
                 key = group_key(response)
                 number = int(key[:8], 16) * count >> 32
                 rows = waiting[number]
@@ -188,6 +191,13 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int, stats: PairingS
         for rows, file in zip(waiting, files, strict=True):
             _write_rows(rows, file)
     return buckets
+
+
+def _check_truth(truth: str, where: str) -> None:
+    try:
+        accepted_answers(truth)
+    except BadInputError as error:
+        raise RowError(str(error), where) from error
 
 
 def _write_rows(rows: list[tuple[str, bytes]], file: BinaryIO) -> None:

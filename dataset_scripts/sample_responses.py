@@ -28,7 +28,7 @@ from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.files import atomic_path
 from internvl_mpo.prompts import STYLES, ask, language_of, style_for
-from internvl_mpo.records import Question, Response, content_id, read_rows
+from internvl_mpo.records import Question, Response, answer_text, content_id, read_rows
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 
@@ -123,7 +123,7 @@ def hub_questions(name: str, settings: Settings) -> Iterator[Question]:
         yield Question(
             images=[image if isinstance(image, str) else save_picture(image, root) for image in found],
             question=row["question"],
-            answer=None if answer is None else str(answer),
+            answer=None if answer is None else answer_text(answer),
             source=repository.rpartition("/")[2],
         )
 

@@ -60,7 +60,7 @@ class Row:
     Attributes:
         images: paths relative to an image root, in the order of the question's `<image>` placeholders; may be empty.
         question: the user's text as the model reads it; a single-image question may leave `<image>` out.
-        answer: ground truth, or None where there is none.
+        answer: ground truth, or None where there is none; several of which one is enough are a JSON list of texts.
         source: name of the data set the question comes from.
         provenance: how the row was made (model, revision, sampler settings, seed, ...).
         id: hash of the content unless given.
@@ -102,7 +102,7 @@ class Row:
             values: dict[str, Any] = {
                 "source": row.get("source") or source,
                 "images": _images(row),
-                "answer": None if answer is None else str(answer),
+                "answer": answer if type(answer) is str or answer is None else answer_text(answer),
                 "id": str(row.get("id") or ""),
                 "provenance": _provenance(row),
             }
@@ -239,6 +239,13 @@ def read_rows(path: str | Path, cls: type[R], *, source: str = "") -> list[R]:
 def write_rows(rows: Iterable[Row], path: str | Path) -> int:
     """Write rows as JSONL and return their number; the file appears whole or not at all."""
     return write_jsonl((row.to_json() for row in rows), path)
+
+
+def answer_text(answer: Any) -> str:
+    """Return a ground truth as a row keeps it: a text or number as it is written, several of them as JSON."""
+    if isinstance(answer, str):
+        return answer
+    return str(answer) if isinstance(answer, (int, float)) else _PLAIN.encode(answer)
 
 
 def _is_blank(text: str) -> bool:

@@ -194,11 +194,10 @@ def test_hostile_text_costs_no_time(unit):
     assert time.monotonic() - start < 2
 
 
-@pytest.mark.slow
-def test_formula_bomb_is_undecided_and_the_next_formula_is_judged():
+def test_formula_bomb_is_wrong_beside_a_formula_and_the_next_one_is_judged():
     start = time.monotonic()
-    assert compare_answers("9^{9^{9^{9}}}", "3x").outcome is Outcome.UNDECIDED
-    assert time.monotonic() - start < 30
+    assert compare_answers("9^{9^{9^{9}}}", "3x").outcome is Outcome.WRONG
+    assert time.monotonic() - start < 0.5
     assert right("\\frac{\\sqrt{8}}{2}", "\\sqrt{2}")
 
 

@@ -399,6 +399,31 @@ def test_pope_unanswered_helps_neither_label():
     assert summary["unanswered"] == 50.0 and summary["accuracy"] == 50.0
 
 
+def test_pope_vlmevalkit_counts_unknown_as_wrong_in_every_accuracy():
+    """As upstream: accuracy is by equality, while F1 takes an unknown answer for not yes."""
+    yes, no = pope.examples(case_file("pope")["rows"])
+    answers = [(yes, "Yes"), (no, "No"), (no, "Hm."), (no, "Hm.")]
+    summary = pope.summarise([pope.score(one, text, "vlmevalkit") for one, text in answers], "vlmevalkit")
+    assert summary["accuracy"] == summary["breakdown"]["category"]["random"]["accuracy"] == 50.0
+    assert summary["f1_pooled"] == 100.0
+
+
+def test_mathvista_float_without_precision_has_no_normalised_answer_upstream():
+    example = example_of_verdict("mathvista/float", "0", [])
+    assert example.details["precision"] is None
+    for rule in ("official", "internvl"):
+        score = mathvista.score(example, "0.4", rule)
+        assert (score.value, score.extracted) == (0.0, None)
+
+
+@pytest.mark.parametrize("reply", ["x = 6", "x=6", "b=-2", "A = 6"])
+def test_mathvision_vlmevalkit_takes_no_assignment_for_a_number(reply):
+    gold = reply.rpartition("=")[2].strip()
+    example = example_of_verdict("mathvision", gold, [])
+    assert mathvision.score(example, reply, "vlmevalkit").value == 0.0
+    assert mathvision.score(example, reply, "ours").value == 1.0
+
+
 def test_crpe_counts_a_question_only_if_all_four_rotations_are_right():
     benchmark = load_benchmark("crpe")
     examples = examples_of("crpe")

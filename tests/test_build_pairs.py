@@ -214,3 +214,18 @@ def test_a_bad_line_is_named(tmp_path, capsys):  # in the user's file, not in a 
     assert build(tmp_path / "a.jsonl", tmp_path / "pairs.jsonl") == 2
     assert "a.jsonl:7: key 'response' is missing" in capsys.readouterr().err
     assert not list(tmp_path.glob("*pairs.jsonl*"))
+
+
+def test_ground_truth_that_is_an_object_is_refused_by_name_and_a_list_is_accepted(tmp_path, capsys):
+    text = "I read the label.\nFinal answer: nokia"
+    row = {"id": "1", "question": "Which brand?", "response": text, "question_id": "q", "answer": ["Nokia n8", "nokia"]}
+    other = {**row, "id": "2", "response": "I read the label.\nFinal answer: sony"}
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, (row, other))) + "\n", encoding="utf-8")
+    assert build(path, tmp_path / "pairs.jsonl", answer_format="marker") == 0
+    (pair,) = read_rows(tmp_path / "pairs.jsonl", PreferencePair)
+    assert "nokia" in pair.chosen and "sony" in pair.rejected
+    path.write_text(json.dumps({**row, "answer": {"value": "nokia"}}) + "\n", encoding="utf-8")
+    capsys.readouterr()
+    assert build(path, tmp_path / "none.jsonl", answer_format="marker") == 2
+    assert "a.jsonl:1" in (said := capsys.readouterr().err) and "ground truth" in said

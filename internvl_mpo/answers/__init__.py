@@ -3,10 +3,11 @@
 finding       where the final answer stands: marker, box, after the thinking, or the whole text
 comparing     the verdict, and which rules each source of questions is judged by: begin here
 choices       which option an answer names; yes or no
-numbers       numbers with units, and when two are the same
+numbers       numbers with units, alone or in a sentence, and when two are the same
+number_words  numbers in words, English and Chinese, as digits
 dates         dates in the usual spellings
 texts         short texts, lists of them, ANLS
-formulas      formulas, compared in the child process of math_process
+formulas      formulas, compared by the values that algebra calculates for them
 wording       a second look at answers that say the same in other words
 """
 

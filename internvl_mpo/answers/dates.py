@@ -2,7 +2,7 @@
 
 import re
 
-from internvl_mpo.answers.common import Decision, Options, said_values
+from internvl_mpo.answers.common import Asked, Decision, said_values
 
 # -- dates
 
@@ -54,7 +54,7 @@ def parse_date(text: str) -> tuple[str, ...] | None:
     return None
 
 
-def decide_date(prediction: str, gold: str, options: Options) -> Decision:
+def decide_date(prediction: str, gold: str, asked: Asked) -> Decision:
     wanted = parse_date(gold)
     if wanted is None:
         return None

@@ -24,10 +24,21 @@ class ParsedAnswer(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------- finding the answer
 
-_MARKER = re.compile(r"(?:final\s+answer|答案)\s*(?:is\s*)?[*_]*\s*[:：]", re.IGNORECASE)
+_THINKING = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
+_MARKER = re.compile(r"(?:final\s+answer|答案)\s*(?:is\s*|是\s*|为\s*)?[*_]*\s*[:：]", re.IGNORECASE)
 
 
 _ANSWER_LINE = re.compile(r"(?im)^[ \t*_#]*(?:the\s+)?answer\s*[*_]*\s*[:：]\s*(.+)$")
+
+
+def without_thinking(reply: str) -> str | None:
+    """Return what follows the last closed think block: None where one never closes, the reply itself without any."""
+    last = None
+    for last in _THINKING.finditer(reply) if "think" in reply.lower() else ():  # noqa: B007 - the last one is wanted
+        pass
+    if last is None:
+        return reply
+    return reply[last.end() :].strip() if last[1] else None
 
 
 def parse_answer(response: str, answer_format: str) -> ParsedAnswer:
@@ -37,15 +48,12 @@ def parse_answer(response: str, answer_format: str) -> ParsedAnswer:
         response: the model's whole text.
         answer_format: where the answer stands. "marker": on one line after the last `Final answer:` or `答案:`, with
             reasoning before it; "boxed": in the last `\boxed{}`; "think": boxed, after exactly one think block;
-            "text": the response itself, or what follows `Answer:`.
+            "text": the response itself, or what follows `Answer:`. Only what follows the last `</think>` counts,
+            and the thoughts before it are reasoning; a block that never closes holds no answer.
 
     Raises:
         ValueError: unknown format.
     """
-    if answer_format == "marker":
-        return _parse_marker(response)
-    if answer_format == "boxed":
-        return _parse_boxed(response, response)
     if answer_format == "think":
         if response.count("<think>") != 1 or response.count("</think>") != 1:
             return ParsedAnswer(None, "not exactly one think block")
@@ -53,8 +61,15 @@ def parse_answer(response: str, answer_format: str) -> ParsedAnswer:
         if len(thoughts.strip()) < MIN_REASONING_CHARS:
             return ParsedAnswer(None, "the think block is empty")
         return _parse_boxed(solution, thoughts)
+    settled = without_thinking(response)
+    if settled is None:
+        return ParsedAnswer(None, "the think block never closes")
+    if answer_format == "marker":
+        return _parse_marker(settled, has_thought=settled is not response)
+    if answer_format == "boxed":
+        return _parse_boxed(settled, response)
     if answer_format == "text":
-        text = response.strip()
+        text = settled.strip()
         lines = _ANSWER_LINE.findall(text)
         text = lines[-1].strip() if lines else text
         if not text:
@@ -80,7 +95,7 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def _parse_marker(response: str) -> ParsedAnswer:
+def _parse_marker(response: str, has_thought: bool) -> ParsedAnswer:
     lower = response.lower()  # most of a response is reasoning: the pattern is slow there
     start, chinese = lower.find("final"), lower.find("答案")
     if start < 0 or 0 <= chinese < start:
@@ -92,7 +107,7 @@ def _parse_marker(response: str) -> ParsedAnswer:
         return ParsedAnswer(None, "no 'Final answer:'")
     if len(after) > 2:
         return ParsedAnswer(None, f"'Final answer:' occurs {len(after)} times")
-    if not response[:start].strip(" \t\r\n*#_") and not before.strip(" \t\r\n*#_"):
+    if not has_thought and not response[:start].strip(" \t\r\n*#_") and not before.strip(" \t\r\n*#_"):
         return ParsedAnswer(None, "no reasoning before the final answer")
     answer = after[-1].strip().strip("*_").strip()
     if not answer:

@@ -1,13 +1,15 @@
-"""Numbers with their units, and when two of them are the same."""
+"""Numbers as answers: read once, here, for the matcher and for the rule `ours` of the benchmarks alike."""
 
 import re
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from internvl_mpo.answers.common import HEDGED, Decision, Options
+from internvl_mpo.answers.algebra import closed_value
+from internvl_mpo.answers.common import Asked, Decision, affirmed, without_reason
+from internvl_mpo.answers.number_words import LOTS, SCALES, digits_throughout, in_digits, spoken_formula
 
-# -- numbers
+MAX_DIGITS = 1000  # a longer number is text; Python refuses to read 4,301 digits
 
 
 class Number(NamedTuple):
@@ -18,24 +20,8 @@ class Number(NamedTuple):
     decimals: int | None
 
 
-_BELOW_TWENTY = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-)
-
-
-_TENS = "ten twenty thirty forty fifty sixty seventy eighty ninety"
-
-
-_WORDS = {word: 10 * tens for tens, word in enumerate(_TENS.split(), start=1)}
-
-
-_WORDS |= {word: value for value, word in enumerate(_BELOW_TWENTY.split())}
-
-
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-
-
+_SIZES = {"hundred": 10**2, **SCALES, **LOTS, "k": 10**3, "m": 10**6, "mn": 10**6, "b": 10**9, "bn": 10**9}
+_SIZES |= {"百": 10**2, "千": 10**3, "万": 10**4, "亿": 10**8, "打": 12}
 _CURRENCIES = {
     "$": "$",
     "usd": "$",
@@ -47,125 +33,126 @@ _CURRENCIES = {
     "£": "£",
     "pound": "£",
 }
-
-
 _CURRENCIES |= {"¥": "¥", "yuan": "¥", "rmb": "¥", "元": "¥", "₹": "₹", "rs": "₹", "rm": "RM"}
-
-
 # unit -> (dimension, how many base units)
-UNITS: dict[str, tuple[str, Fraction]] = {
+_UNITS: dict[str, tuple[str, Fraction]] = {
     name: (dimension, Fraction(size))
     for dimension, table in {
         "length": {"mm": "1/1000", "cm": "1/100", "m": 1, "km": 1000, "厘米": "1/100", "米": 1}
-        | {"millimeter": "1/1000", "centimeter": "1/100", "meter": 1, "metre": 1, "kilometer": 1000},
-        "mass": {"mg": "1/1000", "g": 1, "kg": 1000, "gram": 1, "kilogram": 1000, "克": 1, "千克": 1000},
+        | {"millimeter": "1/1000", "centimeter": "1/100", "meter": 1, "metre": 1, "kilometer": 1000}
+        | {
+            "millimetre": "1/1000",
+            "centimetre": "1/100",
+            "kilometre": 1000,
+            "千米": 1000,
+            "公里": 1000,
+            "毫米": "1/1000",
+        },
+        "mass": {"mg": "1/1000", "g": 1, "kg": 1000, "gram": 1, "kilogram": 1000, "克": 1, "千克": 1000, "公斤": 1000},
         "time": {"ms": "1/1000", "s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hr": 3600}
         | {"hour": 3600, "秒": 1, "分钟": 60, "小时": 3600},
         "volume": {"ml": "1/1000", "l": 1, "liter": 1, "litre": 1, "milliliter": "1/1000"},
         "angle": {"°": 1, "degree": 1, "deg": 1, "^\\circ": 1, "^{\\circ}": 1, "度": 1},
-        "percent": {"%": 1, "percent": 1, "pct": 1},
+        "percent": {"%": 1, "percent": 1, "pct": 1, "per cent": 1},
     }.items()
     for name, size in table.items()
 }
-
-
-_PERCENT = ("%", "percent", "pct")
-
-
+_PERCENT = ("%", "percent", "pct", "per cent")
 _UNIT_WORDS = re.compile(
     r"(?:[A-Za-z]{2,}|(?<=/)[a-z]|[a-z](?=[\^/])|[\u4e00-\u9fff]+)(?:\^?\{?[23]\}?)?"
     r"(?:[ /](?:[A-Za-z]{2,}|(?<=/)[a-z])(?:\^?\{?[23]\}?)?)*"
 )
-
-
-_DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:[ ]\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+"
-
-
+# After a number these are no unit: they change the number, compare it, deny it or go on with a sentence.
+_NO_UNIT = re.compile(
+    r"\b(?:is|are|was|were|be|been|has|have|does|do|can|may|might|not?|never|nor|or|and|to|than|least|most|more|less|"
+    r"fewer|greater|higher|lower|over|under|above|below|between|from|except|excluding|without|but|plus|minus|by|"
+    r"squared|cubed|factorial|power|root|half|halves|thirds?|quarters?|dozens?|scores?|hundreds?|thousands?|millions?|"
+    r"billions?|trillions?|crores?|lakhs?|wrong|incorrect|false|maybe|if|pi|sqrt|infinity)\b|n['’]t\b"
+    r"|[的万亿千百十半几不非没无是或和与至到超多余以约错除负]",
+    re.IGNORECASE,
+)
+_DIGITS = (
+    r"\d{1,3}(?:[,'’]\d{3})+(?:\.\d+)?|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?|\d{1,3}(?:[ ]\d{3})+(?:\.\d+)?(?!\d)"
+    r"|\d+(?:\.\d+)?|\.\d+"
+)
+_SCALE = rf"(?:{'|'.join(['hundred', *SCALES, *LOTS])})s?(?![a-z])|(?-i:mn|bn|[kKMB])(?![A-Za-z])|[百千万亿打]"
 _NUMBER = re.compile(
-    rf"""^(?P<sign>[+-]?)\s*(?:(?P<currency>us\$|rm|rs\.?|[$€£¥₹])\s*(?P<sign2>-?))?
-    (?:(?P<whole>\d+)(?:\s+(?P<wn>\d+)/(?P<wd>\d+)|\s*\\[dt]?frac\{{(?P<wn2>\d+)\}}\{{(?P<wd2>\d+)\}})
-      |\\[dt]?frac\s*\{{\s*(?P<fn>-?\d+)\s*\}}\s*\{{\s*(?P<fd>\d+)\s*\}}
-      |(?P<n>{_DIGITS})(?:\s*/\s*(?P<d>\d+(?:\.\d+)?))?
-      |(?P<word>[a-z]+(?:[ -][a-z]+)?))
+    rf"""^(?P<sign>[+-]?)\s*(?:(?P<currency>us\$|rm|rs\.?|[$€£¥₹])\s*(?P<sign2>-?)\s*)?
+    (?:(?P<whole>\d+)(?:(?:\s+|\s+and\s+)(?P<wn>\d+)/(?P<wd>\d+)
+        |\s*\\[dt]?frac(?:\{{(?P<wn2>\d+)\}}\{{(?P<wd2>\d+)\}}|\s*(?P<wn3>\d)\s*(?P<wd3>\d)))
+      |\\[dt]?frac\s*(?:\{{\s*(?P<fn>-?\d+)\s*\}}\s*\{{\s*(?P<fd>\d+)\s*\}}|(?P<fn2>\d)\s*(?P<fd2>\d)(?!\d))
+      |(?P<n>{_DIGITS})(?:\s*/\s*(?P<d>\d+(?:\.\d+)?))?)
     (?:\s*(?:e|(?:x|×|\*|\\times|\\cdot)\s*10\s*\^?\s*)\{{?(?P<exp>[+-]?\d{{1,3}})\}}?)?
-    \s*(?P<scale>hundred|thousand|million|billion|trillion)?
+    (?P<scales>(?:\s*(?:{_SCALE}))*)
     \s*(?P<unit>[^\d].*)?$""",
     re.VERBOSE | re.IGNORECASE,
 )
-
-
-# A decade, an ordinal, a year before our era and "12 or more" are no plain numbers.
-NO_NUMBER = re.compile(r"\d0s$|\d(?:st|nd|rd|th)\b|\d ?B\.?C\.?(?:E\.?)?$|\d\+$|\dM$|\d ?[ap]\.?m\.?$")
-
-
-_CHANGED = re.compile(r"(?i)\b(?:half|quarters?|third|minus|negative|past|[ap]\.?m)\b|\?$")
-
-
-_ASSIGNED = re.compile(r"^(?:\\?[A-Za-z]\w{0,2}|\\?angle\s*[A-Z]{1,3}|∠\s*[A-Z]{1,3})\s*=\s*(?=[^=]+$)")
+# A decade, an ordinal, a year before our era, a time of day and "12 or more" are no plain numbers.
+_NO_NUMBER = re.compile(r"\d0s$|\d(?:st|nd|rd|th)\b|\d ?B\.?C\.?(?:E\.?)?$|\d\+$|\d ?[ap]\.?m\.?$")
+_ASSIGNED = re.compile(r"^(?:\\?[A-Za-z]\w{0,2}|[A-Za-z]{3,15}|\\?angle\s*[A-Z]{1,3}|∠\s*[A-Z]{1,3})\s*=\s*(?=[^=]+$)")
+_NAME = re.compile(r"^\\?([A-Za-z]\w{0,2})\s*=(?!=)")
+_SIMPLE = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?")
 
 
 @lru_cache(maxsize=65536)
 def parse_number(text: str) -> Number | None:
     """Return the number an answer consists of, or None.
 
-    Understands thousands separators, signs, fractions and mixed numbers, powers of ten, number words up to ninety-nine,
-    hundred to trillion, currency, percent and units; a text that only contains a number is not one.
+    Understands thousands separators, signs, fractions and mixed numbers, powers of ten, number words in English and
+    Chinese, what multiplies a number (dozen, million, 万), currency, percent and units; a text that only contains a
+    number is not one.
     """
-    text = _ASSIGNED.sub("", text.strip())
+    text = text.strip()
+    if _SIMPLE.fullmatch(text):
+        return Number(Fraction(text), "", len(text.partition(".")[2]))
+    text = in_digits(_ASSIGNED.sub("", text))
     match = _NUMBER.match(text)
-    if match is None or NO_NUMBER.search(text):
+    if match is None or _NO_NUMBER.search(text) or len(match["n"] or match["whole"] or "") > MAX_DIGITS:
         return None
     part = match.groupdict()
     decimals: int | None = None
     if part["whole"]:
-        over, under = (int(part[key] or part[f"{key}2"]) for key in ("wn", "wd"))
-        if under == 0:
-            return None
-        value = int(part["whole"]) + Fraction(over, under)
-    elif part["fn"]:
-        if int(part["fd"]) == 0:
-            return None
-        value = Fraction(int(part["fn"]), int(part["fd"]))
-    elif part["n"]:
-        digits = part["n"].replace(",", "").replace(" ", "")
-        value = Fraction(digits if not digits.startswith(".") else "0" + digits)
+        value = _ratio(part["wn"] or part["wn2"] or part["wn3"], part["wd"] or part["wd2"] or part["wd3"])
+        value = None if value is None else int(part["whole"]) + value
+    elif part["fn"] or part["fn2"]:
+        value = _ratio(part["fn"] or part["fn2"], part["fd"] or part["fd2"])
+    else:
+        digits = re.sub(r"[,'’ ]", "", part["n"])
+        value = Fraction(f"0{digits}")
         decimals = len(digits.partition(".")[2])
         if part["d"]:
-            if Fraction(part["d"]) == 0:
-                return None
-            value, decimals = value / Fraction(part["d"]), None
-    else:
-        words = re.split(r"[ -]", part["word"].lower())
-        unit_word = ""
-        if len(words) == 2 and words[0] in _WORDS and (words[1] not in _WORDS or _WORDS[words[0]] < 20):
-            unit_word = words.pop()
-            if unit_word in _SCALES:
-                part["scale"], unit_word = unit_word, ""
-        if not all(word in _WORDS for word in words) or (len(words) == 2 and not 0 < _WORDS[words[1]] < 10):
-            return None
-        value, decimals = Fraction(sum(_WORDS[word] for word in words)), 0
-        if unit_word:
-            part["unit"] = f"{unit_word} {part['unit'] or ''}".strip()
+            value, decimals = _ratio(value, part["d"]), None
+    if value is None:
+        return None
     if part["exp"]:
         exponent = int(part["exp"])
         value *= Fraction(10) ** exponent
         decimals = None if decimals is None else max(0, decimals - exponent)
-    if part["scale"]:
-        value *= _SCALES[part["scale"].lower()]
-        decimals = None if decimals is None else decimals - len(str(_SCALES[part["scale"].lower()])) + 1
+    for scale in re.findall(_SCALE, part["scales"] or "", re.IGNORECASE):
+        size = _SIZES.get(scale.lower()) or _SIZES[scale.lower().rstrip("s")]
+        value *= size
+        decimals = None if decimals is None else decimals - len(str(size)) + 1
     if "-" in (part["sign"], part["sign2"]):
         value = -value
     unit = _unit(part["currency"], part["unit"])
-    if unit is None:
-        return None
-    if unit in _PERCENT:
-        unit = "percent"
-    return Number(value, unit, decimals)
+    return None if unit is None else Number(value, "percent" if unit in _PERCENT else unit, decimals)
+
+
+def assigned_name(text: str) -> str | None:
+    """Return the letter that "x = 5" gives a value."""
+    match = _NAME.match(text.strip())
+    return match[1] if match else None
+
+
+def _ratio(over: str | Fraction, under: str) -> Fraction | None:
+    below = Fraction(under)
+    return Fraction(over) / below if below else None
 
 
 def _unit(currency: str | None, unit: str | None) -> str | None:
     """One spelling for a unit; None where what follows the number is no unit."""
     unit = (unit or "").strip().rstrip(".").strip()
+    unit = unit if "\\" in unit else unit.replace("{", "").replace("}", "")
     if currency:
         name = _CURRENCIES[currency.lower().rstrip(".")]
         return name if not unit or _CURRENCIES.get(_singular(unit.lower())) == name else None
@@ -174,10 +161,10 @@ def _unit(currency: str | None, unit: str | None) -> str | None:
     lowered = _singular(unit.lower().strip("()[] "))
     if lowered in _CURRENCIES:
         return _CURRENCIES[lowered]
-    if unit in UNITS or lowered in UNITS:
-        return unit if unit in UNITS else lowered
+    if unit in _UNITS or lowered in _UNITS:
+        return unit if unit in _UNITS else lowered
     # words only: "5 red cubes" has the unit "red cube"; "5 - 3", "5 or 6", "5x" and "5\\pi" have none
-    if _UNIT_WORDS.fullmatch(unit) and not HEDGED.search(unit):
+    if _UNIT_WORDS.fullmatch(unit) and not _NO_UNIT.search(unit):
         return lowered.replace("square ", "sq ")
     return None
 
@@ -186,18 +173,120 @@ def _singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
+def split_unit(text: str) -> tuple[str, str]:
+    """Return a formula and the known unit behind it, "" without one: 2√3 cm is ("2√3", "cm")."""
+    match = _FORMULA_UNIT.match(text)
+    if match is None:
+        return text, ""
+    return match[1].strip(), _singular(match[2].lower()) if len(match[2]) > 3 else match[2]
+
+
+_LONG_UNITS = sorted((unit for unit in _UNITS if unit.isalpha() and len(unit) > 1), key=len, reverse=True)
+_FORMULA_UNIT = re.compile(rf"^(.*[\d)}}!πi°])\s*(?:\b|(?<=[\d)}}!]))({'|'.join(_LONG_UNITS)})s?(?:\^?[23])?$")
+
+# ------------------------------------------------------------------------------------------- numbers in sentences
+
+BOUND = re.compile(
+    r"\b(?:than|at least|at most|over|under|above|below|up to|minimum|maximum|exceed(?:s|ing)?|between|from|"
+    r"or (?:more|less|fewer|so|over|above|below|under|higher|lower)|except|without|plus or minus|or|per)\b"
+    r"|[<>≤≥≠±]|\\(?:geq?|leq?|neq?|pm|gt|lt)\b|\+/-|!=|\d\s?\+\W*$"
+    r"|至少|至多|最多|最少|大于|小于|超过|不到|以上|以下|以内|少于|多于|低于|高于|正负|或|之间",
+    re.IGNORECASE,
+)
+_OPERATION = re.compile(
+    r"\b(?:sqrt|roots?|log|ln|lg|sin|cos|tan|squared|cubed|factorial|twice|thrice|double|triple|times|plus|minus|"
+    r"negative|half|halves|thirds?|quarters?|past|[ap]\.?m|divided|multiplied|power|percent of|[b-hj-z])\b"
+    r"|[=*^\\√!{}|]|\d\s?[+/×÷·-]|[+/×÷·-]\s?\d.*\d|[平立]方|根号|的?倍|除|乘|负|\?$",
+    re.IGNORECASE,
+)
+_SCALED = rf"(?:{_DIGITS})(?:\s?(?:{_SCALE}))*"
+_LONE_NUMBER = re.compile(rf"(?<![\w.,/-])-?[$€£¥]?{_SCALED}(?:\s?%|°)?(?![A-Za-z0-9_/]|[.,]\d)", re.IGNORECASE)
+_VALUE = rf"(?:only |exactly |about |approximately |around |roughly )?(-?[$€£¥]?(?:{_DIGITS}|\\frac).*)"
+_PREDICATE = re.compile(rf"^.*\b(?:is|are|was|were|equals?(?: to)?|be)\s+{_VALUE}$", re.IGNORECASE)
+_COUNTED = re.compile(
+    rf"^(?:[\w\s]+, )?there (?:is|are|were|was) (?:only |exactly |a total of )?({_SCALED})\s+(?!or\b|to\b|and\b)",
+    re.IGNORECASE,
+)
+_QUALIFIED = re.compile(r"^(.+?)\s+(?:with|which|where|when|for|in|on|at)\b(?!\s*[\d$])", re.IGNORECASE)
+_ABOUT = re.compile(r"^(.*?)\s+is (?:the|my) (?:(?:final|correct|right) )?answer$", re.IGNORECASE)
+
+
+def number_in_sentence(text: str) -> Number | None:
+    """Return the number that a sentence such as "There are 5 cats" or "The sum of 2 and 3 is 5" answers with.
+
+    None where it is bounded ("at least 5"), worked with ("3 squared") or not the only one. What is denied is left out.
+    """
+    left = affirmed(text)
+    if left != text and (number := parse_number(left)) is not None:
+        return number
+    text = left
+    if not text or len(text) > 300 or not re.search(r"[ \u4e00-\u9fff]", text):
+        return None
+    text = without_reason(digits_throughout(text))
+    counted = _COUNTED.match(text)
+    if counted:
+        return parse_number(counted[1])
+    for pattern in (_PREDICATE, _ABOUT, _QUALIFIED):
+        part = pattern.match(text)
+        said = part[1].rstrip(". ") if part else ""
+        if said and (number := parse_number(said) or _exact(said)) is not None:
+            return number
+    if BOUND.search(text) or _OPERATION.search(text) or _NO_NUMBER.search(text):
+        return None
+    found = _LONE_NUMBER.findall(text)
+    return parse_number(found[0]) if len(found) == 1 else None
+
+
+@lru_cache(maxsize=65536)
+def read_number(text: str) -> Number | None:
+    """Return the number a final answer stands for: itself a number, one in a sentence, or an exact formula's value."""
+    number = parse_number(text)
+    if number is None and not re.match(r"^[<>≤≥≠±~]|\\(?:geq?|leq?|neq?|pm)\b", text):
+        value = number_value_of_formula(text)
+        number = _exact(text) if value is not None else number_in_sentence(text)
+    return number
+
+
+def _exact(text: str) -> Number | None:
+    value = number_value_of_formula(text)
+    return Number(value, "", None) if isinstance(value, Fraction) else None
+
+
+def number_value_of_formula(text: str) -> Fraction | float | None:
+    """Return what a formula without letters comes to, said in signs or words; None where the text is none."""
+    if not _WORKED.search(text):
+        return None
+    return None if _RANGE.fullmatch(text) else closed_value(spoken_formula(text))
+
+
+_WORKED = re.compile(
+    r"[\\^√∛π=*+/!|()-]|sqrt|pi\b|\b(?:root|squared|cubed|factorial|twice|double|triple|half|times|plus|minus|divided|"
+    r"power)\b|[平立]方|根号|阶乘"
+)
+_RANGE = re.compile(r"\s*\d+(?:\.\d+)?\s*[-–]\s*\d+(?:\.\d+)?\s*")
+
+
+def value_of(text: str) -> Fraction | float | None:
+    """Return the value a final answer stands for, whatever its unit; irrational values as floats."""
+    number = read_number(text)
+    return number_value_of_formula(text) if number is None else number.value
+
+
+# ------------------------------------------------------------------------------------------------------ comparing
+
+
 def equal_numbers(given: Number | None, wanted: Number | None) -> bool:
     """Whether two numbers say the same: equal, or the finer one rounds to the coarser one."""
     if given is None or wanted is None:
         return False
     if given.unit != wanted.unit and given.unit and wanted.unit:
-        (one, size), (other, other_size) = (UNITS.get(number.unit, (number.unit, 1)) for number in (given, wanted))
+        (one, size), (other, other_size) = (_UNITS.get(number.unit, (number.unit, 1)) for number in (given, wanted))
         return one == other and given.value * size == wanted.value * other_size
     if "percent" in (given.unit, wanted.unit) and given.unit != wanted.unit:
         plain, percent = (given, wanted) if wanted.unit == "percent" else (wanted, given)
         if plain.value == percent.value / 100:
             return True
-        if percent is given and abs(plain.value) <= 1:
+        if abs(plain.value) <= 1:
             return False  # 0.5 is not 0.5 %, while 60 may well have meant 60 %
     if given.value == wanted.value:
         return True
@@ -212,39 +301,45 @@ def equal_numbers(given: Number | None, wanted: Number | None) -> bool:
     return False
 
 
+def is_close(given: Fraction | float, wanted: Fraction | float, relative: float) -> bool:
+    """Whether two values differ by at most a share of the second (of 1, where it is smaller)."""
+    if isinstance(given, Fraction) and isinstance(wanted, Fraction):
+        return abs(given - wanted) <= Fraction(relative) * max(1, abs(wanted))
+    try:
+        return abs(float(given) - float(wanted)) <= relative * max(1.0, abs(float(wanted)))
+    except OverflowError:
+        return False
+
+
 def rounds_to(fine: Fraction, coarse: Number) -> bool:
+    """Whether a value rounds to a number with its decimals."""
     return abs(fine - coarse.value) <= Fraction(1, 2) / Fraction(10) ** (coarse.decimals or 0)
 
 
-_LONE_NUMBER = re.compile(rf"(?<![\w.,/-])-?[$€£¥]?(?:{_DIGITS})(?:\s?%|°)?(?![\w/]|[.,]\d)")
+def shown(value: Fraction) -> str:
+    """A value in a few characters; one that no float holds by its size."""
+    try:
+        return f"{float(value):.12g}"
+    except OverflowError:
+        return "a number beyond 10^308"
 
 
-def number_in_sentence(text: str) -> Number | None:
-    """Return the only number of a sentence such as "There are 5 cats"; None where it is hedged or not alone."""
-    if " " not in text or "\\" in text or any(p.search(text) for p in (HEDGED, NO_NUMBER, _CHANGED)):
-        return None
-    found = _LONE_NUMBER.findall(text)
-    words = [word for word in re.findall(r"[a-z]+", text.lower()) if word in _WORDS and word != "one"]
-    if len(found) + len(words) != 1:
-        return None
-    return parse_number((found or words)[0])
-
-
-def decide_number(prediction: str, gold: str, options: Options) -> Decision:
+def decide_number(prediction: str, gold: str, asked: Asked) -> Decision:
+    """The rule for ground truths that are numbers."""
     wanted = parse_number(gold)
     if wanted is None:
         return None
-    given = parse_number(prediction) or number_in_sentence(prediction)
+    given = read_number(prediction)
     if given is None:
-        if re.search(r"[\\^√π=*+/]|sqrt|pi\b|^\d+ ?: ?\d+$", prediction) and not HEDGED.search(prediction):
+        if re.search(r"[\\^√π=*+/]|sqrt|pi\b|^\d+ ?: ?\d+$", prediction) and not BOUND.search(prediction):
             return None  # may be a formula with this value: left to `math`
         return (False, f"no number, expected {gold[:40]}")
-    return (equal_numbers(given, wanted), f"{float(given.value):.12g}, expected {gold[:40]}")
+    return (equal_numbers(given, wanted), f"{shown(given.value)}, expected {gold[:40]}")
 
 
-def decide_relaxed(prediction: str, gold: str, options: Options) -> Decision:
+def decide_relaxed(prediction: str, gold: str, asked: Asked) -> Decision:
     """ChartQA's relaxed accuracy: 5 % of the gold value; years and zero are exact."""
-    wanted, given = parse_number(gold), parse_number(prediction) or number_in_sentence(prediction)
+    wanted, given = parse_number(gold), read_number(prediction)
     if wanted is None or given is None:
         return None
     if given.unit and wanted.unit and given.unit != wanted.unit:
@@ -258,4 +353,4 @@ def decide_relaxed(prediction: str, gold: str, options: Options) -> Decision:
     if wanted.unit == "percent" and not given.unit and abs(value) <= 1 < abs(wanted.value):
         value *= 100
     error = abs(value - wanted.value) / abs(wanted.value)
-    return (error <= Fraction(1, 20), f"off by {float(error):.1%}, 5 % allowed")
+    return (error <= Fraction(1, 20), f"off by {shown(100 * error)} %, 5 % allowed")

@@ -2,11 +2,12 @@
 
 import re
 
-from internvl_mpo.answers.common import Decision, Options, plain_words, said_values
-from internvl_mpo.answers.numbers import equal_numbers, parse_number
+from internvl_mpo.answers.common import NOTHING_ASKED, Asked, Decision, plain_words, said_values
+from internvl_mpo.answers.formulas import decide_math
+from internvl_mpo.answers.numbers import assigned_name, equal_numbers, parse_number
 
 
-def decide_text(prediction: str, gold: str, options: Options) -> Decision:
+def decide_text(prediction: str, gold: str, asked: Asked) -> Decision:
     wanted = plain_words(gold)
     if not wanted:
         return None
@@ -16,11 +17,11 @@ def decide_text(prediction: str, gold: str, options: Options) -> Decision:
     return (True, "same words")
 
 
-_BRACKETED = re.compile(r"(?:.*=\s*)?(?:\\left)?([\[(]).*,.*?(?:\\right)?([\])])")
+_BRACKETED = re.compile(r"(?:.*=\s*)?(?:\\left)?(\\?[\[({]).*,.*?(?:\\right)?(\\?[\])}])")
 
 
 def same_marks(given: str, gold: str) -> bool:
-    """Whether marks that `plain_words` drops agree: both are in (1, 2] or in neither, -x is not x, a/b is not b/a."""
+    """Whether marks that `plain_words` drops agree: the same brackets around (1, 2], -x is not x, a/b is not b/a."""
     if "\\frac" in given and "\\frac" in gold:
         return "".join(given.split()) == "".join(gold.split())
     if bool(re.match(r"-[a-z]", given)) != bool(re.match(r"-[a-z]", gold)):
@@ -28,22 +29,28 @@ def same_marks(given: str, gold: str) -> bool:
     if any(re.search(r"\b[A-Za-z]\s*[-+*/]\s*[A-Za-z]\b", text) for text in (given, gold)):
         return "".join(given.lower().split()) == "".join(gold.lower().split())
     pairs = [_BRACKETED.fullmatch(text) for text in (given, gold)]
-    return not all(pairs) or pairs[0].groups() == pairs[1].groups()
+    return not all(pairs) or [group.strip("\\") for group in pairs[0].groups()] == [
+        group.strip("\\") for group in pairs[1].groups()
+    ]
 
 
 # -- lists
 
+_ELEMENT = re.compile(r"^[A-Za-z]\s*(?:∈|\\in\b)\s*")
 _SEPARATOR = re.compile(r"\s*(?:,\s*and\b|;|,|、|\band\b|&|和)\s*")
 
 
-def decide_list(prediction: str, gold: str, options: Options) -> Decision:
+def decide_list(prediction: str, gold: str, asked: Asked) -> Decision:
     """Several items: numbers in order (in any order inside braces), words in any order."""
+    prediction, gold = (_ELEMENT.sub("", text) for text in (prediction, gold))
     wanted, given = list_items(gold), list_items(prediction)
     if len(wanted) < 2:
         return None
     if len(wanted) != len(given):
         return None
-    any_order = gold.strip().startswith(("{", "\\{")) or not any(parse_number(item) for item in wanted)
+    is_named = all(assigned_name(item) for item in wanted)
+    in_order = not gold.strip().startswith(("{", "\\{")) and any(parse_number(item) for item in wanted)
+    any_order = is_named or not in_order
     pairs = matching(given, wanted) if any_order else zip(given, wanted, strict=True)
     right = pairs is not None and same_marks(prediction, gold) and all(same_item(a, b) for a, b in pairs)
     return (True, "same items") if right else None
@@ -55,8 +62,15 @@ def list_items(text: str) -> list[str]:
 
 
 def same_item(given: str, wanted: str) -> bool:
-    number = parse_number(wanted)
-    return equal_numbers(parse_number(given), number) if number else plain_words(given) == plain_words(wanted)
+    """Equal as numbers, formulas or words; "x = 3" is no value of y."""
+    names = assigned_name(given), assigned_name(wanted)
+    if all(names) and names[0] != names[1]:
+        return False
+    number, other = parse_number(wanted), parse_number(given)
+    if number and other:
+        return equal_numbers(other, number)
+    compared = decide_math(given, wanted, NOTHING_ASKED)
+    return bool(compared and compared[0]) or plain_words(given) == plain_words(wanted)
 
 
 def matching(given: list[str], wanted: list[str]) -> list[tuple[str, str]] | None:
@@ -93,7 +107,7 @@ def anls(prediction: str, gold: str) -> float:
     return 1 - previous[-1] / max(len(a), len(b))
 
 
-def decide_anls(prediction: str, gold: str, options: Options) -> Decision:
+def decide_anls(prediction: str, gold: str, asked: Asked) -> Decision:
     """Text read off a page: a slip of a letter in ten is forgiven, a digit never."""
     if len(prediction) > 2 * len(gold) or re.findall(r"\d", prediction) != re.findall(r"\d", gold):
         return None

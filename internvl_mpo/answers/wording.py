@@ -13,31 +13,13 @@ import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-)
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_VALUES = {word: value for value, word in enumerate(_ONES.split())}
-_VALUES |= {word: 10 * tens for tens, word in enumerate(_TENS.split(), start=2)}
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
-_ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
-_PARTS = {"half": 2, "halves": 2, "quarter": 4, "quarters": 4}
-_PARTS |= {word + end: number for number, word in enumerate(_ORDINALS[2:], start=3) for end in ("", "s")}
-_NUMBER_WORD = "|".join([*_VALUES, "hundred", *_SCALES])
-_SPELLED = re.compile(
-    rf"^(?:a (?=hundred|thousand|million|billion))?"
-    rf"((?:{_NUMBER_WORD})(?:(?: and |[ -])(?:{_NUMBER_WORD}))*)\b"
-)
-_FRACTION = re.compile(rf"^(?:(an?|{'|'.join(_VALUES)})[ -])?({'|'.join(_PARTS)})\b(?! (?:past|to)\b)")
+from internvl_mpo.answers.number_words import ORDINALS, VALUES, in_digits
+
 _ROMAN = re.compile(r"(?=[MDCLXVI]{2})M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 _ROMAN_VALUES = {"M": 1000, "D": 500, "C": 100, "L": 50, "X": 10, "V": 5, "I": 1}
-_HAN = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
-_HAN_SCALES = {"十": 10, "百": 100, "千": 1000, "万": 10_000}
-_HAN_NUMBER = f"[{''.join(_HAN)}{''.join(_HAN_SCALES)}]+"
-
+_CIRCLED = re.compile("[\u2460-\u2473]")  # ①② are two marks, not twelve
 _LEFTOVERS = re.compile(r"</?answer>|</s>|<\|[a-z_]+\|>|^[*_]*(?:final )?answer[*_]*\s*[:：]\s*[*_]*", re.IGNORECASE)
-_JSON = re.compile(r"""[\[{]\s*(?:["'](?:final_)?answer["']\s*:\s*)?["']([^"'{}]*)["']\s*[\]}]""", re.IGNORECASE)
+_JSON = re.compile(r"""[\[{]\s*(?:["'](?:final_)?answer["']\s*:\s*)?["']?([^"'{}:,]*)["']?\s*[\]}]""", re.IGNORECASE)
 _OPENING = re.compile(
     r"^(?:probably|likely|most likely|apparently|maybe|i(?:'d)? (?:think|believe|guess|say|would say)(?: that)?|"
     r"(?:it|this|that) (?:looks like|looks|appears to be|seems to be|must be|should be|is|was)|it's|that's|"
@@ -50,6 +32,10 @@ _ENCLOSED = re.compile(r"^[\[(]\s*(-?[\w./ %]+)\s*[\])]$")
 _SYMBOLS = (
     (re.compile(r"\\infty|\binfinity\b", re.IGNORECASE), "∞"),
     (re.compile(r"\+\s*∞"), "∞"),
+    (re.compile(r"^(?:at least|no (?:less|fewer) than|至少|不少于)\s*(?=[\d.$-])", re.IGNORECASE), "≥"),
+    (re.compile(r"^(?:at most|no more than|up to|至多|最多|不超过)\s*(?=[\d.$-])", re.IGNORECASE), "≤"),
+    (re.compile(r"^(?:more than|greater than|over|above|大于|超过)\s*(?=[\d.$-])", re.IGNORECASE), ">"),
+    (re.compile(r"^(?:less than|fewer than|under|below|小于|少于)\s*(?=[\d.$-])", re.IGNORECASE), "<"),
     (re.compile(r"\\geq?(?![a-z])|>="), "≥"),
     (re.compile(r"\\leq?(?![a-z])|<="), "≤"),
     (re.compile(r"\\neq?(?![a-z])|!="), "≠"),
@@ -70,11 +56,7 @@ _DIGITS = (
     (re.compile(r"^(?:#|no\. ?|number )(?=\d)", re.IGNORECASE), ""),
     (re.compile(r"^\$([\d.,/-]+)\$ ?(?=[a-z°%])", re.IGNORECASE), r"\1 "),
     (re.compile(r"(?<=\d)~(?=[a-z])", re.IGNORECASE), " "),
-    (re.compile(r"(?<=\d)[kK]$"), " thousand"),
-    (re.compile(r"(?<=\d)\s?(?:M|mn|mln)$"), " million"),
-    (re.compile(r"(?<=\d)\s?(?:B|bn)$"), " billion"),
     (re.compile(r"^([A-Za-z])\s*≈\s*"), r"\1 = "),
-    (re.compile(r"^(\d+)(?:x|-fold)$"), r"\1"),
     (re.compile(r"^(?:between|from) (\S+) (?:and|to) (\S+)$", re.IGNORECASE), r"\1-\2"),
     (re.compile(r"^(-?[\d.,]+) to (-?[\d.,]+)$", re.IGNORECASE), r"\1-\2"),
     (re.compile(r"^-?10\^\{?(-?\d{1,2})\}?$"), lambda match: f"1 x 10^{match[1]}"),
@@ -90,8 +72,8 @@ _SPELLINGS |= {"grey": "gray", "colour": "color", "centre": "center", "yep": "ye
 _SPELLINGS |= {"nope": "no", "correct": "yes", "incorrect": "no", "wrong": "no", "absolutely": "yes"}
 _SPELLINGS |= {"affirmative": "yes", "certainly": "yes", "usa": "united states", "us": "united states"}
 _SPELLINGS |= {"uk": "united kingdom", "dne": "does not exist", "没有": "否", "有": "是"}
-_SPELLINGS |= {f"{n}{end}": word for n, word in enumerate(_ORDINALS, start=1) for end in ("st", "nd", "rd", "th")}
-_SPELLINGS |= {"dozen": "12", "a dozen": "12", "none": "0", "nil": "0", "null": "0"}
+_SPELLINGS |= {f"{n}{end}": word for n, word in enumerate(ORDINALS, start=1) for end in ("st", "nd", "rd", "th")}
+_SPELLINGS |= {"none": "0", "nil": "0", "null": "0"}
 _UNIT_WORDS = (
     (r"\b(?:square|sq\.?)\s(\w+)|平方(\w+)", r"\1\2^2"),
     (r"\bcubic\s(\w+)|立方(\w+)", r"\1\2^3"),
@@ -195,7 +177,7 @@ _RATIO = re.compile(r"(\d+(?:\.\d+)?) ?(?::|/|to|比) ?(\d+(?:\.\d+)?)")
 @lru_cache(maxsize=65536)
 def reword(text: str) -> str:
     """Return an answer in one wording; see the module. Letters keep their case where it may matter."""
-    text = unicodedata.normalize("NFKC", text).strip()
+    text = unicodedata.normalize("NFKC", _CIRCLED.sub(lambda match: f"({match[0]})", text)).strip()
     text = _LEFTOVERS.sub("", text).strip()
     quoted = _JSON.fullmatch(text)
     text = quoted[1].strip() if quoted else text
@@ -206,7 +188,7 @@ def reword(text: str) -> str:
     text = _REASON.sub("", text) or text
     for pattern, sign in _SYMBOLS:
         text = pattern.sub(sign, text)
-    text = _words_to_digits(text)
+    text = in_digits(text)
     for pattern, sign in _DIGITS:
         text = pattern.sub(sign, text)
     key = text.lower().rstrip(".")
@@ -215,59 +197,9 @@ def reword(text: str) -> str:
     return _clock(text) or _measure(text) or text
 
 
-def _words_to_digits(text: str) -> str:
-    """A number written in words, at the beginning of the text."""
-    sign = re.match(r"(?:minus|negative) ", text, re.IGNORECASE)
-    start = sign.end() if sign else 0
-    lowered = text.lower()[start:]
-    part = _FRACTION.match(lowered)
-    if part and (part[1] or part[2] == "half"):
-        over = _VALUES.get(part[1] or "a", 1)
-        return text[:start] + f"{over}/{_PARTS[part[2]]}" + text[start + part.end() :]
-    said = _SPELLED.match(lowered)
-    if said and re.search(r"[ -]", said[0]):
-        return text[:start] + str(_spelled_value(said[1])) + text[start + said.end() :]
-    percent = re.fullmatch(rf"百分之({_HAN_NUMBER})", text)
-    if percent:
-        return f"{_han_value(percent[1])}%"
-    share = re.fullmatch(rf"({_HAN_NUMBER})分之({_HAN_NUMBER})", text)
-    if share:
-        return f"{_han_value(share[2])}/{_han_value(share[1])}"
-    han = re.match(rf"({_HAN_NUMBER})(?=$|[个只条张本人岁年天点名件块元米])", text)
-    if han:
-        return f"{_han_value(han[1])}{text[han.end() :]}"
-    return text
-
-
-def _spelled_value(words: str) -> int:
-    total = group = 0
-    for word in re.split(r"[ -]", words):
-        if word in _VALUES:
-            group += _VALUES[word]
-        elif word == "hundred":
-            group = max(group, 1) * 100
-        elif word in _SCALES:
-            total += max(group, 1) * _SCALES[word]
-            group = 0
-    return total + group
-
-
-def _han_value(text: str) -> int:
-    total = group = digit = 0
-    for character in text:
-        if character in _HAN:
-            digit = 10 * digit + _HAN[character]
-        elif character == "万":
-            total, group, digit = total + (group + digit) * 10_000, 0, 0
-        else:
-            group += (digit or 1) * _HAN_SCALES[character]
-            digit = 0
-    return total + group + digit
-
-
 def _clock(text: str) -> str | None:
     """A time of day as "14:30", or "2:30?" where half of the day is not said; a bare number is none."""
-    lowered = _words_to_digits(text.lower())
+    lowered = in_digits(text.lower())
     if lowered in ("noon", "midday", "midnight"):
         return "0:00" if lowered == "midnight" else "12:00"
     said = _SAID_CLOCK.match(" ".join(_VALUES_IN_TEXT.get(word, word) for word in lowered.removeprefix("a ").split()))
@@ -287,7 +219,7 @@ def _clock(text: str) -> str | None:
     return f"{hour}:{minute:02d}"
 
 
-_VALUES_IN_TEXT = {word: str(value) for word, value in _VALUES.items()}
+_VALUES_IN_TEXT = {word: str(value) for word, value in VALUES.items()}
 
 
 def _measure(text: str) -> str | None:
@@ -410,7 +342,7 @@ def _same_letters(given: str, wanted: str) -> bool:
     if not _WORDS.fullmatch(given) or not _WORDS.fullmatch(wanted):
         return False
     a, b = _bare(given), _bare(wanted)
-    if _joined(a) & _joined(b):
+    if _joined(a) & _joined(b) or _joined(_singular(a)) & _joined(_singular(b)):
         return True
     if {a, b} & {"no", "not", "any", "every", "some"}:
         return False  # "no one" is not "no"
@@ -422,9 +354,42 @@ _WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W_]+(?:[ .'’-]{1,2}[^\W_]+)*\.?")
 
 def _bare(text: str) -> str:
     text = "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
-    words = [_SPELLINGS[word] if word in ("grey", "colour", "centre") else word for word in text.split()]
-    text = " ".join(words)
+    text = " ".join(_american(word) for word in text.split())
     return text.removesuffix("的").removesuffix("色") or text
+
+
+# British words whose American spelling follows no ending
+_BRITISH_AND_AMERICAN = (
+    "grey gray, aluminium aluminum, tyre tire, pyjama pajama, plough plow, cheque check, programme program, kerb curb, "
+    "jewellery jewelry, aeroplane airplane, doughnut donut, moustache mustache, sceptical skeptical, mould mold, "
+    "storey story, catalogue catalog, dialogue dialog, analogue analog, defence defense, licence license, metre meter, "
+    "centre center, theatre theater, litre liter, fibre fiber, kilometre kilometer, centimetre centimeter, "
+    "millimetre millimeter, sabre saber, sombre somber, traveller traveler, travelling traveling, cancelled canceled, "
+    "labelled labeled, modelling modeling, yoghurt yogurt"
+)
+_BRITISH = dict(pair.split() for pair in _BRITISH_AND_AMERICAN.split(", "))
+_OUR = re.compile(r"^(col|fav|flav|harb|hon|hum|lab|neighb|od|parl|rum|sav|vap|vig|behavi|arm|endeav|sple?nd)our")
+
+
+def _american(word: str) -> str:
+    """A word in American spelling: colour is color, theatre is theater."""
+    singular = word.removesuffix("s") if not word.endswith("ss") else word
+    if singular in _BRITISH:
+        return _BRITISH[singular] + word[len(singular) :]
+    return _BRITISH.get(word) or _OUR.sub(r"\1or", word)
+
+
+def _singular(text: str) -> str:
+    """Words without the plural's ending: "two red buses" is "two red bus"."""
+    return " ".join(_without_plural(word) for word in text.split())
+
+
+def _without_plural(word: str) -> str:
+    if len(word) < 3 or not word.endswith("s") or word.endswith(("ss", "us", "is", "'s", "’s")):
+        return word
+    if word.endswith(("ses", "xes", "zes", "ches", "shes")):
+        return word[:-2]
+    return word[:-3] + "y" if word.endswith("ies") and len(word) > 4 else word[:-1]
 
 
 def _generic(text: str) -> str:

@@ -12,7 +12,7 @@ Rules
 - vlmevalkit (utils/crpe.py, also internvl's protocol): of a chain of thought the first marked answer; the first
   character if it is A-D; any other reply longer than a character is **right**, because the gold answer has no text to
   look for. The original crashes on an empty reply; here it is wrong.
-- ours: the strict option rule of `extraction.choose_option`.
+- ours: the option that `internvl_mpo.answers` reads.
 """
 
 import re
@@ -81,7 +81,7 @@ def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode 
     text = reply_text(answer)
     gold = example.answer or ""
     if rule == "ours":
-        letter, reason = choose_option(text, example.choices or "ABCD")
+        letter, reason = choose_option(text, example.choices or "ABCD", example.question)
     elif rule == "official":
         letter, reason = (text, "one character") if len(text) == 1 else (None, "not exactly one character")
         gold = gold if len(gold) == 1 else ""

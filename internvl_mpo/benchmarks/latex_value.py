@@ -93,7 +93,7 @@ def latex_value(text: str, *, whole: bool = False, rational: bool = False, a: Nu
     Args:
         text: LaTeX, dollar signs allowed.
         whole: refuse text after the expression and relations, which the official pair passes over.
-        rational: roots, pi, functions and factorials have no value, as where `math` is not imported.
+        rational: roots, pi, functions, factorials and "x = 5" have no value, as where `math` is not imported.
         a: value of the letter a, if it has one.
     """
     if len(text) > MAX_CHARS:
@@ -143,7 +143,7 @@ class _Parser:
         self.advance()
 
     def relation(self, whole: bool) -> Number:
-        if self.kind == "letter":
+        if self.kind == "letter" and not self.rational:
             start = self.position, self.token, self.kind
             self.advance()
             if self.token == "=":  # "x = 5" is 5

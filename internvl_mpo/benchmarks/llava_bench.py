@@ -18,6 +18,7 @@ Rules for a judge's reply
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def parse_reply(reply: str, rule: Rule = "ours") -> Pair | None:
             return (float(words[0]), float(words[1])) if len(words) == 2 else _FAILED
         except ValueError:
             return _FAILED
-    first_line = reply.strip().split("\n", 1)[0]
+    first_line = unicodedata.normalize("NFKC", reply).strip().split("\n", 1)[0]
     match = _RATINGS.fullmatch(first_line) if len(first_line) < 80 else None
     if match is None:
         return None
@@ -113,7 +114,9 @@ def parse_reply(reply: str, rule: Rule = "ours") -> Pair | None:
     return pair if all(1 <= rating <= 10 for rating in pair) else None
 
 
-_RATINGS = re.compile(r"[^\w.-]*(\d{1,2}(?:\.\d+)?)(?:\s?/\s?10)?[\s,;|*]+(\d{1,2}(?:\.\d+)?)(?:\s?/\s?10)?[^\w-]*")
+_RATINGS = re.compile(
+    r"[\s*_`\"'(\[]*(\d{1,2}(?:\.\d+)?)(?:\s?/\s?10)?[\s,;|*]+(\d{1,2}(?:\.\d+)?)(?:\s?/\s?10)?[\s*_`\"')\].,]*"
+)
 
 
 def score(

@@ -13,7 +13,7 @@ Rules
 - internvl (scienceqa/evaluate_scienceqa.py): of a chain of thought the first marked answer; one character is the
   answer; else the first *character* if it is an option letter ("Cannot tell" is C); else the first option whose text
   occurs, case-sensitive; else "X." or "(X)". The original crashes on "(B"; here it is unanswered.
-- ours: the strict option rule of `extraction.choose_option`; several options, or none, are unanswered.
+- ours: the option that `internvl_mpo.answers` reads; several options, none, or one that is denied are unanswered.
 """
 
 import re
@@ -73,7 +73,7 @@ def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode 
     """Return whether the answer names the gold option; see the rules above."""
     text = reply_text(answer)
     if rule == "ours":
-        letter, reason = choose_option(text, example.choices)
+        letter, reason = choose_option(text, example.choices, example.question)
     elif rule == "official":
         letter, reason = _official(text, example.choices)
     else:

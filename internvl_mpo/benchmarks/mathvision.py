@@ -14,8 +14,9 @@ Rules
   equals the gold answer as text or as a number within 1e-6. Upstream evaluates both as Python first, so "5 or 6" is 5,
   5^2 is 7 too, and "A" is any number: its variable a holds the gold value at that moment. `python_value` does the
   arithmetic of that without running anything.
-- ours: the last marked or boxed answer; the strict option rule, or the same text or number (within 1e-6, units and
-  degrees ignored). A two-decimal rounding of an irrational gold answer is not the answer.
+- ours: the last marked or boxed answer, else the last line; options as `internvl_mpo.answers` reads them, or the same
+  text, number (within 1e-6, units and degrees ignored), items in the same brackets, or formula. A two-decimal rounding of
+  an irrational gold answer is not the answer.
 """
 
 import re
@@ -23,6 +24,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from internvl_mpo.answers.common import NOTHING_ASKED, clean_answer
+from internvl_mpo.answers.formulas import decide_math
+from internvl_mpo.answers.numbers import is_close, value_of
+from internvl_mpo.answers.texts import decide_list
 from internvl_mpo.benchmarks.common import (
     LETTERS,
     SLOW_REPLY,
@@ -35,7 +40,7 @@ from internvl_mpo.benchmarks.common import (
     reply_text,
     summarise_accuracy,
 )
-from internvl_mpo.benchmarks.extraction import choose_option, final_segment, quantity, vlmevalkit_option
+from internvl_mpo.benchmarks.extraction import choose_option, short_answer, vlmevalkit_option
 from internvl_mpo.benchmarks.latex_value import latex_value
 from internvl_mpo.benchmarks.python_value import python_value
 from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows
@@ -264,26 +269,16 @@ def _close(given: complex | None, wanted: complex) -> bool:
 
 def _ours(example: Example, text: str) -> tuple[bool, str | None, str]:
     if example.choices:
-        letter, reason = choose_option(text, example.choices)
+        letter, reason = choose_option(text, example.choices, example.question)
         return letter == example.answer, letter, reason
-    said = final_segment(text).text.strip(" \t\n$*_`.。").strip()
-    if not said or "\n" in said:
-        return False, None, "empty" if not said else "several lines and no marked answer"
-    if said.lower() == (example.answer or "").lower():
+    said, gold = short_answer(text), clean_answer(example.answer or "")
+    if not said:
+        return False, None, "empty"
+    if said.lower() == gold.lower():
         return True, said, "same text"
-    given, gold = quantity(said), quantity(example.answer or "")
-    if given is not None and gold is not None:
-        same = abs(given - gold) <= 1e-6 * max(1, abs(gold))
-        return same, said, "same number" if same else f"{given:.6g}, expected {gold:.6g}"
-    parts, wanted = _parts(said), _parts(example.answer or "")
-    if wanted is not None and parts is not None and len(parts) == len(wanted):
-        values = [(quantity(a), quantity(b)) for a, b in zip(parts, wanted, strict=True)]
-        if all(None not in pair and abs(pair[0] - pair[1]) <= 1e-6 * max(1, abs(pair[1])) for pair in values):
-            return True, said, "same numbers"
-    return False, said, "differs"
-
-
-def _parts(text: str) -> list[str] | None:
-    """The elements of "(1, 2)", None where there are fewer than two."""
-    parts = text.strip(" $").removeprefix("\\{").removesuffix("\\}").strip("()[]{} ").split(",")
-    return parts if len(parts) > 1 else None
+    given, wanted = value_of(said), value_of(gold)
+    if given is not None and wanted is not None:
+        same = is_close(given, wanted, 1e-6)
+        return same, said, "same number" if same else f"{said[:40]}, expected {gold}"
+    same = any((rule(said, gold, NOTHING_ASKED) or (False,))[0] for rule in (decide_list, decide_math))
+    return bool(same), said, "same items or formula" if same else "differs"

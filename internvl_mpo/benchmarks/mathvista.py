@@ -15,8 +15,8 @@ Rules
 - internvl: of a chain of thought the first marked answer, then official.
 - vlmevalkit (utils/mathvista.py, November 2024, no judge): the option inferred from the reply, or a reply that is a
   number; decimal numbers must be equal exactly; lists and the answer 0 are never right.
-- ours: the last marked or boxed answer; the strict option rule; numbers with separators, units, percent and fractions,
-  equal after rounding to the question's precision; lists element by element. 3.9 is not 3.
+- ours: the last marked or boxed answer, else the last line; options and numbers as `internvl_mpo.answers` reads them,
+  numbers equal after rounding to the question's precision; lists element by element. 3.9 is not 3, nor is "at least 3".
 """
 
 import re
@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from internvl_mpo.answers.numbers import value_of
 from internvl_mpo.benchmarks.common import (
     LETTERS,
     MAX_REPLY,
@@ -37,7 +38,7 @@ from internvl_mpo.benchmarks.common import (
     reply_text,
     summarise_accuracy,
 )
-from internvl_mpo.benchmarks.extraction import MAX_LINE, choose_option, final_segment, quantity, vlmevalkit_option
+from internvl_mpo.benchmarks.extraction import choose_option, short_answer, vlmevalkit_option
 from internvl_mpo.benchmarks.judging import fill
 from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows
 from internvl_mpo.prompts import ask
@@ -185,7 +186,7 @@ def _official(example: Example, text: str) -> tuple[str | None, str]:
         number = float(text)
         if kind == "integer":
             return str(int(number)), "whole part"
-        return str(round(number, example.details["precision"])), "rounded to the precision"
+        return str(round(number, int(example.details["precision"]))), "rounded to the precision"
     except (ValueError, OverflowError, TypeError):
         return None, "not a number"
 
@@ -258,40 +259,22 @@ def _vlmevalkit(example: Example, text: str) -> tuple[bool, str | None, str]:
 
 def _ours(example: Example, text: str) -> tuple[bool, str | None, str]:
     if example.choices:
-        letter, reason = choose_option(text, example.choices)
+        letter, reason = choose_option(text, example.choices, example.question)
         choice = example.choices[LETTERS.index(letter)] if letter else None
         return choice == example.answer, choice, reason
-    segment = final_segment(text)
-    said = segment.text.strip(" \t\n$*_`").rstrip(".").strip()
-    if segment.how == "whole":
-        said = said.rsplit("\n", 1)[-1]
+    said = short_answer(text)
     if not said:
         return False, None, "empty"
     if example.groups["answer_type"][0] == "list":
         numbers, gold = _numbers(said), _numbers(example.answer or "")
         return numbers == gold and bool(gold), said if numbers else None, "element by element"
-    number = _number(said)
-    if number is None:
+    number, gold_number = value_of(said), value_of(example.answer or "")
+    if number is None or gold_number is None:
         return False, None, "no number, or several"
     precision = example.details["precision"] or 0
-    gold_number = float(example.answer or "nan")
     right = abs(number - gold_number) <= (0.5 * 10**-precision + 1e-9 if precision else 1e-9)
-    return right, said, "equal" if right else f"{number:.6g}, expected {example.answer}"
-
-
-_IN_SENTENCE = re.compile(r"(?<![\w.,/^-])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w|[./,^]\w)")
-
-
-def _number(text: str) -> float | None:
-    """The number a final answer consists of, or the only one of its line; None where there are several."""
-    if len(text) > MAX_LINE:
-        return None
-    value = quantity(text)
-    if value is not None:
-        return float(value)
-    found = _IN_SENTENCE.findall(text)
-    return float(found[0].replace(",", "")) if len(found) == 1 else None
+    return right, said, "equal" if right else f"{said[:40]}, expected {example.answer}"
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)][:50]
+    return [float(number) for number in re.findall(r"-?\d{1,300}(?:\.\d{1,300})?", text)][:50]

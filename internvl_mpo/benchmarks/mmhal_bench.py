@@ -11,10 +11,12 @@ InternVL's gpt-4o. `JUDGE_PROMPT` is worded by us; give the original's text with
 Rules for a judge's reply
 - official (eval_gpt_mmhal.py): exactly one of "rating: 0" ... "rating: 6" occurs in the lower-cased reply, otherwise 0,
   which also counts as a hallucination. "Rating: 10" is 1, "Rating: 4.5" is 4, "**Rating:** 5" and "Rating:5" are 0.
-- ours: the last rating line, bold or not, with a whole number from 0 to 6; other replies leave the answer unscored.
+- ours: one rating line, bold or not, with a whole number from 0 to 6; other replies, and two ratings that differ, leave
+  the answer unscored.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,13 +102,15 @@ def judge_request(example: Example, answer: str, template: str = JUDGE_PROMPT) -
 def parse_reply(reply: str, rule: Rule = "ours") -> int | None:
     """Return the rating in a judge's reply, None where there is none."""
     if rule == "ours":
-        ratings = _RATING.findall(reply[-20_000:])
-        return int(ratings[-1]) if ratings and re.fullmatch("[0-6]", ratings[-1]) else None
+        ratings = {rating.strip() for rating in _RATING.findall(unicodedata.normalize("NFKC", reply[-20_000:]))}
+        match = _ON_THE_SCALE.fullmatch(ratings.pop()) if len(ratings) == 1 else None
+        return int(match[1]) if match else None
     found = [rating for rating in range(7) if f"rating: {rating}" in reply.lower()]
     return found[0] if len(found) == 1 else 0
 
 
-_RATING = re.compile(r"\brating[\s*_]{0,4}[:：][\s*_]{0,4}(-?\d[\d.]{0,6}?)(?![\d]|\.\d)", re.IGNORECASE)
+_RATING = re.compile(r"\brating[\s*_]{0,4}:[\s*_]{0,4}([^\n]{0,40})", re.IGNORECASE)
+_ON_THE_SCALE = re.compile(r"([0-6])(?:\s?(?:/|out of)\s?6)?[\s*_.`\"')]*(?:[,;(–—-](?!\s?\d)\s?[^\d]*)?")
 
 
 def score(

@@ -15,6 +15,7 @@ Rules for a judge's reply
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,17 @@ def judge_request(example: Example, answer: str, template: str = JUDGE_PROMPT) -
 def parse_reply(reply: str, rule: Rule = "ours") -> float | None:
     """Return the score in a judge's reply, None where there is none."""
     if rule == "ours":
-        match = _GRADE.fullmatch(reply)
+        match = _GRADE.fullmatch(unicodedata.normalize("NFKC", reply))
         return float(match.group(1)) if match else None
     number = finite(reply.split(" ")[0] if rule == "official" else reply)
     return number if number is not None and 0 <= number <= 1 else 0.0
 
 
-_GRADE = re.compile(r"\W{0,8}(?:(?:correctness|score|grade)\W{1,8}){0,2}(0(?:\.\d+)?|1(?:\.0+)?|\.\d+)\W{0,8}", re.I)
+# No sign before the number but a plus: "-0.1" and ">0.5" are no grades.
+_GRADE = re.compile(
+    r"[\s*_`\"'(\[]{0,8}(?:(?:correctness|score|grade)[\s*_:=]{1,8}){0,2}\+?(0(?:\.\d+)?|1(?:\.0+)?|\.\d+)[\s*_`\"')\].]{0,8}",
+    re.I,
+)
 
 
 def score(

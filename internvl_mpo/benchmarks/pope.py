@@ -12,9 +12,10 @@ Rules
   a refusal, Chinese.
 - internvl: official, on a chain of thought's first marked answer.
 - vlmevalkit: of a chain of thought the first marked answer; then the words yes and no after removal of punctuation.
-  Both or neither is Unknown, which counts as not yes.
-- ours: the last marked answer; a leading yes or no, else whichever of the two alone occurs. Anything else is
-  unanswered and wrong whatever the label: a false negative or a false positive.
+  Both or neither is Unknown: not yes for F1, wrong for accuracy.
+- ours: the last marked answer; yes or no as a word, at the beginning, or said in a plain sentence about what was asked
+  ("There is no dog."). Both, neither, a hedge or a question is unanswered and wrong whatever the label: a false negative
+  or a false positive.
 """
 
 import re
@@ -23,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from internvl_mpo.answers.yes_no import yes_or_no
 from internvl_mpo.benchmarks.common import (
     MAX_REPLY,
     SLOW_REPLY,
@@ -37,7 +39,7 @@ from internvl_mpo.benchmarks.common import (
     percent,
     reply_text,
 )
-from internvl_mpo.benchmarks.extraction import final_segment
+from internvl_mpo.benchmarks.extraction import MAX_CHARS, final_segment
 from internvl_mpo.benchmarks.sources import image_source, read_rows
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.prompts import ask, strip_answer_instruction
@@ -88,7 +90,7 @@ def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode 
     text = reply_text(answer, SLOW_REPLY if rule == "vlmevalkit" else MAX_REPLY)
     if mode == "cot" and rule in ("internvl", "vlmevalkit"):
         text = first_marked_answer(text).strip()
-    said, reason = _READERS[rule](text)
+    said, reason = _ours(text, example.question) if rule == "ours" else _READERS[rule](text)
     return Score(
         id=example.id,
         value=float(said == example.answer),
@@ -106,6 +108,7 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     categories = {
         category: {
             **_rates(Counter(outcome[1:] for outcome in outcomes if outcome[0] == category)),
+            "accuracy": percent([s.value for s in scored if s.groups["category"][0] == category]),
             "yes_ratio": percent([s.extracted == "yes" for s in scored if s.groups["category"][0] == category]),
             "num_examples": num,
         }
@@ -131,6 +134,11 @@ def _official(text: str) -> tuple[str, str]:
     return ("no", f"word {negation.group(1)}") if negation else ("yes", "no negation in the first sentence")
 
 
+def _ours(text: str, question: str) -> tuple[str | None, str]:
+    said = yes_or_no(final_segment(text).text[:MAX_CHARS], question or "Is it there?")
+    return said, f"says {said}" if said else "neither yes nor no, or both"
+
+
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
@@ -150,22 +158,7 @@ def _vlmevalkit(text: str) -> tuple[str | None, str]:
     return None, "both yes and no" if "yes" in words else "neither yes nor no"
 
 
-_YES_OR_NO = re.compile(r"\b(?:(yes)|(no|not|isn't|isnt|aren't))\b|(是的?|有)|(不是|没有|否|不)", re.IGNORECASE)
-_LEADING = re.compile(r"\W*(?:(yes)\b|(no)\b)", re.IGNORECASE)
-
-
-def _ours(text: str) -> tuple[str | None, str]:
-    text = final_segment(text).text
-    leading = _LEADING.match(text)
-    if leading:
-        return ("yes" if leading.group(1) else "no"), "leading word"
-    said = {"yes" if match.group(1) or match.group(3) else "no" for match in _YES_OR_NO.finditer(text)}
-    if len(said) == 1:
-        return said.pop(), "the only one of yes and no"
-    return None, "both yes and no" if said else "neither yes nor no"
-
-
-_READERS = {"ours": _ours, "official": _official, "internvl": _official, "vlmevalkit": _vlmevalkit}
+_READERS = {"official": _official, "internvl": _official, "vlmevalkit": _vlmevalkit}
 
 
 def _outcome(score: Score, rule: Rule) -> tuple[bool, bool]:
@@ -178,15 +171,13 @@ def _outcome(score: Score, rule: Rule) -> tuple[bool, bool]:
 
 def _rates(counts: Mapping[tuple[bool, bool], int]) -> dict[str, float | None]:
     true_yes, false_yes = counts.get((True, True), 0), counts.get((False, True), 0)
-    false_no, true_no = counts.get((True, False), 0), counts.get((False, False), 0)
-    total = true_yes + false_yes + false_no + true_no
+    false_no = counts.get((True, False), 0)
 
     def ratio(part: int, whole: int) -> float | None:
         return 100 * part / whole if whole else None
 
     return {
         "f1": ratio(2 * true_yes, 2 * true_yes + false_yes + false_no),
-        "accuracy": ratio(true_yes + true_no, total),
         "precision": ratio(true_yes, true_yes + false_yes),
         "recall": ratio(true_yes, true_yes + false_no),
     }
