@@ -15,8 +15,8 @@ Rules
   5^2 is 7 too, and "A" is any number: its variable a holds the gold value at that moment. `python_value` does the
   arithmetic of that without running anything.
 - ours: the last marked or boxed answer, else the last line; options as `internvl_mpo.answers` reads them, or the same
-  text, number (within 1e-6, units and degrees ignored), items in the same brackets, or formula. A two-decimal rounding of
-  an irrational gold answer is not the answer.
+  text, number (within 1e-6, units and degrees ignored), items in the same brackets, or formula. A two-decimal rounding
+  of an irrational gold answer is not the answer.
 """
 
 import re

@@ -14,8 +14,8 @@ Rules
 - vlmevalkit: of a chain of thought the first marked answer; then the words yes and no after removal of punctuation.
   Both or neither is Unknown: not yes for F1, wrong for accuracy.
 - ours: the last marked answer; yes or no as a word, at the beginning, or said in a plain sentence about what was asked
-  ("There is no dog."). Both, neither, a hedge or a question is unanswered and wrong whatever the label: a false negative
-  or a false positive.
+  ("There is no dog."). Both, neither, a hedge or a question is unanswered and wrong whatever the label: a false
+  negative or a false positive.
 """
 
 import re
