@@ -147,7 +147,7 @@ def measure_group(
                     raise RowError(f"image '{name}' cannot be decoded ({error})", where) from error
     before, *after = prompt.split(family.placeholder(processor))
     bare = before + "".join(cost.text + text for cost, text in zip(costs, after, strict=True))
-    prompt_tokens = len(processor.tokenizer(bare)["input_ids"]) + sum(cost.left_out for cost in costs)
+    prompt_tokens = len(family.tokenize(processor, bare)) + sum(cost.left_out for cost in costs)
     _check_room(prompt_tokens, max_length, where)
     responses, _, num_cut = _responses(family, processor, pairs, prompt, max_length - prompt_tokens)
     num_tokens = prompt_tokens + tree_tokens(responses)

@@ -109,6 +109,10 @@ class Family(ABC):
     def render(self, processor: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Return a conversation as text, one `placeholder` for each picture."""
 
+    def tokenize(self, processor: Any, text: str) -> list[int]:
+        """Return the token ids of a prompt, with whatever the tokenizer puts before it."""
+        return list(processor.tokenizer(text)["input_ids"])
+
     @abstractmethod
     def encode(self, processor: Any, prompt: str, images: Sequence[Image.Image], max_tiles: int) -> Prompt:
         """Tokenize a rendered prompt and cut its pictures.

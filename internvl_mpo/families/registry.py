@@ -9,9 +9,19 @@ from torch import nn
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.contract import Family
+from internvl_mpo.families.idefics3 import Idefics3
+from internvl_mpo.families.internvl import InternVL
 from internvl_mpo.families.internvl_chat import InternVLChat
+from internvl_mpo.families.llava import Llava
+from internvl_mpo.families.llava_next import LlavaNext
+from internvl_mpo.families.llava_onevision import LlavaOnevision
+from internvl_mpo.families.qwen2_vl import Qwen2VL
+from internvl_mpo.families.qwen3_vl import Qwen3VL
 
-FAMILIES: tuple[Family, ...] = (InternVLChat(),)
+FAMILIES: tuple[Family, ...] = (
+    *(InternVLChat(), InternVL(), Qwen2VL(), Qwen3VL()),
+    *(Llava(), LlavaNext(), LlavaOnevision(), Idefics3()),
+)
 
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 _BY_PROCESSOR = {processor: family for family in FAMILIES for processor in family.processors}

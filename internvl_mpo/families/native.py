@@ -1,0 +1,231 @@
+"""What the families have in common whose model, processor and chat template are transformers' own.
+
+A family file on top of this one says what its pictures cost and what its vision tower takes; the rest is here.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.families.contract import Family, Message, Part, Prompt, Turn
+from internvl_mpo.packing import Group, Pack
+from internvl_mpo.records import IMAGE_PLACEHOLDER
+from modeling_internvl_mpo.image_processing_internvl_mpo import to_rgb
+
+# Decoders whose attention a pack serves: causal over the whole context, no sinks, no soft caps on scores or logits.
+DECODERS = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+STANDARD_PARTS: dict[Part, tuple[str, ...]] = {
+    "vision tower": (".model.vision_tower.",),
+    "projector": (".model.multi_modal_projector.", ".model.image_newline"),
+    "language model": (".model.language_model.", ".lm_head."),
+}
+
+
+class NativeFamily(Family):
+    """A family of transformers.
+
+    Attributes:
+        decoders: `model_type` of the language models it takes.
+        towers: `model_type` of the vision towers it takes; empty takes all.
+    """
+
+    decoders: ClassVar[tuple[str, ...]] = DECODERS
+    towers: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[Mapping[Part, tuple[str, ...]]] = STANDARD_PARTS
+    keep_wide = ("vision_tower", "multi_modal_projector", "lm_head")
+
+    # --- before anything heavy ----------------------------------------------------------------------------------------
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+        kind = text.get("model_type", self.decoders[0])
+        if kind not in (*self.decoders, *self.model_types):
+            raise BadInputError(
+                f"{self.name} with a language model of type '{kind}' is not supported: its attention is another than "
+                f"packs are laid out for; supported are {', '.join(self.decoders)}"
+            )
+        tower = vision.get("model_type")
+        if self.towers and tower is not None and tower not in self.towers:
+            raise BadInputError(
+                f"{self.name} with a vision tower of type '{tower}' is not supported; expected one of "
+                f"{', '.join(self.towers)}"
+            )
+        slides = text.get("use_sliding_window", text.get("sliding_window") is not None)
+        if slides or "sliding_attention" in (text.get("layer_types") or ()):
+            raise BadInputError(
+                f"the language model attends to its last {text.get('sliding_window')} tokens only, which packs do not "
+                "serve; set use_sliding_window to false (or sliding_window to null) in config.json if it was trained so"
+            )
+
+    def load_processor(self, source: str) -> Any:
+        processor = load_native_processor(source)
+        if not getattr(processor, "chat_template", None):
+            raise BadInputError(f"{source} has no chat template; give the folder of a chat model")
+        return processor
+
+    # --- a question becomes a prompt ----------------------------------------------------------------------------------
+
+    def placeholder(self, processor: Any) -> str:
+        return processor.image_token
+
+    def reserved(self, processor: Any) -> tuple[str, ...]:
+        tokens = (processor.image_token, getattr(processor, "video_token", None))
+        vocabulary = processor.tokenizer.get_vocab()
+        return tuple(token for token in tokens if token in vocabulary)
+
+    def render(self, processor: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        parts = [{"role": message["role"], "content": content_parts(message["content"])} for message in messages]
+        return processor.apply_chat_template(parts, add_generation_prompt=add_generation_prompt, tokenize=False)
+
+    def tokenize(self, processor: Any, text: str) -> list[int]:
+        return processor.tokenizer(text, add_special_tokens=not begins(processor.tokenizer, text))["input_ids"]
+
+    def encode(self, processor: Any, prompt: str, images: Sequence[Image.Image], max_tiles: int) -> Prompt:
+        if not images:
+            return Prompt(self.tokenize(processor, prompt))
+        features = processor(
+            text=[prompt],
+            images=[[to_rgb(image) for image in images]],
+            add_special_tokens=not begins(processor.tokenizer, prompt),
+            return_tensors="pt",
+            **self.limits(processor, max_tiles),
+        )
+        return self.prompt(processor, features["input_ids"][0].tolist(), features)
+
+    def limits(self, processor: Any, max_tiles: int) -> dict[str, Any]:
+        """Return arguments of the processor that keep a picture to `max_tiles`."""
+        return {}
+
+    def prompt(self, processor: Any, ids: list[int], features: Mapping[str, Any]) -> Prompt:
+        """Return what a processor made of a question with pictures."""
+        return Prompt(ids, features["pixel_values"])
+
+    def cost_settings(self, processor: Any) -> tuple[Any, ...]:
+        numbers = {name: value for name, value in vars(processor).items() if isinstance(value, (int, str))}
+        return sorted(numbers.items()), processor.image_processor.to_json_string()
+
+    def turn(self, processor: Any) -> Turn:
+        lead, end_id = super().turn(processor)
+        tokenizer = processor.tokenizer
+        if end_id not in tokenizer.all_special_ids:  # a template that goes on without a mark, as LLaVA 1.5's does
+            end_id = tokenizer.eos_token_id
+        return Turn(lead, end_id)
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    def load_config(self, source: str) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(source)
+
+    def load_model(self, source: str, **options: Any) -> nn.Module:
+        from transformers import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText.from_pretrained(source, **options)
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        return model.model.language_model
+
+    def vision_tower(self, model: nn.Module) -> nn.Module:
+        return model.model.vision_tower
+
+    def embed(self, model: nn.Module, pack: Pack) -> tuple[Tensor, dict[str, Any]]:
+        embeds = model.get_input_embeddings()(pack.input_ids)
+        if pack.pixel_values is not None:
+            is_picture = pack.input_ids == model.config.image_token_id
+            features, deeper = self.picture_features(model, pack.pixel_values.to(model.dtype), pack.image_inputs)
+            num_tokens = int(is_picture.sum())
+            if num_tokens != len(features):
+                raise ValueError(
+                    f"the text has {num_tokens} picture tokens, the pictures give {len(features)} features"
+                )
+            embeds = embeds.masked_scatter(is_picture[..., None], features.to(embeds.dtype))
+            return embeds, self.deeper_inputs(is_picture, deeper)
+        is_shared = model.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_shared or any(hasattr(parameter, "ds_id") for parameter in self.vision_tower(model).parameters()):
+            pixels, inputs = self.blank(model)
+            inputs = {name: rows.to(embeds.device) for name, rows in inputs.items()}
+            features, deeper = self.picture_features(model, pixels.to(embeds.device, model.dtype), inputs)
+            embeds = embeds + 0.0 * sum(rows.sum() for rows in (features, *deeper)).to(embeds.dtype)
+        return embeds, {}
+
+    def picture_features(
+        self, model: nn.Module, pixels: Tensor, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the features that take the place of picture tokens, in order, and those that enter deeper layers.
+
+        Returns:
+            Shape: (picture tokens, C), and the same for each deeper layer.
+        """
+        return flat_features(model.get_image_features(pixel_values=pixels, **inputs).pooler_output), ()
+
+    def deeper_inputs(self, is_picture: Tensor, deeper: Sequence[Tensor]) -> dict[str, Any]:
+        """Return the arguments that hand features to deeper layers of the decoder; `is_picture` has shape (1, T)."""
+        return {}
+
+    def blank(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return pixels and further inputs of the smallest picture."""
+        side = model.config.vision_config.image_size
+        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        return torch.zeros(1, 3, height, width), {}
+
+    def forward_inputs(self, group: Group, num_rows: int, device: torch.device) -> dict[str, Tensor]:
+        if group.tiles is None:
+            return {}
+        rows = {"pixel_values": group.tiles, **group.image_inputs}
+        return {name: torch.cat([value] * num_rows).to(device) for name, value in rows.items()}
+
+    def lora_targets(self, model: nn.Module, part: Part) -> str:
+        root = self.decoder(model) if part == "language model" else self.vision_tower(model)
+        path = next(name for name, module in model.named_modules() if module is root)
+        names = {name.rpartition(".")[2] for name, module in root.named_modules() if isinstance(module, nn.Linear)}
+        # what belongs to another part although it lies in this one (Qwen's merger) is left alone
+        inner = {
+            key.removeprefix(".").rstrip(".")
+            for other, keys in self.parts.items()
+            for key in keys
+            if other != part and key.startswith(f".{path}.")
+        }
+        without = "".join(rf"(?!{re.escape(name)}\.)" for name in sorted(inner))
+        return rf"(?:.*\.)?{without}{re.escape(path)}\.(?:.*\.)?(?:{'|'.join(sorted(names))})"
+
+
+def content_parts(text: str) -> list[dict[str, str]]:
+    """Return text with `<image>` marks as the parts a chat template takes; line breaks around a picture are its own."""
+    pieces = text.split(IMAGE_PLACEHOLDER)
+    content: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        content += [{"type": "image"}] if number else []
+        piece = piece.strip("\n") if len(pieces) > 1 else piece
+        content += [{"type": "text", "text": piece}] if piece else []
+    return content
+
+
+def begins(tokenizer: Any, text: str) -> bool:
+    """Say whether a rendered prompt brings its own first token, so that the tokenizer must not add another."""
+    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+
+def flat_features(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return picture features as rows, whether a model gives one tensor or one for each picture. Shape: (rows, C)"""
+    features = features if isinstance(features, Tensor) else torch.cat([part.flatten(0, -2) for part in features])
+    return features.flatten(0, -2)
+
+
+def load_native_processor(source: str) -> Any:
+    """Return a model's own processor; where torchvision is missing, without the part for videos, which needs it."""
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+    from transformers.utils import is_torchvision_available
+
+    wanted = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source)), None)
+    if is_torchvision_available() or wanted is None or "video_processor" not in wanted.get_attributes():
+        return AutoProcessor.from_pretrained(source)
+    attributes = [name for name in wanted.get_attributes() if name != "video_processor"]
+    stills = type(wanted.__name__, (wanted,), {"get_attributes": classmethod(lambda cls: attributes)})
+    return stills.from_pretrained(source)
