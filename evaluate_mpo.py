@@ -283,7 +283,8 @@ def card(argv: Sequence[str]) -> int:
 
 def format_table(scores: dict[str, Any], max_unscored: float) -> str:
     """Return the headline numbers as lines of text; none for a benchmark with too many unscored questions."""
-    rows = [("benchmark", "mode", "rule", "number", "score", "95 % interval", "unanswered", "unscored", "questions")]
+    head = ("benchmark", "mode", "rule", "number", "score", "95 % interval", "resampled", "unanswered", "unscored")
+    rows = [(*head, "questions")]
     for name, modes in scores.items():
         for mode, summary in modes.items():
             headline = summary["headline"]
@@ -296,6 +297,7 @@ def format_table(scores: dict[str, Any], max_unscored: float) -> str:
                     headline,
                     _number(summary[headline]) if summary["num_unscored"] <= allowed else "too few scored",
                     " - ".join(_number(end) for end in summary["interval"]) if summary["interval"] else "-",
+                    "{num} {unit}".format(**summary["resampled"]),
                     _number(summary["unanswered"]) + " %",
                     str(summary["num_unscored"]),
                     str(summary["num_examples"]),

@@ -12,6 +12,7 @@ from internvl_mpo.benchmarks import BENCHMARKS, llava_bench, load_benchmark, m3c
 from internvl_mpo.benchmarks.common import Example, Score, bootstrap_interval
 from internvl_mpo.benchmarks.latex_value import latex_value
 from internvl_mpo.benchmarks.python_value import python_value
+from internvl_mpo.benchmarks.sources import shared_picture
 from internvl_mpo.errors import BadInputError
 
 CASES = Path(__file__).parent / "cases"
@@ -512,3 +513,61 @@ def test_latex_value(text, value):
 
 def test_latex_value_of_the_whole_text_refuses_a_rest():
     assert latex_value("5)", whole=True) is None and latex_value("5 < 6", whole=True) is None
+
+
+# ---------------------------------------------------------------------------------------------- what is resampled
+
+
+def test_pope_interval_draws_pictures_and_is_as_wide_as_they_make_it():
+    """18 questions to a picture: by question the published answers' interval is more than a third too narrow."""
+    categories = {row["question_id"]: row["category"] for row in jsonl(shared("pope", "llava_pope_test.jsonl"))}
+    answers: dict[str, list[str]] = {}
+    for row in jsonl(shared("pope", "llava-v1.5-13b_answers.jsonl")):
+        answers.setdefault(categories[row["question_id"]], []).append(row["text"])
+    examples = pope.examples(shared("pope", "e3e3926"))
+    scores = []
+    for category, texts in answers.items():
+        asked = [example for example in examples if example.groups["category"] == (category,)]
+        scores += [pope.score(example, text, "official") for example, text in zip(asked, texts, strict=True)]
+    values, clusters = [score.value for score in scores], [score.cluster for score in scores]
+
+    def width(interval: list[float]) -> float:
+        return interval[1] - interval[0]
+
+    def accuracy(sample: list[float]) -> float:
+        return 100 * sum(sample) / len(sample)
+
+    by_question = width(bootstrap_interval(values, accuracy))
+    by_picture = width(bootstrap_interval(values, accuracy, clusters))
+    assert by_question == pytest.approx(2 * 1.96 * 0.357, rel=0.08)
+    assert by_picture == pytest.approx(2 * 1.96 * 0.559, rel=0.08)
+    summary = pope.summarise(scores, "official")
+    assert summary["resampled"] == {"unit": "pictures", "num": 500}
+    assert width(summary["interval"]) > 1.3 * by_question
+
+
+def test_crpe_rows_are_drawn_by_question_group():
+    examples = examples_of("crpe")
+    scores = [load_benchmark("crpe").score(example, "A") for example in examples]
+    for rule in ("ours", "vlmevalkit"):
+        drawn = load_benchmark("crpe").summarise(scores, rule)["resampled"]
+        assert drawn == {"unit": "question groups", "num": len(examples) // 4}
+
+
+def test_one_cluster_has_no_interval_and_no_cluster_means_questions():
+    assert bootstrap_interval([0.0, 1.0, 1.0], sum, ["a", "a", "a"]) is None
+    assert bootstrap_interval([0.0, 1.0] * 9, sum, [""] * 18) == bootstrap_interval([0.0, 1.0] * 9, sum)
+
+
+@pytest.mark.parametrize(
+    ("row", "picture", "name"),
+    [
+        ({"image_source": "COCO_1"}, b"bytes", "COCO_1"),
+        ({"image": "a.png"}, "a.png", "a.png"),
+        ({}, None, ""),
+        ({}, lambda: b"bytes", "277089d91c0bdf4f"),
+        ({}, {"bytes": b"bytes"}, "277089d91c0bdf4f"),
+    ],
+)
+def test_questions_about_one_picture_are_known_by_it(row, picture, name):
+    assert shared_picture(row, picture) == name

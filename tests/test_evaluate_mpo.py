@@ -21,6 +21,7 @@ from internvl_mpo.benchmarks.common import open_image
 from internvl_mpo.engines import Reply, Request
 from internvl_mpo.engines.serve import BatchServer
 from internvl_mpo.errors import run_program
+from internvl_mpo.evaluation.comparison import compare_runs
 
 
 class TableEngine:
@@ -274,6 +275,24 @@ def test_compare_pairs_questions_and_names_what_flipped(monkeypatch, world, caps
     assert "2 better" in text and "0 worse" in text
     html = (world / "b" / "compare.html").read_text(encoding="utf-8")
     assert "flipped" in html and "1 + 1 = 3." in html and "2 + 2 = 4." in html
+
+
+def test_compare_draws_pictures_and_says_so(tmp_path):
+    """All questions of a picture flip together: five times as many questions make no narrower interval."""
+    for run_name, value in (("a", 0), ("b", 1)):
+        for copies in (1, 5):
+            folder = tmp_path / f"{run_name}{copies}"
+            folder.mkdir()
+            rows = [
+                {"benchmark": "pope", "mode": "direct", "id": f"{picture}-{copy}", "cluster": f"{picture}.jpg"}
+                | {"value": float(value and picture % 2)}
+                for picture in range(40)
+                for copy in range(copies)
+            ]
+            (folder / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (one,), (five,) = (compare_runs(tmp_path / f"a{copies}", tmp_path / f"b{copies}") for copies in (1, 5))
+    assert one.interval == five.interval and one.interval[1] - one.interval[0] > 20
+    assert five.resampled == "40 pictures" and "40 pictures resampled" in five.text() and "200 questions" in five.text()
 
 
 def test_compare_of_an_empty_folder_is_refused(tmp_path, capsys):

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -39,6 +40,7 @@ class Example:
         images: opened by `open_image` only when a model or the report needs them.
         choices: option texts, A first; empty for open questions.
         groups: breakdowns, name -> the values this question counts under ("skill" -> two skills).
+        cluster: what it shares with other questions (its picture), which are resampled together; "" for nothing.
         details: what only this benchmark knows (answer type, precision, hint, reference answer, ...).
     """
 
@@ -48,6 +50,7 @@ class Example:
     images: tuple[Picture, ...] = ()
     choices: tuple[str, ...] = ()
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    cluster: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -61,6 +64,7 @@ class Score:
         extracted: what was taken from the answer as its final answer; None means unanswered.
         reason: which step of the rule decided, in a few words.
         groups: the example's breakdowns.
+        cluster: the example's cluster.
         details: what `summarise` needs beyond the value (label, question of a rotation, scores per judge run).
     """
 
@@ -69,6 +73,7 @@ class Score:
     extracted: str | None
     reason: str
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    cluster: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -84,6 +89,7 @@ class Benchmark(Protocol):
     HUB_ID: str | None  # data set on the Hub, with a split after a colon; None: local data only
     RULES: tuple[Rule, ...]
     MAX_NEW_TOKENS: Mapping[Mode, int]  # per mode the benchmark is asked in
+    CLUSTER: str  # what questions may share, in the plural: "pictures"
 
     def examples(self, source: "Source", image_root: str | Path | None = None) -> list[Example]:
         """Return the questions of a local copy, a Hub data set, or rows already read.
@@ -102,7 +108,8 @@ class Benchmark(Protocol):
     def summarise(self, scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
         """Return the numbers the paper reports, in per cent where the paper does so, with breakdowns.
 
-        `headline` names the key that stands in the table, `interval` is its 95 % bootstrap interval.
+        `headline` names the key that stands in the table, `interval` is its 95 % bootstrap interval, and `resampled`
+        what was drawn for it.
         """
 
 
@@ -154,39 +161,62 @@ def percent(values: Sequence[float]) -> float | None:
 
 
 def bootstrap_interval(
-    items: Sequence[T], statistic: Callable[[Sequence[T]], float | None], *, seed: int = 0
+    items: Sequence[T],
+    statistic: Callable[[Sequence[T]], float | None],
+    clusters: Sequence[str] = (),
+    *,
+    seed: int = 0,
 ) -> list[float] | None:
-    """Return the 95 % percentile interval of a statistic under resampling of questions.
+    """Return the 95 % percentile interval of a statistic under resampling of questions, or of clusters of them.
+
+    Questions about one picture are answered right or wrong together, so drawing them one by one makes the interval too
+    narrow: whole clusters are drawn with replacement.
 
     Args:
-        items: one outcome per question, resampled with replacement.
+        items: one outcome per question.
         statistic: a sample's number, None where undefined (such samples are left out).
+        clusters: the cluster of each item, "" for an item by itself; empty where no item shares anything.
         seed: equal seeds give equal intervals.
 
     Returns:
-        `[low, high]`, or None where fewer than two questions or no sample gave a number.
+        `[low, high]`, or None where fewer than two clusters or no sample gave a number.
     """
-    if len(items) < 2:
+    parts = list(_by_cluster(items, clusters).values()) if any(clusters) else [[item] for item in items]
+    if len(parts) < 2:
         return None
     draw = random.Random(seed)
-    samples = (statistic(draw.choices(items, k=len(items))) for _ in range(NUM_RESAMPLES))
+    samples = (statistic(list(chain.from_iterable(draw.choices(parts, k=len(parts))))) for _ in range(NUM_RESAMPLES))
     numbers = sorted(number for number in samples if number is not None)
     if not numbers:
         return None
     return [numbers[int(0.025 * (len(numbers) - 1))], numbers[round(0.975 * (len(numbers) - 1))]]
 
 
-def summarise_accuracy(scores: Sequence[Score]) -> dict[str, Any]:
+def _by_cluster(items: Sequence[T], clusters: Sequence[str]) -> dict[Any, list[T]]:
+    parts: dict[Any, list[T]] = {}
+    for number, (item, cluster) in enumerate(zip(items, clusters, strict=True)):
+        parts.setdefault(cluster or number, []).append(item)
+    return parts
+
+
+def resampled(clusters: Sequence[str], unit: str) -> dict[str, Any]:
+    """Return what `bootstrap_interval` draws: how many clusters there are, and of what."""
+    named = len(_by_cluster(clusters, clusters))
+    return {"unit": unit if any(clusters) else "questions", "num": named}
+
+
+def summarise_accuracy(scores: Sequence[Score], unit: str) -> dict[str, Any]:
     """Return accuracy in per cent with its interval, the unanswered share, and the breakdowns of `Score.groups`.
 
-    Unscored questions are counted and left out of every mean.
+    Unscored questions are counted and left out of every mean. `unit` says what the clusters are.
     """
     scored = [score for score in scores if score.value is not None]
-    values = [score.value for score in scored]
+    values, clusters = [score.value for score in scored], [score.cluster for score in scored]
     summary: dict[str, Any] = {
         "headline": "accuracy",
         "accuracy": percent(values),
-        "interval": bootstrap_interval(values, percent),
+        "interval": bootstrap_interval(values, percent, clusters),
+        "resampled": resampled(clusters, unit),
         **count_outcomes(scores),
     }
     summary["breakdown"] = breakdown(scored, lambda part: percent([score.value for score in part]))

@@ -31,6 +31,7 @@ from internvl_mpo.benchmarks.common import (
     first_marked_answer,
     percent,
     reply_text,
+    resampled,
 )
 from internvl_mpo.benchmarks.extraction import choose_option
 from internvl_mpo.benchmarks.sources import image_source, read_rows
@@ -41,6 +42,7 @@ TITLE = "CRPE (relation)"
 HUB_ID = "OpenGVLab/CRPE:test"
 RULES: tuple[Rule, ...] = ("ours", "official", "vlmevalkit")
 MAX_NEW_TOKENS: Mapping[Mode, int] = {"direct": 100, "cot": 4096}
+CLUSTER = "question groups"
 NUM_ROTATIONS = 4
 _OPTION = re.compile(r"(?m)^\s*([A-D])[.):]\s*(.+?)\s*$")
 _LETTER_ONLY = re.compile(r"\s*Answer with the option's letter from the given choices directly\.?\s*$")
@@ -65,7 +67,7 @@ def examples(source: Source, image_root: str | Path | None = None) -> list[Examp
                 images=(image_source(row["image"], root),) if row.get("image") else (),
                 choices=tuple(choice for _, choice in _OPTION.findall(text)),
                 groups={"category": (category,)},
-                details={"question": f"{category}-{position // NUM_ROTATIONS}"},
+                cluster=f"{category}-{position // NUM_ROTATIONS}",
             )
         )
     return found
@@ -93,7 +95,7 @@ def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode 
         extracted=letter,
         reason=reason,
         groups=example.groups,
-        details=example.details,
+        cluster=example.cluster,
     )
 
 
@@ -102,7 +104,7 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     scored = [score for score in scores if score.value is not None]
     rows: dict[str, list[Score]] = {}
     for score in scored:
-        rows.setdefault(score.details["question"], []).append(score)
+        rows.setdefault(score.cluster, []).append(score)
     whole = [part for part in rows.values() if len(part) == NUM_ROTATIONS]
     circular = [(part[0].groups["category"][0], all(score.value for score in part)) for part in whole]
     per_row = [score.value for score in scored]
@@ -112,9 +114,10 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
         "circular": _macro(circular),
         "circular_pooled": percent([right for _, right in circular]),
         "per_row": percent(per_row),
-        "interval": bootstrap_interval(per_row, percent)
+        "interval": bootstrap_interval(per_row, percent, [score.cluster for score in scored])
         if headline == "per_row"
         else bootstrap_interval(circular, _macro),
+        "resampled": resampled([score.cluster for score in scored], CLUSTER),
         "num_questions": len(rows),
         "num_incomplete": len(rows) - len(whole),
         **count_outcomes(scores),

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from internvl_mpo.benchmarks.common import Score, bootstrap_interval, count_outcomes
+from internvl_mpo.benchmarks.common import Score, bootstrap_interval, count_outcomes, resampled
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
@@ -40,23 +40,29 @@ def summarise_runs(
     name: str,
     scores: Sequence[Score],
     statistic: Callable[[Sequence[Any]], float | None],
+    unit: str,
 ) -> dict[str, Any]:
-    """Return headline, runs, their mean and population deviation, the interval over questions, and the counts.
+    """Return headline, runs, their mean and population deviation, the interval and what it draws, and the counts.
 
     Args:
         name: key of the headline number.
         scores: verdicts whose `details["runs"]` holds one item per judge run, None where a reply gave no score.
         statistic: number of a list of items.
+        unit: what questions may share, in the plural.
     """
     runs = by_run(scores, statistic)
     scored = [score for score in scores if score.value is not None]
+    clusters = [score.cluster for score in scored]
     items = [[item for item in score.details["runs"] if item is not None] for score in scored]
     return {
         "headline": name,
         name: statistics.fmean(runs) if runs else None,
         "std": statistics.pstdev(runs) if runs else None,
         "runs": runs,
-        "interval": bootstrap_interval(items, lambda drawn: statistic([item for part in drawn for item in part])),
+        "interval": bootstrap_interval(
+            items, lambda drawn: statistic([item for part in drawn for item in part]), clusters
+        ),
+        "resampled": resampled(clusters, unit),
         "num_failed_replies": sum(item is None for score in scores for item in score.details.get("runs", ())),
         **count_outcomes(scores),
     }

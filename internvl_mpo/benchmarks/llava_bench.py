@@ -25,13 +25,14 @@ from typing import Any
 
 from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, reply_text
 from internvl_mpo.benchmarks.judging import by_run, fill, mean_of, summarise_runs
-from internvl_mpo.benchmarks.sources import find_file, image_source, read_rows
+from internvl_mpo.benchmarks.sources import find_file, image_source, read_rows, shared_picture
 
 NAME = "llava_bench"
 TITLE = "LLaVA-Bench (wild)"
 HUB_ID = None
 RULES: tuple[Rule, ...] = ("ours", "official", "vlmevalkit")
 MAX_NEW_TOKENS: Mapping[Mode, int] = {"direct": 1000}
+CLUSTER = "pictures"
 JUDGE_MAX_NEW_TOKENS = 1024
 JUDGE_PROMPT = """Two assistants answered a user's question about a picture. You cannot see the picture; this \
 describes it:
@@ -72,6 +73,7 @@ def examples(source: Source, image_root: str | Path | None = None) -> list[Examp
             id=str(row.get("question_id", row.get("index"))),
             question=row.get("text") or row["question"],
             images=(image_source(row["image"], root),),
+            cluster=shared_picture(row, row.get("image")),
             groups={"category": (row["category"].removeprefix("llava_bench_"),)},
             details={"context": row["caption"], "reference": row["gpt4_ans"]},
         )
@@ -131,6 +133,7 @@ def score(
         extracted=reply_text(answer).strip() or None,
         reason="no judge reply" if not runs else f"{sum(run is not None for run in runs)} of {len(runs)} runs scored",
         groups=example.groups,
+        cluster=example.cluster,
         details={"runs": runs},
     )
 
@@ -143,7 +146,7 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
         return _relative(pairs, decimals)
 
     scored = [score for score in scores if score.value is not None]
-    summary = summarise_runs("relative", scores, relative)
+    summary = summarise_runs("relative", scores, relative, CLUSTER)
     parts = {
         category: [score for score in scored if score.groups["category"][0] == category]
         for category in sorted({score.groups["category"][0] for score in scored})

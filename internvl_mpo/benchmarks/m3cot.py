@@ -33,7 +33,7 @@ from internvl_mpo.benchmarks.common import (
     summarise_accuracy,
 )
 from internvl_mpo.benchmarks.extraction import choose_option
-from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows
+from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows, shared_picture
 from internvl_mpo.prompts import ask
 
 NAME = "m3cot"
@@ -41,6 +41,7 @@ TITLE = "M3CoT"
 HUB_ID = "LightChen2333/M3CoT:test"
 RULES: tuple[Rule, ...] = ("ours", "official", "internvl")
 MAX_NEW_TOKENS: Mapping[Mode, int] = {"direct": 100, "cot": 4096}
+CLUSTER = "pictures"
 
 
 def examples(source: Source, image_root: str | Path | None = None) -> list[Example]:
@@ -55,6 +56,7 @@ def examples(source: Source, image_root: str | Path | None = None) -> list[Examp
             question=row["question"],
             answer=LETTERS[answer] if isinstance(answer, int) else str(answer),
             images=(image_source(row["image"], root),) if row.get("image") else (),
+            cluster=shared_picture(row, row.get("image")),
             choices=tuple(parse_list(row["choices"])),
             groups={key: (str(row[key]),) for key in ("domain", "topic") if row.get(key)},
             details={"hint": row.get("context") or row.get("hint") or ""},
@@ -84,12 +86,13 @@ def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode 
         extracted=letter,
         reason=reason,
         groups=example.groups,
+        cluster=example.cluster,
     )
 
 
 def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     """Return accuracy, with breakdowns by domain and topic."""
-    return summarise_accuracy(scores)
+    return summarise_accuracy(scores, CLUSTER)
 
 
 def _official(text: str, choices: Sequence[str]) -> tuple[str | None, str]:

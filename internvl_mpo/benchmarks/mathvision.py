@@ -43,7 +43,7 @@ from internvl_mpo.benchmarks.common import (
 from internvl_mpo.benchmarks.extraction import choose_option, short_answer, vlmevalkit_option
 from internvl_mpo.benchmarks.latex_value import latex_value
 from internvl_mpo.benchmarks.python_value import python_value
-from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows
+from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows, shared_picture
 from internvl_mpo.prompts import ask
 
 NAME = "mathvision"
@@ -51,6 +51,7 @@ TITLE = "MathVision MINI"
 HUB_ID = "MathLLMs/MathVision:testmini"
 RULES: tuple[Rule, ...] = ("ours", "official", "internvl", "vlmevalkit")
 MAX_NEW_TOKENS: Mapping[Mode, int] = {"direct": 4096, "cot": 4096}
+CLUSTER = "pictures"
 MAX_ELEMENTS = 64  # of a tuple; no gold answer has more than a few
 
 
@@ -68,6 +69,7 @@ def examples(source: Source, image_root: str | Path | None = None) -> list[Examp
                 question=row["question"],
                 answer=str(row["answer"]),
                 images=(image_source(picture, root),) if picture else (),
+                cluster=shared_picture(row, row["image"] if isinstance(row.get("image"), str) else picture),
                 choices=tuple(parse_list(row.get("options") or row.get("choices"))),
                 groups={"subject": (str(subject),), "level": (str(row.get("level", "")),)},
             )
@@ -96,12 +98,19 @@ def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode 
         right = any(_official_equal(gold, extracted) for gold in _golds(example))
         reason = "equal as text or to two decimals" if right else "differs"
         extracted = extracted or None
-    return Score(id=example.id, value=float(right), extracted=extracted, reason=reason, groups=example.groups)
+    return Score(
+        id=example.id,
+        value=float(right),
+        extracted=extracted,
+        reason=reason,
+        groups=example.groups,
+        cluster=example.cluster,
+    )
 
 
 def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     """Return accuracy, with breakdowns by subject and level."""
-    return summarise_accuracy(scores)
+    return summarise_accuracy(scores, CLUSTER)
 
 
 def _golds(example: Example) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ from internvl_mpo.benchmarks.common import (
 )
 from internvl_mpo.benchmarks.extraction import choose_option, short_answer, vlmevalkit_option
 from internvl_mpo.benchmarks.judging import fill
-from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows
+from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows, shared_picture
 from internvl_mpo.prompts import ask
 
 NAME = "mathvista"
@@ -48,6 +48,7 @@ TITLE = "MathVista"
 HUB_ID = "AI4Math/MathVista:testmini"
 RULES: tuple[Rule, ...] = ("ours", "official", "internvl", "vlmevalkit")
 MAX_NEW_TOKENS: Mapping[Mode, int] = {"direct": 4096, "cot": 4096}
+CLUSTER = "pictures"
 JUDGE_MAX_NEW_TOKENS = 64
 JUDGE_PROMPT = """Read the final answer off a reply to a question. Write the answer alone: the option letter, the \
 number without its unit, or the list in brackets. Write nothing if the reply settles on no answer.
@@ -101,6 +102,7 @@ def examples(source: Source, image_root: str | Path | None = None) -> list[Examp
                 question=row["question"],
                 answer=answer,
                 images=(image_source(picture, root),) if picture else (),
+                cluster=shared_picture(row, row["image"] if isinstance(row.get("image"), str) else picture),
                 choices=choices,
                 groups=groups,
                 details={
@@ -135,12 +137,19 @@ def score(
             text = "None"  # upstream makes a text of it and takes the option closest to that
         extracted, reason = _official(example, text)
         right = extracted == example.answer
-    return Score(id=example.id, value=float(right), extracted=extracted, reason=reason, groups=example.groups)
+    return Score(
+        id=example.id,
+        value=float(right),
+        extracted=extracted,
+        reason=reason,
+        groups=example.groups,
+        cluster=example.cluster,
+    )
 
 
 def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     """Return accuracy, with breakdowns by type, language, source, category, task, context, grade and skill."""
-    return summarise_accuracy(scores)
+    return summarise_accuracy(scores, CLUSTER)
 
 
 def judge_request(example: Example, answer: str, template: str = JUDGE_PROMPT) -> str | None:

@@ -24,6 +24,7 @@ TITLE = "Mini world"
 HUB_ID = None
 RULES: tuple[Rule, ...] = ("ours",)
 MAX_NEW_TOKENS: Mapping[Mode, int] = {"direct": 32, "cot": 64}
+CLUSTER = "pictures"  # every question has its own
 
 
 def examples(source: Source, image_root: str | Path | None = None) -> list[Example]:
@@ -66,5 +67,5 @@ def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode 
 
 def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     """Return accuracy with its interval and the unparsable share."""
-    summary = summarise_accuracy(scores)
+    summary = summarise_accuracy(scores, CLUSTER)
     return {**summary, "unparsable": summary["unanswered"]}

@@ -23,13 +23,14 @@ from typing import Any
 
 from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, breakdown, percent, reply_text
 from internvl_mpo.benchmarks.judging import fill, mean_of, summarise_runs
-from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows
+from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows, shared_picture
 
 NAME = "mmhal_bench"
 TITLE = "MMHal-Bench"
 HUB_ID = "Shengcao1006/MMHal-Bench:test"
 RULES: tuple[Rule, ...] = ("ours", "official", "internvl")
 MAX_NEW_TOKENS: Mapping[Mode, int] = {"direct": 1024, "cot": 1024}
+CLUSTER = "pictures"
 JUDGE_MAX_NEW_TOKENS = 1024
 JUDGE_PROMPT = """Judge a model's answer to a question about a picture: is it informative, and does it claim anything \
 that the picture does not show? You cannot see the picture. You are given labels of what it contains and an answer \
@@ -74,6 +75,7 @@ def examples(source: Source, image_root: str | Path | None = None) -> list[Examp
                 question=row["question"],
                 answer=row["gt_answer"],
                 images=(image_source(picture, root),) if picture else (),
+                cluster=shared_picture(row, picture),
                 groups={"type": (row.get("question_type") or TYPES[position % len(TYPES)],)},
                 details={"contents": ", ".join(parse_list(contents) if isinstance(contents, str) else contents)},
             )
@@ -124,6 +126,7 @@ def score(
         extracted=reply_text(answer).strip() or None,
         reason="no judge reply" if not runs else f"{sum(run is not None for run in runs)} of {len(runs)} runs scored",
         groups=example.groups,
+        cluster=example.cluster,
         details={"runs": runs},
     )
 
@@ -133,7 +136,7 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     scored = [score for score in scores if score.value is not None]
     ratings = [rating for score in scored for rating in score.details["runs"] if rating is not None]
     return {
-        **summarise_runs("rating", scores, mean_of),
+        **summarise_runs("rating", scores, mean_of, CLUSTER),
         "hallucination_rate": percent([rating < 3 for rating in ratings]),
         "breakdown": breakdown(scored, lambda part: mean_of([score.value for score in part])),
     }

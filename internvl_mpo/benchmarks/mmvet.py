@@ -22,13 +22,14 @@ from typing import Any
 
 from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, breakdown, reply_text
 from internvl_mpo.benchmarks.judging import fill, finite, mean_of, summarise_runs
-from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows
+from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows, shared_picture
 
 NAME = "mmvet"
 TITLE = "MM-Vet"
 HUB_ID = "whyu/mm-vet:test"
 RULES: tuple[Rule, ...] = ("ours", "official", "vlmevalkit")
 MAX_NEW_TOKENS: Mapping[Mode, int] = {"direct": 1000, "cot": 4096}
+CLUSTER = "pictures"
 JUDGE_MAX_NEW_TOKENS = 16
 JUDGE_PROMPT = """Grade an answer against the ground truth. Elements joined by <AND> are all required; of elements \
 joined by <OR> one is enough. An answer with everything required is 1.0, one with nothing required is 0.0, and partly \
@@ -66,6 +67,7 @@ def examples(source: Source, image_root: str | Path | None = None) -> list[Examp
                 question=row["question"],
                 answer=str(row["answer"]),
                 images=(image_source(picture, root),) if picture else (),
+                cluster=shared_picture(row, picture),
                 groups={"capability": tuple(capabilities), "combination": ("_".join(capabilities),)},
             )
         )
@@ -110,6 +112,7 @@ def score(
         extracted=reply_text(answer).strip() or None,
         reason="no judge reply" if not runs else f"{sum(run is not None for run in runs)} of {len(runs)} runs scored",
         groups=example.groups,
+        cluster=example.cluster,
         details={"runs": runs},
     )
 
@@ -118,7 +121,7 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
     """Return the mean score x 100 over runs, with breakdowns by capability and combination."""
     scored = [score for score in scores if score.value is not None]
     return {
-        **summarise_runs("total", scores, _percent),
+        **summarise_runs("total", scores, _percent, CLUSTER),
         "breakdown": breakdown(scored, lambda part: _percent([score.value for score in part])),
     }
 

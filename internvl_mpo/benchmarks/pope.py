@@ -38,9 +38,10 @@ from internvl_mpo.benchmarks.common import (
     first_marked_answer,
     percent,
     reply_text,
+    resampled,
 )
 from internvl_mpo.benchmarks.extraction import MAX_CHARS, final_segment
-from internvl_mpo.benchmarks.sources import image_source, read_rows
+from internvl_mpo.benchmarks.sources import image_source, read_rows, shared_picture
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.prompts import ask, strip_answer_instruction
 
@@ -49,6 +50,7 @@ TITLE = "POPE"
 HUB_ID = "lmms-lab/POPE:test"
 RULES: tuple[Rule, ...] = ("ours", "official", "internvl", "vlmevalkit")
 MAX_NEW_TOKENS: Mapping[Mode, int] = {"direct": 100, "cot": 4096}
+CLUSTER = "pictures"
 CATEGORIES = ("random", "popular", "adversarial")
 
 
@@ -74,6 +76,7 @@ def examples(source: Source, image_root: str | Path | None = None) -> list[Examp
                 question=strip_answer_instruction(row.get("text") or row["question"]),
                 answer=label,
                 images=(image_source(row["image"], root),) if row.get("image") else (),
+                cluster=shared_picture(row, row.get("image")),
                 groups={"category": (category,)},
             )
         )
@@ -97,6 +100,7 @@ def score(example: Example, answer: str | None, rule: Rule = "ours", mode: Mode 
         extracted=said,
         reason=reason,
         groups=example.groups,
+        cluster=example.cluster,
         details={"label": example.answer},
     )
 
@@ -114,13 +118,15 @@ def summarise(scores: Sequence[Score], rule: Rule = "ours") -> dict[str, Any]:
         }
         for category, num in sorted(Counter(outcome[0] for outcome in outcomes).items())
     }
+    clusters = [score.cluster for score in scored]
     statistic = _pooled_f1 if rule == "vlmevalkit" else _mean_f1
     return {
         "headline": "f1_pooled" if rule == "vlmevalkit" else "f1",
         "f1": _mean_f1(outcomes),
         "f1_pooled": _pooled_f1(outcomes),
         "accuracy": percent([score.value for score in scored]),
-        "interval": bootstrap_interval(outcomes, statistic),
+        "interval": bootstrap_interval(outcomes, statistic, clusters),
+        "resampled": resampled(clusters, CLUSTER),
         **count_outcomes(scores),
         "breakdown": {"category": categories},
     }

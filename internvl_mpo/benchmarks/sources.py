@@ -4,6 +4,7 @@ import ast
 import base64
 import binascii
 import csv
+import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -95,6 +96,23 @@ def image_source(value: Any, root: Path | None) -> Picture:
         except (binascii.Error, ValueError) as error:
             raise BadInputError(f"a picture of {len(value)} characters is not base64 text") from error
     return (root or Path()) / value
+
+
+def shared_picture(row: Mapping[str, Any], picture: Any) -> str:
+    """Return a name for the picture of a row, the same for all questions about it; "" for a row without one.
+
+    A column that names it (`image_source`, `image_id`), its path, or a hash of its bytes.
+    """
+    for key in ("image_source", "image_id"):
+        if isinstance(row.get(key), str) and row[key]:
+            return row[key]
+    if not picture:
+        return ""
+    if isinstance(picture, str) and len(picture) <= 256:
+        return picture
+    content = image_source(picture, None)
+    content = content() if callable(content) else content
+    return hashlib.sha256(content if isinstance(content, bytes) else str(content).encode()).hexdigest()[:16]
 
 
 def parse_list(value: Any) -> list[str]:

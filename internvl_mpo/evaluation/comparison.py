@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from internvl_mpo.benchmarks.common import bootstrap_interval
+from internvl_mpo.benchmarks import load_benchmark
+from internvl_mpo.benchmarks.common import bootstrap_interval, resampled
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.jsonl import iter_jsonl
 
@@ -17,7 +18,8 @@ class Difference(NamedTuple):
         name: "benchmark/mode".
         num_questions: questions scored in both runs.
         mean_a, mean_b: mean verdicts over these questions, x 100 (a rating 0 to 6 for MMHal-Bench likewise).
-        interval: 95 % bootstrap interval of B - A over questions, None for fewer than two.
+        interval: 95 % bootstrap interval of B - A, paired; None for fewer than two draws.
+        resampled: what was drawn for it, questions or what they share, and how many there are.
         better, worse: ids of the questions with a higher, a lower verdict in B.
     """
 
@@ -26,6 +28,7 @@ class Difference(NamedTuple):
     mean_a: float
     mean_b: float
     interval: list[float] | None
+    resampled: str
     better: list[str]
     worse: list[str]
 
@@ -34,7 +37,7 @@ class Difference(NamedTuple):
         low, high = self.interval or (float("nan"), float("nan"))
         lines = [
             f"{self.name}: {self.mean_a:.2f} -> {self.mean_b:.2f}, difference {self.mean_b - self.mean_a:+.2f} "
-            f"(95 % interval {low:+.2f} to {high:+.2f}), {self.num_questions} questions"
+            f"(95 % interval {low:+.2f} to {high:+.2f}, {self.resampled} resampled), {self.num_questions} questions"
         ]
         for word, ids in (("better", self.better), ("worse", self.worse)):
             more = f" and {len(ids) - MAX_SHOWN} more" if len(ids) > MAX_SHOWN else ""
@@ -55,16 +58,19 @@ def compare_runs(run_a: Path, run_b: Path) -> list[Difference]:
         shared = [id for id in a if id in b]
         if not shared:
             continue
-        deltas = [100 * (b[id] - a[id]) for id in shared]
+        deltas = [100 * (b[id].value - a[id].value) for id in shared]
+        clusters = [b[id].cluster for id in shared]
+        drawn = resampled(clusters, load_benchmark(name.partition("/")[0]).CLUSTER)
         differences.append(
             Difference(
                 name=name,
                 num_questions=len(shared),
-                mean_a=100 * sum(a[id] for id in shared) / len(shared),
-                mean_b=100 * sum(b[id] for id in shared) / len(shared),
-                interval=bootstrap_interval(deltas, lambda drawn: sum(drawn) / len(drawn)),
-                better=[id for id in shared if b[id] > a[id]],
-                worse=[id for id in shared if b[id] < a[id]],
+                mean_a=100 * sum(a[id].value for id in shared) / len(shared),
+                mean_b=100 * sum(b[id].value for id in shared) / len(shared),
+                interval=bootstrap_interval(deltas, lambda sample: sum(sample) / len(sample), clusters),
+                resampled=f"{drawn['num']} {drawn['unit']}",
+                better=[id for id, delta in zip(shared, deltas, strict=True) if delta > 0],
+                worse=[id for id, delta in zip(shared, deltas, strict=True) if delta < 0],
             )
         )
     if not differences:
@@ -74,13 +80,20 @@ def compare_runs(run_a: Path, run_b: Path) -> list[Difference]:
     return differences
 
 
-def _verdicts(run: Path) -> dict[str, dict[str, float]]:
+class _Verdict(NamedTuple):
+    value: float
+    cluster: str
+
+
+def _verdicts(run: Path) -> dict[str, dict[str, _Verdict]]:
     """benchmark/mode -> question id -> verdict, unscored questions left out."""
     path = run / "verdicts.jsonl"
     if not path.exists():
         raise BadInputError(f"{run} holds no verdicts.jsonl; evaluate into it first")
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, _Verdict]] = {}
     for _, row in iter_jsonl(path):
         if row["value"] is not None:
-            found.setdefault(f"{row['benchmark']}/{row['mode']}", {})[row["id"]] = row["value"]
+            found.setdefault(f"{row['benchmark']}/{row['mode']}", {})[row["id"]] = _Verdict(
+                row["value"], row.get("cluster", "")
+            )
     return found

@@ -73,11 +73,19 @@ def _bars(name: str, summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> list
     bars = []
     for label, summary in summaries:
         headline = summary["headline"]
-        low_high = summary.get("interval")
-        note = f"{headline}, rule {summary['rule']}" + (f", {low_high[0]:.1f} to {low_high[1]:.1f}" if low_high else "")
+        note = f"{headline}, rule {summary['rule']}{_spread(summary)}"
         bars.append(_bar(label, summary[headline], scale, note, "own"))
     paper = column(name) if name in COLUMNS else {}
     return bars + [_bar(model, paper[model], scale, "", "") for model in sorted(paper, key=paper.get, reverse=True)]
+
+
+def _spread(summary: Mapping[str, Any]) -> str:
+    """The interval, and what was resampled for it."""
+    if not summary.get("interval"):
+        return ""
+    low, high = summary["interval"]
+    drawn = summary.get("resampled")
+    return f", {low:.1f} to {high:.1f}" + (f" ({drawn['num']} {drawn['unit']} resampled)" if drawn else "")
 
 
 def _bar(label: str, value: float | None, scale: float, note: str, kind: str) -> dict[str, str]:
