@@ -13,6 +13,7 @@ EXTRAS = {
     "qlora": ["peft>=0.17", "bitsandbytes>=0.46"],
     "data": ["ray[data]>=2.40"],
     "eval": ["evaluate>=0.4.5"],
+    "serve": ["uvicorn>=0.34"],
     "demo": ["gradio>=6", "httpx", "peft>=0.17"],
     "kernels": ["liger-kernel>=0.5"],  # for CUDA; flash-attn, if wanted, is installed by its own instructions
     "dev": [

@@ -557,6 +557,7 @@ def test_a_client_that_hangs_up_ends_its_reply_and_no_other(serve, engine, shown
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(engine.model, "forward", counted)
+    monkeypatch.setattr(engine, "context", 10_000)
     monkeypatch.setattr(engine, "stop_ids", [])  # replies end at their limit only
     server = serve(BatchServer(engine, "tiny", batch_size=1))
     body = json.dumps({"messages": [user("Tell")], "temperature": 0, "max_tokens": 5000, "stream": stream})

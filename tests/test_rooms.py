@@ -37,7 +37,7 @@ ROOMS = {
     "encoding": {"PIL"},
     "answers": set(),
     "pairing": set(),
-    "engines": {"torch", "transformers", "modeling_internvl_mpo", "PIL", "jinja2", "pyarrow", "ray", "vllm"},
+    "engines": {"torch", "transformers", "modeling_internvl_mpo", "PIL", "jinja2", "pyarrow", "ray", "uvicorn", "vllm"},
     "benchmarks": {"PIL", "datasets", "evaluate", "gradio"},
     "evaluation": {"huggingface_hub"},
     "mmpr": {"PIL", "datasets", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "transformers"},
@@ -81,6 +81,7 @@ CONFINED = {
     "gradio": {"demo/page.py", "demo/pictures.py", "benchmarks/metric.py"},
     "evaluate": {"benchmarks/evaluate_metric.py"},
     "ray": {"engines/ray_engine.py"},
+    "uvicorn": {"engines/http_limits.py", "engines/serve.py"},
     "vllm": {"engines/vllm_engine.py"},
     "deepspeed": {"training/distributed.py", "training/policy.py"},
 }

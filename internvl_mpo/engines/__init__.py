@@ -38,8 +38,8 @@ class Sampling:
     max_new_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise BadInputError(f"temperature is {self.temperature}; give 0 (greedy) or a positive number")
+        if self.temperature != 0 and not 0.001 <= self.temperature <= 1000:  # beyond, float32 logits are 0, inf or NaN
+            raise BadInputError(f"temperature is {self.temperature}; give 0 (greedy) or 0.001 to 1000")
         if self.top_k < 0:
             raise BadInputError(f"top_k is {self.top_k}; give 0 (off) or a positive number")
         if not 0 < self.top_p <= 1:
@@ -126,7 +126,7 @@ class Request:
     Attributes:
         id: names the reply.
         question: the user's text; `<image>` marks where a picture goes, in the order of `images`.
-        images: paths or PIL images, those of earlier turns first.
+        images: paths, PIL images or `pictures.EncodedPicture`s, those of earlier turns first.
         history: earlier turns, (question, answer) pairs; their questions mark pictures as well.
         system: replaces the model's own system message; None keeps it.
         prefix: beginning of the assistant's turn, to be continued; the reply's text holds only what follows it.

@@ -6,8 +6,10 @@ samples; this one runs it once per sample. Replies are drawn the same way, one u
 reply's own seed.
 """
 
+import copy
 import functools
 import itertools
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BatchFeature,
     LogitsProcessorList,
     PretrainedConfig,
     ProcessorMixin,
@@ -32,6 +35,7 @@ from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
 from internvl_mpo.engines.local import (
     WINDOW,
     SeededDraw,
+    count_tokens,
     decode_reply,
     end_reason,
     load_picture,
@@ -86,6 +90,8 @@ class AnyFamilyEngine:
         if not getattr(self.processor, "chat_template", None):
             raise BadInputError(f"{self.model_id} has no chat template; give the folder of a chat model")
         self.model = model.to(self.device).eval()
+        self.context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self._counting = threading.Lock()
         self.revision = model_revision(self.model_id)
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
@@ -127,6 +133,24 @@ class AnyFamilyEngine:
         except TemplateError as error:  # some families know no system message
             raise ValueError(f"the chat template of {self.model_id} refuses the conversation: {error}") from error
 
+    def num_prompt_tokens(self, request: Request) -> int:
+        """Return how many tokens a prompt has; see `InternVLEngine.num_prompt_tokens`."""
+        text = self._text(request)
+        with self._counting:
+            num_tokens = count_tokens(self._counting_processor.tokenizer, text, self.context)
+            if self.context is not None and num_tokens > self.context:
+                return num_tokens
+            pictures = [load_picture(image) for image in request.images]
+            return self._inputs(self._counting_processor, [text], [pictures])["input_ids"].shape[1]
+
+    @functools.cached_property
+    def _counting_processor(self) -> ProcessorMixin:
+        """A processor of its own, since one that pads a batch cannot be used by another thread meanwhile."""
+        return copy.deepcopy(self.processor)
+
+    def _text(self, request: Request) -> str:
+        return self.render(request.question, len(request.images), request.prefix, request.history, request.system)
+
     def _batches(self, window: list[Request]) -> list[list[Request]]:
         """Requests of one sampler and number of pictures, long questions first."""
         kinds: dict[tuple[Sampling, int], list[Request]] = {}
@@ -144,10 +168,7 @@ class AnyFamilyEngine:
         usable: list[tuple[Request, str, list[Image.Image]]] = []
         for request in batch:
             try:
-                text = self.render(
-                    request.question, len(request.images), request.prefix, request.history, request.system
-                )
-                usable.append((request, text, [load_picture(image) for image in request.images]))
+                usable.append((request, self._text(request), [load_picture(image) for image in request.images]))
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 replies.append(Reply(id=request.id, error=str(error)))
         if not usable:
@@ -166,18 +187,7 @@ class AnyFamilyEngine:
     def _run(self, rows: list[tuple[Request, str, list[Image.Image]]]) -> list[Reply]:
         requests, texts, pictures = zip(*rows, strict=True)
         sampling = requests[0].sampling
-        settings: dict[str, Any] = {}
-        if self.max_tiles and pictures[0] and hasattr(self.processor.image_processor, "max_patches"):
-            settings["max_patches"] = max(1, self.max_tiles // len(pictures[0]))
-        begins = self.tokenizer.bos_token is not None and texts[0].startswith(self.tokenizer.bos_token)
-        inputs = self.processor(
-            text=list(texts),
-            images=list(pictures) if pictures[0] else None,
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=not begins,  # a template that writes the first token must not get another
-            **settings,
-        ).to(self.device)
+        inputs = self._inputs(self.processor, texts, pictures).to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         prompt_ids = inputs["input_ids"]
@@ -199,6 +209,22 @@ class AnyFamilyEngine:
         )
         output = output[:, prompt_ids.shape[1] :]
         return [self._reply(request, prompt_ids[row], output[row].tolist()) for row, request in enumerate(requests)]
+
+    def _inputs(
+        self, processor: ProcessorMixin, texts: Sequence[str], pictures: Sequence[list[Image.Image]]
+    ) -> BatchFeature:
+        settings: dict[str, Any] = {}
+        if self.max_tiles and pictures[0] and hasattr(processor.image_processor, "max_patches"):
+            settings["max_patches"] = max(1, self.max_tiles // len(pictures[0]))
+        begins = self.tokenizer.bos_token is not None and texts[0].startswith(self.tokenizer.bos_token)
+        return processor(
+            text=list(texts),
+            images=list(pictures) if pictures[0] else None,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not begins,  # a template that writes the first token must not get another
+            **settings,
+        )
 
     def _decode(self, prompt_ids: list[int], words: list[int], prefix: str) -> str:
         return decode_reply(self.tokenizer, prompt_ids, words, prefix, skip_special_tokens=True)

@@ -1,21 +1,16 @@
 """The wire format of chat requests: written by the client, read by the server."""
 
 import base64
-import binascii
-import io
 import json
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
+from internvl_mpo.engines.pictures import MAX_PIXELS, EncodedPicture, data_uri, read_picture
 from internvl_mpo.errors import BadInputError
 
-_MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif"}
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}  # joins a payload that is to be streamed
 MAX_EVENT_BYTES = 4 << 20
 
@@ -63,28 +58,6 @@ def _content(text: str, images: Iterator[Any]) -> str | list[dict[str, Any]]:
         if piece.strip():
             content.append({"type": "text", "text": piece.strip("\n")})
     return content
-
-
-def data_uri(image: Any) -> str:
-    """Return a picture as a data URI; files of a common type keep their bytes."""
-    if isinstance(image, Image.Image):
-        return _encode(image)
-    return _file_data_uri(str(image))
-
-
-@lru_cache(maxsize=128)  # the samples of one question follow each other
-def _file_data_uri(path: str) -> str:
-    mime = _MIME.get(Path(path).suffix.lower())
-    with Image.open(path) as opened:  # also finds files that are no pictures before they travel
-        if mime is None or Image.MIME.get(opened.format) != mime:
-            return _encode(opened)
-    return f"data:{mime};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
-
-
-def _encode(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def read_stream(request: Request, parts: Iterable[bytes]) -> Reply:
@@ -166,45 +139,148 @@ def _reply(request: Request, text: Any, reason: Any, num_tokens: int, model: str
     )
 
 
+# --- the server's side ------------------------------------------------------------------------------------------------
+
+MAX_VALUES = 100_000  # of one body's lists and objects: a few bytes of JSON can become a hundred of memory
+MAX_REQUEST_PIXELS = 2 * MAX_PIXELS
+DEFAULT_MAX_TOKENS = 1024
+_SERVED = {
+    *("messages", "model", "n", "stream", "stream_options", "seed", "temperature", "top_k", "top_p"),
+    *("max_tokens", "max_completion_tokens", "continue_final_message", "add_generation_prompt"),
+}
+_LABELS = {"user", "safety_identifier", "prompt_cache_key"}  # ask for nothing about the reply
+# what a client may say about the rest of OpenAI's fields: that it wants what it gets anyway
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "stop": ([],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "metadata": ({},),
+}
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body, without the fields that are null.
+
+    Raises:
+        BadInputError: it is no JSON object, holds NaN, a key twice or too many values, or is nested too deeply.
+    """
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
+        raise BadInputError(f"the body holds more than {MAX_VALUES:,} values")
+    try:
+        payload = json.loads(
+            body.decode(), parse_constant=_no_constant, parse_int=_short_integer, object_pairs_hook=_no_key_twice
+        )
+    except RecursionError as error:
+        raise BadInputError("the body is nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"the body is not UTF-8 (byte {error.start})") from error
+    except BadInputError:
+        raise
+    except ValueError as error:
+        raise BadInputError(f"the body is no JSON: {error}") from error
+    if not isinstance(payload, dict):
+        raise BadInputError("the body is not a JSON object")
+    return {key: value for key, value in payload.items() if value is not None}
+
+
+def _no_constant(name: str) -> None:
+    raise BadInputError(f"the body holds {name}, which is no JSON")
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > 30:
+        raise BadInputError(f"the body holds an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise BadInputError(f"the body holds {shown(key)} twice")
+    return found
+
+
+def check_fields(payload: dict[str, Any]) -> None:
+    """Refuse by name every field that would be ignored.
+
+    Raises:
+        BadInputError: a field is not served, or has a value that is not.
+    """
+    for name, value in payload.items():
+        if name in _LABELS:
+            if not isinstance(value, str):
+                raise BadInputError(f"'{name}' is {shown(value)}; give a text")
+        elif name in _NEUTRAL:
+            served = _NEUTRAL[name]
+            if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in served):
+                choices = " or ".join(json.dumps(one) for one in served)
+                raise BadInputError(f"'{name}' is {shown(value)}; this server serves only {choices}")
+        elif name not in _SERVED:
+            raise BadInputError(f"{shown(name)} is no field that this server knows")
+
+
+def read_streaming(payload: dict[str, Any]) -> tuple[bool, bool]:
+    """Return whether the reply is to be streamed, and whether its usage comes as the last event.
+
+    Raises:
+        BadInputError: one of the two fields is malformed.
+    """
+    stream, options = _flag(payload, "stream"), payload.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise BadInputError(f"'stream_options' is {shown(options)}; give an object")
+    if options and not stream:
+        raise BadInputError("'stream_options' needs 'stream': true")
+    unknown = [name for name in options if name != "include_usage"]
+    if unknown:
+        raise BadInputError(f"{shown(unknown[0])} of 'stream_options' is not served; 'include_usage' is")
+    return stream, _flag(options, "include_usage")
+
+
 def read_requests(payload: dict[str, Any]) -> list[Request]:
     """Turn the body of a chat completion into requests, one per choice asked for.
 
     Raises:
-        ValueError: it asks for something this server does not do, or is malformed.
+        BadInputError: it asks for something this server does not do, or is malformed.
     """
-    messages = payload.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadInputError("'messages' must be a list of objects")
-    messages = list(messages)
-    prefix = ""
-    if messages and messages[-1].get("role") == "assistant" and payload.get("continue_final_message"):
-        prefix = _read_text(messages.pop())
+    check_fields(payload)
+    prefix, messages = _split_prefix(payload)
     system = _read_text(messages.pop(0)) if messages and messages[0].get("role") == "system" else None
     roles = [message.get("role") for message in messages]
     if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
-        raise BadInputError(f"expected user and assistant in turn, a user last, after a system or none; found {roles}")
-    asked = [_read_content(message.get("content")) for message in messages[::2]]
+        found = ", ".join(map(shown, roles[:9]))
+        raise BadInputError(f"expected user and assistant in turn, a user last, after a system or none; found {found}")
+    asked = [_read_content(message) for message in messages[::2]]
     answers = [_read_text(message) for message in messages[1::2]]
-    question = asked[-1][0]
-    history = tuple(zip((text for text, _ in asked), answers, strict=False))
-    number = int(payload.get("n") or 1)
-    if not 1 <= number <= 64:
-        raise BadInputError(f"n is {number}; give 1 to 64")
-    temperature = payload.get("temperature")
+    images = tuple(image for _, images in asked for image in images)
+    if sum(width * height for width, height in (image.size for image in images)) > MAX_REQUEST_PIXELS:
+        raise BadInputError(f"the pictures have more than {MAX_REQUEST_PIXELS / 1e6:g} megapixels together")
     sampling = Sampling(
-        temperature=1.0 if temperature is None else float(temperature),
-        top_k=max(0, int(payload.get("top_k") or 0)),
-        top_p=float(payload.get("top_p") or 1.0),
-        max_new_tokens=int(payload.get("max_tokens") or payload.get("max_completion_tokens") or 1024),
+        temperature=_number(payload, "temperature", 1.0),
+        top_k=max(0, _integer(payload, "top_k", 0, -1, 2**31)),
+        top_p=_number(payload, "top_p", 1.0),
+        max_new_tokens=asked_max_tokens(payload) or DEFAULT_MAX_TOKENS,
     )
-    seed = payload.get("seed")
-    seed = uuid.uuid4().int % 2**31 if seed is None else int(seed)
+    number = _integer(payload, "n", 1, 1, 64)
+    seed = _integer(payload, "seed", uuid.uuid4().int % 2**31, -(2**63), 2**63 - 65)
     return [
         Request(
             id=uuid.uuid4().hex,
-            question=question,
-            images=tuple(image for _, images in asked for image in images),
-            history=history,
+            question=asked[-1][0],
+            images=images,
+            history=tuple(zip((text for text, _ in asked), answers, strict=False)),
             system=system,
             prefix=prefix,
             seed=seed + index,
@@ -214,45 +290,123 @@ def read_requests(payload: dict[str, Any]) -> list[Request]:
     ]
 
 
-def _read_content(content: Any) -> tuple[str, list[Image.Image]]:
+def asked_max_tokens(payload: dict[str, Any]) -> int | None:
+    """Return the longest reply a client asks for; None where it leaves that to the server.
+
+    Raises:
+        BadInputError: it is no positive integer, or the two fields for it differ.
+    """
+    names = [name for name in ("max_tokens", "max_completion_tokens") if name in payload]
+    values = {_integer(payload, name, 0, 1, 2**63) for name in names}
+    if len(values) > 1:
+        raise BadInputError("'max_tokens' and 'max_completion_tokens' differ; give one of them")
+    return next(iter(values), None)
+
+
+def _split_prefix(payload: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """The beginning of a reply that is to be continued, and the messages before it."""
+    messages = payload.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BadInputError("'messages' must be a list of objects")
+    messages = list(messages)
+    continued = _flag(payload, "continue_final_message")
+    if _flag(payload, "add_generation_prompt", not continued) == continued:
+        raise BadInputError("'continue_final_message' and 'add_generation_prompt' must be one true, one false")
+    if not continued:
+        return "", messages
+    if not messages or messages[-1].get("role") != "assistant":
+        raise BadInputError("'continue_final_message' needs a last message of role 'assistant'")
+    return _read_text(messages.pop()), messages
+
+
+def _read_content(message: dict[str, Any]) -> tuple[str, list[EncodedPicture]]:
     """Text with `<image>` where a picture was, and the pictures."""
+    for name, value in message.items():
+        if name not in ("role", "content") and value is not None and value != []:
+            raise BadInputError(f"{shown(name)} of a message is not served")
+    content = message.get("content")
     if isinstance(content, str):
-        return content, []
+        return _text(content), []
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise BadInputError("'content' must be text or a list of parts")
     texts, images = [], []
     for part in content:
-        if part.get("type") == "text":
-            texts.append(str(part.get("text", "")))
-        elif part.get("type") == "image_url":
+        kind = part.get("type")
+        if kind not in ("text", "image_url"):
+            raise BadInputError(f"content of type {shown(kind)} is not served")
+        if unknown := [name for name in part if name not in ("type", kind)]:
+            raise BadInputError(f"{shown(unknown[0])} of a {kind} part is not served")
+        if kind == "text":
+            texts.append(_text(part.get("text")))
+        else:
             images.append(_read_image(part.get("image_url")))
             texts.append("<image>")
-        else:
-            raise BadInputError(f"content of type '{part.get('type')}' is not served")
     return "\n".join(texts), images
 
 
 def _read_text(message: dict[str, Any]) -> str:
     """Text of a message that may hold no pictures."""
-    text, images = _read_content(message.get("content"))
+    text, images = _read_content(message)
     if images:
-        raise BadInputError(f"a message of role '{message.get('role')}' holds a picture; only user messages may")
+        raise BadInputError(f"a message of role {shown(message.get('role'))} holds a picture; only user messages may")
     return text
 
 
-def _read_image(reference: Any) -> Image.Image:
-    url = reference.get("url") if isinstance(reference, dict) else reference
+def _read_image(reference: Any) -> EncodedPicture:
+    given = reference if isinstance(reference, dict) else {"url": reference}
+    if unknown := [name for name in given if name not in ("url", "detail")]:
+        raise BadInputError(f"{shown(unknown[0])} of an image_url is not served")
+    if given.get("detail") not in (None, "auto"):
+        raise BadInputError(f"'detail' of an image_url is {shown(given['detail'])}; this server serves only \"auto\"")
+    url = given.get("url")
     if not isinstance(url, str) or not url.startswith("data:image/") or ";base64," not in url:
         raise BadInputError("pictures must be data URIs (data:image/...;base64,...)")
-    return _decode_image(url)
-
-
-@lru_cache(maxsize=64)  # equal pictures become one object, which the engine encodes once
-def _decode_image(url: str) -> Image.Image:
     try:
         content = base64.b64decode(url.partition(";base64,")[2], validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise BadInputError(f"a picture is not base64: {error}") from error
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return image
+    return read_picture(content, "a picture")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise BadInputError(f"a text is {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError(f"a text holds half a character, {shown(value[error.start])}") from error
+    return value
+
+
+def _flag(payload: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = payload.get(name, default)
+    if value is not None and not isinstance(value, bool):
+        raise BadInputError(f"'{name}' is {shown(value)}; give true or false")
+    return bool(value)
+
+
+def _integer(payload: dict[str, Any], name: str, default: int, least: int, most: int) -> int:
+    value = payload.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise BadInputError(f"{name} is {shown(value)}; give an integer from {least} to {most}")
+    return value
+
+
+def _number(payload: dict[str, Any], name: str, default: float) -> float:
+    value = payload.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        raise BadInputError(f"{name} is {shown(value)}; give a number")
+    return float(value)
+
+
+def shown(value: Any) -> str:
+    """Return what a client sent for a message: in ASCII, and short however long or deep it is."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "an object"
+    return ascii(value[:60]) + ("..." if len(value) > 60 else "") if isinstance(value, str) else ascii(value)
+
+
+def error_body(status: int, message: str) -> bytes:
+    """Return an error in OpenAI's form: one sentence, in characters that every client can read."""
+    sentence = " ".join(message.encode("ascii", "backslashreplace").decode().split())
+    return json.dumps({"error": {"message": sentence[:500], "code": status}}).encode()

@@ -8,31 +8,33 @@ token, so neither its neighbours nor the batch size choose its words.
     rows      R >= P, row r continues prompt `parent[r]`
 """
 
+import copy
 import functools
 import itertools
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, DynamicCache
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
 from internvl_mpo.engines.local import (
     WINDOW,
     SeededDraw,
+    count_tokens,
     decode_reply,
     end_reason,
     load_picture,
     model_revision,
-    picture_size,
     torch_device,
     torch_dtype,
 )
+from internvl_mpo.engines.pictures import picture_size
 from internvl_mpo.errors import BadInputError
 from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLChatProcessor
-from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid
 
 # Grounding tags are special tokens in InternVL's vocabulary and ordinary words of its answers.
 _SPOKEN = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
@@ -91,6 +93,8 @@ class InternVLEngine:
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         vocab = self.tokenizer.get_vocab()
+        self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self._counting = threading.Lock()
         self.stop_ids = self._stop_ids(vocab)
         self.suppressed = self._suppressed(vocab)
 
@@ -133,19 +137,41 @@ class InternVLEngine:
             batches += [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         return batches
 
+    def num_prompt_tokens(self, request: Request) -> int:
+        """Return how many tokens a prompt has, its pictures included; exact as long as it fits into the context.
+
+        May be called while `generate` runs in another thread.
+
+        Raises:
+            OSError, ValueError: a picture cannot be read, or the text does not have one `<image>` for each.
+        """
+        text = self._checked_text(request).replace("<image>", "<img></img>")
+        with self._counting:
+            return count_tokens(self._counting_tokenizer, text, self.context) + sum(self._picture_tokens(request))
+
+    @functools.cached_property
+    def _counting_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A tokenizer of its own, since one that pads a batch cannot be used by another thread meanwhile."""
+        return copy.deepcopy(self.tokenizer)
+
     def _length(self, request: Request) -> int:
         """About how many tokens the prompt has."""
-        cutter = self.processor.image_processor
-        total = len(self._text(request)) // 3
-        for image in request.images:
-            try:
-                size = image.size if isinstance(image, Image.Image) else picture_size(image)
-            except (OSError, Image.DecompressionBombError):
-                continue  # the request will fail by itself, with a reason
-            most = max(cutter.min_dynamic_patch, self.max_tiles // len(request.images))
-            columns, rows = best_grid(*size, cutter.min_dynamic_patch, most, cutter.size["height"])
-            total += columns * rows * self.processor.num_image_token
-        return total
+        try:
+            return len(self._text(request)) // 3 + sum(self._picture_tokens(request))
+        except (OSError, Image.DecompressionBombError):
+            return 0  # the request will fail by itself, with a reason
+
+    def _picture_tokens(self, request: Request) -> list[int]:
+        """Tokens of every picture of a request."""
+        cutter, settings = self.processor.image_processor, self._tile_limit(len(request.images))
+        sizes = [picture_size(image) for image in request.images]
+        tiles = [cutter.get_number_of_image_patches(height, width, settings) for width, height in sizes]
+        return [count * self.processor.num_image_token for count in tiles]
+
+    def _tile_limit(self, num_images: int) -> dict[str, int]:
+        """The setting of the processor by which all pictures of a request share `max_tiles`."""
+        least = self.processor.image_processor.min_dynamic_patch
+        return {"max_dynamic_patch": max(least, self.max_tiles // num_images)} if num_images else {}
 
     def _answer(self, batch: list[Request]) -> list[Reply]:
         """Replies to one batch; a broken picture costs only its own requests, lack of memory halves the batch."""
@@ -182,10 +208,14 @@ class InternVLEngine:
         Raises:
             OSError, ValueError: a picture cannot be read, or the text does not have one `<image>` for each.
         """
+        self._checked_text(request)
+        return [load_picture(image) for image in request.images]
+
+    def _checked_text(self, request: Request) -> str:
         text = self._text(request)
         if text.count("<image>") != len(request.images) or any(token in text for token in _IMAGE_TOKENS):
             raise ValueError(f"{text.count('<image>')} <image> placeholders for {len(request.images)} pictures")
-        return [load_picture(image) for image in request.images]
+        return text
 
     def _text(self, request: Request) -> str:
         return self.render(request.question, len(request.images), request.prefix, request.history, request.system)
@@ -265,9 +295,12 @@ class InternVLEngine:
 
     def _inputs(self, requests: list[Request], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
         texts = [self._text(request) for request in requests]
-        settings = {"max_dynamic_patch": max(1, self.max_tiles // len(images[0]))} if images[0] else {}
         inputs = self.processor(
-            text=texts, images=images if images[0] else None, padding=True, return_tensors="pt", **settings
+            text=texts,
+            images=images if images[0] else None,
+            padding=True,
+            return_tensors="pt",
+            **self._tile_limit(len(images[0])),
         ).to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
@@ -328,5 +361,5 @@ def load_internvl_processor(model_path: str) -> InternVLChatProcessor:
 
 def _prompt(request: Request) -> Prompt:
     # PIL images have no value to compare by; the same object is the same picture
-    images = tuple(image if isinstance(image, (str, Path)) else id(image) for image in request.images)
+    images = tuple(id(image) if isinstance(image, Image.Image) else image for image in request.images)
     return request.system, request.history, request.question, images, request.prefix

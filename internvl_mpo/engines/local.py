@@ -12,11 +12,13 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from internvl_mpo.engines import Request, Sampling
+from internvl_mpo.engines.pictures import EncodedPicture
 from internvl_mpo.errors import BadInputError
 from modeling_internvl_mpo.image_processing_internvl_mpo import to_rgb
 
 # Requests looked at together when batches are formed: enough to sort by length, few enough to keep in memory.
 WINDOW = 4096
+_COUNTED_AT_ONCE = 1 << 16  # characters
 _DRAWN_AHEAD = 64  # uniform numbers of a row that are drawn together
 
 
@@ -119,6 +121,19 @@ def decode_reply(
     return both[len(before) :] if both.startswith(before) else tokenizer.decode(words, **settings)
 
 
+def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None) -> int:
+    """Return the tokens of a text, exactly up to `most` (None is no limit); beyond it only that there are more.
+
+    A text of a hundred megabytes costs no more than one that fits.
+    """
+    counted = 0
+    for start in range(0, 0 if most is None else len(text), _COUNTED_AT_ONCE):
+        counted += len(tokenizer(text[start : start + _COUNTED_AT_ONCE], add_special_tokens=False)["input_ids"])
+        if counted > 2 * most:  # cutting the text moves the count by a token or two per piece, not by half
+            return counted
+    return len(tokenizer(text)["input_ids"])
+
+
 def end_reason(request: Request, has_ended: bool) -> str:
     """Return why a reply ends: the model ended it, its reader stopped it, or it was cut."""
     if has_ended:
@@ -145,13 +160,11 @@ def model_revision(model_path: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def picture_size(path: str | Path) -> tuple[int, int]:
-    with Image.open(path) as opened:
-        return opened.size
-
-
 def load_picture(image: Any) -> Image.Image:
-    """Return an RGB picture from a path, a file object or a PIL image."""
+    """Return an RGB picture from a path, a file object, a PIL image or an `EncodedPicture`."""
+    if isinstance(image, EncodedPicture):
+        with image.open() as opened:
+            return to_rgb(opened)
     if isinstance(image, Image.Image):
         return to_rgb(image)
     with Image.open(image) as opened:
