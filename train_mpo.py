@@ -20,6 +20,9 @@ from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.reading import iter_pairs
 from internvl_mpo.records import RowError, content_id
 from internvl_mpo.settings import show_settings, write_settings
+from internvl_mpo.training.checkpoint import SETTINGS_FILE, check_run_folder, read_state
+from internvl_mpo.training.finished import RESULT_SETTINGS, finished_step, is_same_run, write_finished
+from internvl_mpo.training.first_look import look_at_arguments
 from internvl_mpo.training.pairs import TrainingPairs, check_pairs, hold_out, plan
 
 if TYPE_CHECKING:  # what imports transformers is imported where it is used, after the cheap refusals
@@ -31,31 +34,28 @@ PROGRAM = "train_mpo.py"
 # Found by `plan`, so that a saved run does not give it back.
 FOUND = ("gradient_accumulation_steps",)
 # What a result folder of version 0.2 holds, which did not mark it otherwise; its settings were written last.
-RESULT_FILES = (
-    *("training_settings.yaml", "*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "merges.txt", "README.md"),
-)
+RESULT_FILES = (*(RESULT_SETTINGS, "*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "merges.txt", "README.md"),)
 
 
 def main(argv: list[str]) -> int:
     """Run the chapters below in order."""
     settings = read_settings(argv)
-    is_main = settings.process_index == 0
-    if is_main:
-        print(show_settings(settings, f"{PROGRAM}: settings"), flush=True)
-
     checkpoint = choose_checkpoint(settings)
     processor = load_processor(settings)
     rows, rejects = read_pairs(settings)
     pairs, held_out = hold_out(settings.held_out_share, check_pairs(settings, processor, rows, rejects))
     settings, pairs = plan(settings, pairs)
-    if is_main:
-        show_memory(settings, pairs)
+    identity = identify(settings, processor)
+    fingerprint = {"data": pairs.digest(), **identity, **settings.exact()}
+    if is_over(settings, pairs, fingerprint):
+        return 0
+    if settings.process_index == 0:
+        show_run(settings, pairs)
 
     model = load_policy(settings)
-    identity = identify(settings, model, processor)
     reference = reference_logps(settings, identity, model, processor, pairs + held_out)
     model = choose_weights(settings, model)
-    trainer = build_trainer(settings, identity, model, processor, pairs, held_out, reference)
+    trainer = build_trainer(settings, fingerprint, model, processor, pairs, held_out, reference)
     train(settings, trainer, checkpoint)
     save(settings, trainer, processor)
     return 0
@@ -67,29 +67,15 @@ def main(argv: list[str]) -> int:
 def read_settings(argv: list[str]) -> "TrainSettings":
     """Return the checked settings; without arguments, or with --help, only the usage is printed."""
     if argv and not {"-h", "--help"} & set(argv):
-        _check_paths_cheaply(argv)
-    from internvl_mpo.training.checkpoint import check_run_folder
+        look_at_arguments(argv)
     from internvl_mpo.training.settings import parse_train_settings  # imports transformers, some seconds
 
     settings = parse_train_settings(argv, program=PROGRAM, about=__doc__)
     if settings.process_index == 0:
         check_run_folder(settings.output_dir)
-        check_result_folders(settings)
+        if not finished_step(settings.output_dir, result_folders(settings)):  # else `is_over` looks again
+            check_result_folders(settings)
     return settings
-
-
-def _check_paths_cheaply(argv: list[str]) -> None:
-    """Refuse a config or DeepSpeed file that is not there before transformers is imported."""
-    for position, word in enumerate(argv):
-        path = word.partition("=")[2] or (argv[position + 1] if position + 1 < len(argv) else "")
-        if word.split("=")[0] == "--config" and not Path(path).is_file():
-            raise BadInputError(f"config file '{path}' does not exist")
-        # none leaves out what a run file names
-        is_file_name = path.lower() not in ("", "none", "null") and not path.lstrip().startswith("{")
-        if word.split("=")[0] == "--deepspeed" and is_file_name and not Path(path).is_file():
-            raise BadInputError(
-                f"DeepSpeed file '{path}' does not exist; configs/deepspeed/ holds zero1, zero2, zero3 and offload"
-            )
 
 
 def choose_checkpoint(settings: "TrainSettings") -> str | None:
@@ -100,13 +86,12 @@ def choose_checkpoint(settings: "TrainSettings") -> str | None:
     """
     from internvl_mpo.training.checkpoint import check_fingerprint, find_checkpoint
     from internvl_mpo.training.distributed import agree
-    from internvl_mpo.training.settings import exact_settings
 
     found = find_checkpoint(settings.resume, settings.output_dir)
     checkpoint = agree(None if found is None else str(found), settings)
     if checkpoint is None:
         return None
-    unknown = check_fingerprint(checkpoint, exact_settings(settings))
+    unknown = check_fingerprint(checkpoint, settings.exact())
     if unknown and settings.process_index == 0:
         print(
             f"note: {checkpoint} was written by an earlier version and does not say its {', '.join(unknown)}; the "
@@ -131,6 +116,34 @@ def read_pairs(settings: "TrainSettings") -> tuple[list[PairRow], list[RowError]
     if not rows and not rejects:
         raise BadInputError(f"{', '.join(settings.data)} holds no preference pair")
     return rows, rejects
+
+
+def is_over(settings: "TrainSettings", pairs: TrainingPairs, fingerprint: dict[str, Any]) -> bool:
+    """Say whether this very run has done all its steps and written its results: then there is nothing left to do.
+
+    Raises:
+        BadInputError: there are steps left, and somebody has put other files into the result folders since.
+    """
+    from internvl_mpo.training.distributed import agree
+
+    folders = result_folders(settings)
+    over = False
+    if settings.process_index == 0 and settings.resume == "auto":
+        done = finished_step(settings.output_dir, folders)
+        over = done >= pairs.total_steps(settings) and is_same_run(settings.output_dir, fingerprint)
+        if over:
+            places = ", ".join(f"the trained {kind} is in {folder}" for kind, folder in folders.items())
+            print(f"all {done} steps were done before, {places}; nothing was changed")
+        elif done:
+            check_result_folders(settings)
+    return agree(over, settings)
+
+
+def show_run(settings: "TrainSettings", pairs: TrainingPairs) -> None:
+    """Print the settings that were chosen, and the memory that is needed."""
+    title = f"settings that differ from their defaults (all of them: {Path(settings.output_dir) / SETTINGS_FILE})"
+    print(show_settings(settings, title, only_changed=True), flush=True)
+    show_memory(settings, pairs)
 
 
 def show_memory(settings: "TrainSettings", pairs: TrainingPairs) -> None:
@@ -260,7 +273,7 @@ def choose_weights(settings: "TrainSettings", model: Any) -> Any:
     return model
 
 
-def identify(settings: "TrainSettings", model: Any, processor: Any) -> dict[str, Any]:
+def identify(settings: "TrainSettings", processor: Any) -> dict[str, Any]:
     """Return what reference log-probs depend on besides the pairs."""
     from internvl_mpo.engines.local import model_revision
     from internvl_mpo.training.distributed import agree, zero_stage
@@ -317,7 +330,7 @@ def reference_logps(
 
 def build_trainer(
     settings: "TrainSettings",
-    identity: dict[str, Any],
+    fingerprint: dict[str, Any],
     model: Any,
     processor: Any,
     pairs: TrainingPairs,
@@ -326,7 +339,6 @@ def build_trainer(
 ) -> "MPOTrainer":
     """Return the trainer; this is the first thing that touches the run folder."""
     from internvl_mpo.training.callbacks import ConsoleCallback
-    from internvl_mpo.training.settings import exact_settings
     from internvl_mpo.training.trainer import MPOTrainer
 
     return MPOTrainer(
@@ -336,7 +348,7 @@ def build_trainer(
         pairs=pairs,
         held_out=held_out,
         reference=reference,
-        fingerprint={"data": pairs.digest(), **identity, **exact_settings(settings)},
+        fingerprint=fingerprint,
         callbacks=[ConsoleCallback(settings.output_dir)],
     )
 
@@ -345,7 +357,7 @@ def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | No
     """Train to the end, from a checkpoint if there is one."""
     import torch
 
-    from internvl_mpo.training.checkpoint import SETTINGS_FILE, remove_half_written
+    from internvl_mpo.training.checkpoint import remove_half_written
 
     if checkpoint is not None:
         trainer.check_resumable(checkpoint)
@@ -356,6 +368,8 @@ def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | No
         for name in remove_half_written(settings.output_dir):
             print(f"{name} is half-written and was removed")
         print(f"going on from {checkpoint}" if checkpoint else "starting at step 0")
+        if checkpoint and read_state(checkpoint)["global_step"] >= trainer.pairs.total_steps(settings):
+            print("all steps were done there; only the results are still to be written")
     if settings.device.type == "cpu":
         # several threads add gradients of one token in any order otherwise, and no two runs are equal to the last bit
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -381,9 +395,16 @@ def save(settings: "TrainSettings", trainer: "MPOTrainer", processor: Any) -> No
                 write_model_folder(plain_base(model), processor, folder, weights=weights)
             if is_main:
                 check_saved_weights(folder, weights)
-                write_settings(settings, folder / RESULT_FILES[0], leave_out=FOUND)
+                write_settings(settings, folder / RESULT_SETTINGS, leave_out=FOUND)
         if is_main:
             print(f"the trained {kind} is in {target}")
+    if is_main:
+        write_finished(
+            settings.output_dir,
+            step=trainer.state.global_step,
+            fingerprint=trainer.fingerprint,
+            folders=result_folders(settings),
+        )
 
 
 def result_folders(settings: "TrainSettings") -> dict[str, Path]:

@@ -88,19 +88,44 @@ def parse_settings(cls: type[T], argv: Sequence[str], *, program: str, about: st
 def build_settings(cls: type[T], values: Mapping[str, Any], *, where: str = "settings") -> T:
     """Check `values` against the fields of `cls` and return an instance; see `parse_settings`."""
     fields = _fields(cls)
-    unknown = [key for key in values if key not in fields]
+    check_keys(values, {name: _required(field) for name, field in fields.items()}, where)
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: coerce(value, hints[key], key, where) for key, value in values.items()})
+
+
+def check_keys(values: Mapping[str, Any], keys: Mapping[str, bool], where: str) -> None:
+    """Refuse values whose keys do not fit.
+
+    Args:
+        values: what is given.
+        keys: the names of all settings and whether they must be given.
+        where: who gives them, for messages.
+
+    Raises:
+        BadInputError: naming a key that is unknown, or those that are missing.
+    """
+    unknown = [key for key in values if key not in keys]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], fields, n=1)
+        close = difflib.get_close_matches(unknown[0], keys, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else "; --help lists the keys"
         raise BadInputError(f"unknown setting '{unknown[0]}' ({where}){hint}")
-    missing = [name for name, field in fields.items() if _required(field) and values.get(name) is None]
+    missing = [name for name, required in keys.items() if required and values.get(name) is None]
     if missing:
         names = ", ".join(f"'{name}'" for name in missing)
         raise BadInputError(
             f"missing setting {names} ({where}); give --{missing[0]} VALUE or add it to the config file"
         )
-    hints = typing.get_type_hints(cls)
-    return cls(**{key: coerce(value, hints[key], key, where) for key, value in values.items()})
+
+
+def given_values(argv: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Return the values of `--config` and `--key value` as they stand, and who gives them, for messages.
+
+    Raises:
+        BadInputError: the config file cannot be read.
+    """
+    given = _overrides([_underscored(word) for word in argv])
+    path = given.pop("config", None)
+    return {**(read_yaml(path) if path is not None else {}), **given}, f"{path or 'command line'}"
 
 
 def coerce(value: Any, hint: Any, key: str, where: str) -> Any:
@@ -156,15 +181,16 @@ def write_settings(settings: Any, path: str | Path, leave_out: Collection[str] =
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def show_settings(settings: Any, title: str) -> str:
+def show_settings(settings: Any, title: str, *, only_changed: bool = False) -> str:
     """Return a printable table of the resolved settings, `key  value` per line.
 
-    Inherited fields (transformers has some 120 of them) appear where they differ from their default.
+    Inherited fields (transformers has some 120 of them) appear where they differ from their default; with
+    `only_changed` the program's own as well.
     """
     rows = [
         (name, "(not shown)" if _is_secret(name) and getattr(settings, name) else plain(getattr(settings, name)))
         for name, field in _fields(type(settings)).items()
-        if field.metadata.get(_OWN) or plain(getattr(settings, name)) != plain(_default(field))
+        if (field.metadata.get(_OWN) and not only_changed) or plain(getattr(settings, name)) != plain(_default(field))
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join([title] + [f"  {name:<{width}}  {'-' if value is None else value}" for name, value in rows])

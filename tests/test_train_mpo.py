@@ -31,6 +31,8 @@ from internvl_mpo.training.checkpoint import (
     whole_checkpoints,
     write_state,
 )
+from internvl_mpo.training.first_look import first_bad_row, setting_keys
+from internvl_mpo.training.settings import TrainSettings
 from internvl_mpo.training.trainer import MPOTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +126,7 @@ def test_no_arguments_print_how_to_use_it(capsys):
         (["--beta", "-1"], "beta is -1"),
         (["--preference", "ppo"], "'preference' is 'ppo'"),
         (["--data", "absent.jsonl"], "data file 'absent.jsonl' does not exist"),
-        (["--config", "absent.yaml"], "config file 'absent.yaml' does not exist"),
+        (["--config", "absent.yaml"], "cannot read config file absent.yaml: No such file"),
         (["--model", "./absent"], "model folder './absent' does not exist"),
         (["--pairs_per_step", "99"], "one epoch has 12 pairs, fewer than the 99"),
         (["--max_tokens_per_pack", "100"], "more than max_tokens_per_pack 100"),
@@ -291,6 +293,59 @@ def test_a_model_folder_of_this_program_is_replaced_until_somebody_adds_to_it(wo
         assert train(world, tmp_path / "third", "--model_dir", str(model), "--max_steps", "1") == 2
         assert "(notes.md)" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
+
+
+def test_keys_and_first_rows_are_looked_at_before_transformers_is_imported(world, tmp_path):
+    """Its import takes seconds, and whoever mistyped a key waits for them."""
+    write_pair(world / "bad.jsonl", rejected=" ")
+    code = (
+        "import sys, train_mpo\n"
+        "from internvl_mpo.errors import run_program\n"
+        "from internvl_mpo.training.first_look import first_bad_row\n"
+        "print(run_program(train_mpo.main, sys.argv[2:]), first_bad_row([sys.argv[1]]))\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(world / "bad.jsonl"),
+        *arguments(world, tmp_path / "run", "--betta", "1"),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "2 " in result.stdout
+    assert "bad.jsonl:1: 'rejected' is empty" in result.stdout
+    assert "unknown setting 'betta' (command line); did you mean 'beta'?" in result.stderr
+
+
+def test_the_keys_read_from_source_are_those_of_the_class():
+    fields = [field for field in dataclasses.fields(TrainSettings) if field.init]
+    required = {"model", "data", "output_dir"}
+    assert setting_keys() == {field.name: field.name in required for field in fields}
+
+
+def test_the_first_bad_row_is_named_before_all_rows_are_looked_at(world, tmp_path, capsys):
+    write_pair(world / "bad.jsonl", image="absent.png")
+    data = f"{world / 'pairs.jsonl'},{world / 'bad.jsonl'}"
+    assert train(world, tmp_path / "run", "--data", data) == 2
+    printed = capsys.readouterr()
+    assert "absent.png' does not exist" in printed.out.splitlines()[0]
+    assert "1 of 13 rows are unusable" in printed.err
+    assert train(world, tmp_path / "run", "--data", data, "--on_bad_row", "skip", "--pairs_per_step", "99") == 2
+    assert "does not exist" not in capsys.readouterr().out
+
+
+def test_the_first_look_ends_in_time():
+    assert first_bad_row([str(ROOT / "README.md")], seconds=-1) is not None  # one row is looked at in any case
+
+
+def test_data_comes_before_settings_and_only_chosen_settings_are_shown(world, tmp_path, capsys):
+    assert train(world, tmp_path / "run", "--max_steps", "1") == 0
+    shown = capsys.readouterr().out
+    assert shown.index("tokens of a pair") < shown.index("settings that differ")
+    table = shown[shown.index("settings that differ") :]
+    assert "max_length" in table
+    assert "freeze_vision" not in table
 
 
 def test_a_missing_setting_is_named(world, capsys):
@@ -521,6 +576,7 @@ def test_a_second_run_continues_and_repeats_every_loss_to_the_bit(world, unbroke
 def test_half_written_checkpoints_are_passed_over(world, unbroken, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(world, output) == 0
+    (output / "finished.json").unlink()  # killed while it saved its last checkpoint
     (output / "checkpoint-4" / "mpo_state.json").unlink()
     assert train(world, output) == 0
     assert "checkpoint-4 is half-written and was removed" in capsys.readouterr().out
@@ -566,6 +622,39 @@ def test_the_way_out_of_a_lora_checkpoint_is_one(world, tmp_path, capsys):
     assert train(world, tmp_path / "new", "--model", str(checkpoint)) == 2
     assert "holds LoRA adapters alone; give the merged model folder" in capsys.readouterr().err
     assert train(world, tmp_path / "new", "--model", str(output / "model"), "--max_steps", "1") == 0
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file."""
+    files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
+
+
+def test_a_run_that_is_over_says_so_and_touches_nothing(world, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(world, output) == 0
+    (output / "model" / "notes.md").write_text("mine")  # neither a reason to write anew nor one to refuse
+    before = snapshot(output)
+    capsys.readouterr()
+    assert train(world, output, "--dataloader_num_workers", "1") == 0
+    assert "all 4 steps were done before, the trained model is in" in capsys.readouterr().out
+    assert snapshot(output) == before
+    assert train(world, output, "--max_steps", "6") == 2  # two are left, and the notes are in the way
+    assert "(notes.md)" in capsys.readouterr().err
+    assert snapshot(output) == before
+    (output / "model" / "notes.md").unlink()
+    assert train(world, output, "--max_steps", "6") == 0
+    assert set(losses(output)) == set(range(1, 7))
+
+
+@pytest.mark.parametrize("gone", ["model/config.json", "model/training_settings.yaml", "finished.json"])
+def test_a_run_whose_results_are_incomplete_is_not_over(world, tmp_path, capsys, gone):
+    output = tmp_path / "run"
+    assert train(world, output, "--max_steps", "1") == 0
+    (output / gone).unlink()
+    assert train(world, output, "--max_steps", "1") == 0
+    assert "all steps were done there; only the results are still to be written" in capsys.readouterr().out
+    assert (output / gone).exists()
 
 
 @pytest.mark.slow

@@ -81,6 +81,10 @@ class TrainingPairs:
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
 
+    def total_steps(self, args: Any) -> int:
+        """Return the optimizer steps of a whole run; `args` as in `sampler`."""
+        return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.sampler(args).num_steps)
+
 
 def check_pairs(
     settings: "TrainSettings", processor: Any, rows: list[PairRow], rejects: list[RowError]

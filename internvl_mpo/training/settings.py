@@ -95,6 +95,11 @@ class TrainSettings(MPOArguments):
         check_trackers(self.report_to)
         check_lora_settings(self)
 
+    def exact(self) -> dict[str, Any]:
+        """Return the settings that a checkpoint is compared by; adapters leave nothing to freeze."""
+        names = [name for name in EXACT if not (self.lora_rank and name.startswith("freeze_"))]
+        return {name: plain(getattr(self, name)) for name in names}
+
 
 def parse_train_settings(argv: Sequence[str], *, program: str, about: str | None) -> TrainSettings:
     """Return the settings of a command line, see `parse_settings`.
@@ -171,9 +176,3 @@ def check_lora_settings(settings: TrainSettings) -> None:
     if zero_stage(settings) == 3 and (settings.load_in_4bit or settings.reference_sync_steps):
         name = "load_in_4bit" if settings.load_in_4bit else "reference_sync_steps"
         raise BadInputError(f"{name} does not work with ZeRO-3, which cuts every weight in pieces; use ZeRO-2 or 1")
-
-
-def exact_settings(settings: TrainSettings) -> dict[str, Any]:
-    """Return the settings that a checkpoint is compared by; adapters leave nothing to freeze."""
-    names = [name for name in EXACT if not (settings.lora_rank and name.startswith("freeze_"))]
-    return {name: plain(getattr(settings, name)) for name in names}
