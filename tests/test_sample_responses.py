@@ -140,7 +140,7 @@ def test_bad_settings_end_with_one_sentence(world, tmp_path, capsys, settings, m
 def test_through_http_the_same_replies(world, tmp_path):
     sample(world, tmp_path / "local.jsonl")
     server = BatchServer(InternVLEngine(world / "model"), "served")
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         assert sample(world, tmp_path / "http.jsonl", engine="http", base_url=server.url, model="served") == 0
     finally:
