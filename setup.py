@@ -1,9 +1,11 @@
-"""Package metadata. Programs (train_mpo.py, evaluate_mpo.py, app.py, dataset_scripts/) run from the checkout."""
+"""Package metadata, and the programs of a checkout that a wheel brings along (see internvl_mpo/programs.py)."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "internvl_mpo/__init__.py").read_text(encoding="utf-8"))[1]
@@ -30,6 +32,27 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "kernels" for requirement in EXTRAS[name]})
 
+BESIDE_THE_PACKAGE = ("*.py", "LICENSE", "dataset_scripts/*.py", "configs/**/*")
+
+
+class BuildWithPrograms(build_py):
+    """Puts programs and run files into `internvl_mpo/checkout` of a wheel; an editable install has the checkout."""
+
+    def run(self) -> None:
+        """Build the package, then copy."""
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "internvl_mpo" / "checkout"
+        shutil.rmtree(target, ignore_errors=True)
+        files = [path for pattern in BESIDE_THE_PACKAGE for path in HERE.glob(pattern) if path.is_file()]
+        for path in files:
+            if path.name != "setup.py":
+                copy = target / path.relative_to(HERE)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+
+
 setup(
     name="internvl-mpo",
     version=VERSION,
@@ -40,6 +63,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["internvl_mpo", "internvl_mpo.*", "modeling_internvl_mpo"]),
     package_data={"": ["*.css", "*.html"]},
+    cmdclass={"build_py": BuildWithPrograms},
+    entry_points={"console_scripts": ["internvl-mpo = internvl_mpo.__main__:run"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.17",

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.programs import run_file
 from internvl_mpo.settings import parse_settings, read_yaml, setting
 from internvl_mpo.training.fake_pass import FakePolicy, Setup, fused_attention, look_at_policy
 from internvl_mpo.training.policy import Part
@@ -341,7 +342,7 @@ def _read_engine(engine: str | Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(engine, str):
         return engine
     try:
-        return json.loads(Path(engine).read_text(encoding="utf-8"))
+        return json.loads(run_file(engine).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInputError(f"cannot read the DeepSpeed file '{engine}': {error}") from error
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.files import atomic_writer
 from internvl_mpo.jsonl import read_whole_lines
+from internvl_mpo.programs import HOME, program, spelled
 from internvl_mpo.records import content_id
 from internvl_mpo.settings import parse_settings, read_yaml, setting
 
-ROOT = Path(__file__).resolve().parents[1]
 # name -> what it changes in configs/mini.yaml; "start" is not trained
 METHODS = {
     "sft": ["--preference", "none", "--quality", "none"],
@@ -57,13 +57,13 @@ def stages(settings: QuickstartSettings) -> list[Stage]:
     """Return the stages in the order they run."""
     out, seed = Path(settings.output), str(settings.seed)
     world, start, data = out / "world", out / "start", out / "data"
-    module = [sys.executable, "-m"]
-    script = lambda name: [sys.executable, str(ROOT / name)]  # noqa: E731 - a name for three words
+
+    mini = program("-m internvl_mpo.mini")
 
     def sample(name: str, about: str, questions: str, *options: str) -> Stage:
         target = data / f"{name}.jsonl"
         command = [
-            *script("dataset_scripts/sample_responses.py"),
+            *program("dataset_scripts/sample_responses.py"),
             "--model", str(start), "--questions", str(world / questions), "--image_root", str(world),
             "--output", str(target), "--max_new_tokens", "64", "--batch_size", "256", "--seed", seed, *options,
         ]  # fmt: skip
@@ -72,7 +72,7 @@ def stages(settings: QuickstartSettings) -> list[Stage]:
     def evaluate(method: str, model: Path) -> Stage:
         target = out / "eval" / method
         command = [
-            *script("evaluate_mpo.py"),
+            *program("evaluate_mpo.py"),
             "--model", str(model), "--benchmarks", "mini", "--data", str(world), "--mode", "direct,cot",
             "--output", str(target), "--batch_size", "150", "--max_new_tokens", "64",
         ]  # fmt: skip
@@ -80,9 +80,9 @@ def stages(settings: QuickstartSettings) -> list[Stage]:
 
     plan = [
         Stage("world", "pictures of handwritten digits, questions, annotations",
-              [*module, "internvl_mpo.mini", "world", "--output", str(world), "--seed", seed], world / "test.jsonl"),
+              [*mini, "world", "--output", str(world), "--seed", seed], world / "test.jsonl"),
         Stage("start", "a start model of 1 M weights, from scratch",
-              [*module, "internvl_mpo.mini", "start", "--world", str(world), "--output", str(start), "--seed", seed],
+              [*mini, "start", "--world", str(world), "--output", str(start), "--seed", seed],
               start / "config.json"),
         evaluate("start", start),
         sample("responses", "8 chains of thought for each question", "questions.jsonl",
@@ -90,11 +90,11 @@ def stages(settings: QuickstartSettings) -> list[Stage]:
         sample("open_responses", "one description of each picture", "open_questions.jsonl",
                "--style", "plain", "--num_samples", "1", "--temperature", "0"),
         Stage("pairs_correctness", "right against wrong answers",
-              [*script("dataset_scripts/build_correctness_pairs.py"), "--responses", str(data / "responses.jsonl"),
+              [*program("dataset_scripts/build_correctness_pairs.py"), "--responses", str(data / "responses.jsonl"),
                "--output", str(data / "pairs_correctness.jsonl"), "--pairs_per_question", "4", "--seed", seed],
               data / "pairs_correctness.jsonl"),
         Stage("pairs_dropout_ntp", "descriptions against their second half written without the picture",
-              [*script("dataset_scripts/build_dropout_ntp_pairs.py"), "--model", str(start),
+              [*program("dataset_scripts/build_dropout_ntp_pairs.py"), "--model", str(start),
                "--responses", str(data / "open_responses.jsonl"), "--output", str(data / "pairs_dropout_ntp.jsonl"),
                "--max_new_tokens", "64", "--batch_size", "256", "--seed", seed],
               data / "pairs_dropout_ntp.jsonl"),
@@ -102,7 +102,7 @@ def stages(settings: QuickstartSettings) -> list[Stage]:
     for method in settings.methods:
         model = out / "model" if method == "mpo" else out / "train" / method / "model"
         command = [
-            *script("train_mpo.py"), "--config", settings.config, "--model", str(start),
+            *program("train_mpo.py"), "--config", settings.config, "--model", str(start),
             "--data", f"{data / 'pairs_correctness.jsonl'},{data / 'pairs_dropout_ntp.jsonl'}",
             "--image_root", str(world), "--output_dir", str(out / "train" / method), "--model_dir", str(model),
             "--reference_cache", str(out / "reference"), "--seed", str(42 + settings.seed), *METHODS[method],
@@ -127,7 +127,7 @@ def run_stages(plan: list[Stage], folder: Path, run: Callable[[Stage], None]) ->
         if done.get("digest") == digest and stage.makes.exists():
             print(f"{title} - done before, {done['seconds']:.0f} s", flush=True)
         else:
-            print(f"\n{title}\n$ {shlex.join(_short(stage.command))}", flush=True)
+            print(f"\n{title}\n$ {_short(stage.command)}", flush=True)
             begin = time.perf_counter()
             run(stage)
             done = {"digest": digest, "seconds": time.perf_counter() - begin, "peak_mib": _peak_mib()}
@@ -159,10 +159,10 @@ def _run(stage: Stage) -> None:
         raise BadInputError(f"stage '{stage.name}' ended without making {stage.makes}")
 
 
-def _short(command: list[str]) -> list[str]:
-    """The command as a user in the repository would type it."""
-    words = ["python" if word == sys.executable else word for word in command]
-    return [str(Path(word).relative_to(ROOT)) if word.startswith(f"{ROOT}/") else word for word in words]
+def _short(command: list[str]) -> str:
+    """The command as a user would type it."""
+    words = ["python" if word == sys.executable else word.removeprefix(f"{HOME}/") for word in command]
+    return spelled(shlex.join(words))
 
 
 def results(settings: QuickstartSettings, finished: dict[str, dict]) -> dict:

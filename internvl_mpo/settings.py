@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.programs import run_file, spelled
 
 T = TypeVar("T")
 
@@ -59,9 +60,9 @@ def parse_settings(cls: type[T], argv: Sequence[str], *, program: str, about: st
     """
     fields = _fields(cls)
     parser = argparse.ArgumentParser(
-        prog=f"python {program}",
-        usage=f"python {program} {'[--config FILE.yaml] ' if config else ''}[--key value ...]",
-        description=about,
+        prog=spelled(f"python {program}"),
+        usage=spelled(f"python {program} {'[--config FILE.yaml] ' if config else ''}[--key value ...]"),
+        description=spelled(about),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -146,13 +147,13 @@ def coerce(value: Any, hint: Any, key: str, where: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+    """Return the mapping in a YAML file, which `run_file` finds.
 
     Raises:
         BadInputError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = run_file(path).read_text(encoding="utf-8")
     except OSError as error:
         raise BadInputError(f"cannot read config file {path}: {error.strerror}") from error
     try:

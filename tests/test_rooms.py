@@ -18,6 +18,7 @@ EVERYWHERE = {"tqdm", "yaml"}  # progress bars and settings files
 # room -> the packages of others that its files may import, from the ground up
 ROOMS = {
     "errors": set(),
+    "programs": set(),
     "files": {"pyarrow"},
     "jsonl": set(),
     "html_page": {"jinja2"},
@@ -66,6 +67,7 @@ ROOMS = {
     "memory_estimate": {"modeling_internvl_mpo", "torch", "transformers"},
     "replay": {"modeling_internvl_mpo", "peft", "torch", "transformers"},
     "quickstart": set(),
+    "__main__": set(),
 }
 # room -> rooms it never imports although they lie below it
 STRANGERS = {

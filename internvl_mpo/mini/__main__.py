@@ -19,6 +19,7 @@ from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mini.release import MMPRSettings, make_release
 from internvl_mpo.mini.start_model import StartSettings, train_start_model
 from internvl_mpo.mini.world import WorldSettings, make_world
+from internvl_mpo.programs import spelled
 from internvl_mpo.settings import parse_settings
 
 COMMANDS = {
@@ -31,7 +32,7 @@ COMMANDS = {
 def main(argv: list[str]) -> int:
     """Run one of `COMMANDS`."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+        print(spelled(__doc__))
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         raise BadInputError(f"unknown command '{argv[0]}', expected one of {', '.join(COMMANDS)}")

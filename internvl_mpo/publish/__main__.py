@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.programs import spelled
 from internvl_mpo.publish.dataset import DatasetSettings, publish_dataset, verify_dataset
 from internvl_mpo.publish.faults import DISK_FULL, is_disk_full
 from internvl_mpo.publish.hub import check_access, files_of, format_size, preview, push_folder
@@ -41,7 +42,8 @@ def main(argv: list[str]) -> int:
     kind = argv[0] if argv else None
     if kind in (None, "-h", "--help"):
         kinds = ",".join(KINDS)
-        print(f"{__doc__}\nusage: python -m internvl_mpo.publish {{{kinds}}} SOURCE --output DIR [--push OWNER/NAME]")
+        usage = f"usage: python -m internvl_mpo.publish {{{kinds}}} SOURCE --output DIR [--push OWNER/NAME]"
+        print(spelled(f"{__doc__}\n{usage}"))
         return 0 if kind else 2
     if kind not in KINDS:
         raise BadInputError(f"'{kind}' cannot be published; expected one of {', '.join(KINDS)}")

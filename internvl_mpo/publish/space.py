@@ -15,13 +15,13 @@ import yaml
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import replaced_folder
+from internvl_mpo.programs import HOME, PACKAGES
 from internvl_mpo.publish.hygiene import check_nothing_private
 from internvl_mpo.publish.settings import Built, HubSettings
 from internvl_mpo.publish.space_start import try_out
 from internvl_mpo.settings import setting
 
 APP, DEFAULTS, REQUIREMENTS = "app.py", "app.yaml", "requirements.txt"
-ROOT = Path(__file__).parents[2]
 OURS = ("internvl_mpo", "modeling_internvl_mpo")
 _DATA = {".css", ".js", ".html", ".jinja", ".json", ".svg", ".png"}  # what modules read from beside themselves
 # Needed though nothing may import them by name: transformers asks for them, the Space runs on Gradio.
@@ -33,7 +33,7 @@ class SpaceSettings(HubSettings):
     """Settings of `publish space`."""
 
     output: str = setting(help="folder to build")
-    source: str = setting(str(ROOT), help="checkout with app.py; may be given without --source")
+    source: str = setting(str(HOME), help="folder with app.py; may be given without --source")
     base: str = setting(help="Hub id of the model before MPO")
     mpo: str | None = setting(None, help="Hub id of the model after MPO")
     adapter: str | None = setting(None, help="Hub id of a LoRA adapter on --base, instead of --mpo")
@@ -70,11 +70,12 @@ def publish_space(settings: SpaceSettings) -> Built:
     """
     source = Path(settings.source)
     if not (source / APP).is_file():
-        raise BadInputError(f"{source} holds no {APP}; give the checkout of MPO for InternVL")
+        raise BadInputError(f"{source} holds no {APP}; give a checkout of MPO for InternVL, or leave --source out")
     with replaced_folder(settings.output, sources=[source]) as folder:
-        modules, packages = needed_by(source / APP)
+        library = source if (source / OURS[0]).is_dir() else PACKAGES
+        modules, packages = needed_by(source / APP, library)
         for path in modules:
-            target = folder / path.relative_to(source)
+            target = folder / path.relative_to(source if path.is_relative_to(source) else library)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
         pins = pin({*packages, *_ALWAYS} | ({"bitsandbytes"} if settings.four_bit else set()))
@@ -92,31 +93,31 @@ def publish_space(settings: SpaceSettings) -> Built:
     return Built(Path(settings.output))
 
 
-def needed_by(app: Path) -> tuple[list[Path], set[str]]:
+def needed_by(app: Path, library: Path) -> tuple[list[Path], set[str]]:
     """Follow the imports of a program.
 
     Args:
-        app: the program; our packages lie beside it.
+        app: the program.
+        library: the folder in which our packages lie: beside the program in a checkout, around it in a wheel.
 
     Returns:
         Our files (styles, templates and pictures beside a package's modules included), and the other top-level modules
         they import and that are installed here. Modules that are not installed are optional by the way they are
         imported.
     """
-    root = app.parent
     seen, waiting, others = {app}, [app], set()
     while waiting:
-        for name in _imports(waiting.pop(), root):
+        for name in _imports(waiting.pop(), library):
             top = name.split(".")[0]
             if top not in OURS:
                 if top not in sys.stdlib_module_names and importlib.util.find_spec(top) is not None:
                     others.add(top)
                 continue
-            for path in _files(root, name):
+            for path in _files(library, name):
                 if path not in seen:
                     seen.add(path)
                     waiting.append(path)
-    folders = {path.parent for path in seen} - {root}
+    folders = {path.parent for path in seen - {app}} - {library}
     beside = {path for folder in folders for path in folder.iterdir() if path.is_file()}
     data = {path for path in beside if path.suffix in _DATA and not path.name.startswith(".")}
     return sorted(seen | data), others

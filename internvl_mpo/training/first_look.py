@@ -10,6 +10,7 @@ from typing import Any
 
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.reading import is_parquet, iter_pairs
+from internvl_mpo.programs import run_file
 from internvl_mpo.settings import check_keys, coerce, given_values
 
 SECONDS = 2.0  # for the first rows; the whole data is looked at later
@@ -33,7 +34,7 @@ def look_at_arguments(argv: Sequence[str]) -> None:
         check_keys(values, keys, where)
     deepspeed = str(values.get("deepspeed") or "none")
     is_file_name = deepspeed.lower() not in ("none", "null") and not deepspeed.lstrip().startswith("{")
-    if is_file_name and not isinstance(values["deepspeed"], dict) and not Path(deepspeed).is_file():
+    if is_file_name and not isinstance(values["deepspeed"], dict) and not run_file(deepspeed).is_file():
         raise BadInputError(
             f"DeepSpeed file '{deepspeed}' does not exist; configs/deepspeed/ holds zero1, zero2, zero3 and offload"
         )

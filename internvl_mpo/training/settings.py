@@ -6,6 +6,7 @@ from typing import Any, Literal, NoReturn
 
 from internvl_mpo.errors import BadInputError, need_package
 from internvl_mpo.mmpr.pairs import Resample
+from internvl_mpo.programs import run_file
 from internvl_mpo.settings import parse_settings, plain, setting
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.distributed import take_launchers_deepspeed, take_local_rank, zero_stage
@@ -78,6 +79,8 @@ class TrainSettings(MPOArguments):
             BadInputError: naming the setting and what to give instead.
         """
         take_launchers_deepspeed(self)
+        if isinstance(self.deepspeed, str):
+            self.deepspeed = str(run_file(self.deepspeed))
         if self.per_device_train_batch_size not in (1, TrainSettings.per_device_train_batch_size):
             refuse_without_effect(self, "per_device_train_batch_size")  # MPOArguments sets it to 1
         if self.deepspeed:

@@ -72,17 +72,34 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
+NEEDED = {
+    *("internvl_mpo/__init__.py", "internvl_mpo/helper.py", "internvl_mpo/deep/__init__.py"),
+    *("internvl_mpo/deep/rooms.py", "internvl_mpo/deep/more.py", "internvl_mpo/deep/style.css"),
+}
+
+
 def publish(source: Path, output: Path, *options: str) -> int:
     return main(["space", str(source), "--output", str(output), *MODELS, "--environment", "borrowed", *options])
 
 
 def test_only_what_the_app_imports_comes_along(checkout: Path) -> None:
-    ours, others = needed_by(checkout / "app.py")
-    assert {path.relative_to(checkout).as_posix() for path in ours} == {
-        *("app.py", "internvl_mpo/__init__.py", "internvl_mpo/helper.py", "internvl_mpo/deep/__init__.py"),
-        *("internvl_mpo/deep/rooms.py", "internvl_mpo/deep/more.py", "internvl_mpo/deep/style.css"),
-    }
+    ours, others = needed_by(checkout / "app.py", checkout)
+    assert {path.relative_to(checkout).as_posix() for path in ours} == {"app.py", *NEEDED}
     assert others == {"yaml"}
+
+
+def test_a_space_is_built_from_an_installed_wheel_too(checkout: Path, tmp_path: Path, monkeypatch) -> None:
+    """There the program lies inside the package: `site-packages/internvl_mpo/checkout/app.py`."""
+    home = checkout / "internvl_mpo" / "checkout"
+    (home / "configs").mkdir(parents=True)
+    for name in ("app.py", "train_mpo.py", "LICENSE"):
+        (checkout / name).rename(home / name)
+    (home / "configs" / "mini.yaml").write_text("seed: 1\n")
+    monkeypatch.setattr("internvl_mpo.publish.space.PACKAGES", checkout)
+    assert publish(home, tmp_path / "built", "--skip_start") == 0
+    built = {path.relative_to(tmp_path / "built").as_posix() for path in (tmp_path / "built").rglob("*.*")}
+    assert built == {"app.py", "app.yaml", "README.md", "requirements.txt", *NEEDED}
+    assert (tmp_path / "built" / "LICENSE").is_file()
 
 
 def test_requirements_name_versions_that_pypi_has() -> None:
