@@ -91,7 +91,7 @@ def choose_checkpoint(settings: "TrainSettings") -> str | None:
     checkpoint = agree(None if found is None else str(found), settings)
     if checkpoint is None:
         return None
-    unknown = check_fingerprint(checkpoint, settings.exact())
+    unknown = check_fingerprint(checkpoint, settings.exact(), settings.before_added())
     if unknown and settings.process_index == 0:
         print(
             f"note: {checkpoint} was written by an earlier version and does not say its {', '.join(unknown)}; the "
@@ -292,6 +292,7 @@ def identify(settings: "TrainSettings", processor: Any) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "autocast": None if in_engine else "bfloat16" if settings.bf16 else "float16" if settings.fp16 else None,
         "load_in_4bit": settings.load_in_4bit,
+        **settings.token_weights.identity(),
     }
 
 

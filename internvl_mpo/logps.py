@@ -99,6 +99,7 @@ class PairScores(NamedTuple):
         chosen: log-probs of the chosen response, summed with the token weights of the pack. Shape: (P,)
         rejected: the same of the rejected one. Shape: (P,)
         whole_chosen: the same of the chosen one with all weights 1, for the generation term. Shape: (P,)
+        whole_rejected: the same of the rejected one. Shape: (P,)
         chosen_likeness: how much the chosen response is one that the model would write, without gradient: the mean over
             its tokens of log p(token) - log sum over words v of p(v)^2; None if it was not asked for. Shape: (P,)
         rejected_likeness: the same of the rejected one. Shape: (P,)
@@ -107,6 +108,7 @@ class PairScores(NamedTuple):
     chosen: Tensor
     rejected: Tensor
     whole_chosen: Tensor
+    whole_rejected: Tensor
     chosen_likeness: Tensor | None = None
     rejected_likeness: Tensor | None = None
 
@@ -119,15 +121,13 @@ def score_pairs(model: nn.Module, pack: Pack, *, likeness: bool = False) -> Pair
         pack: as in `token_logps`.
         likeness: also how much the responses are the model's own, for the weights of WPO.
     """
-    if not likeness:
-        logps_E = token_logps(model, pack)
-        return PairScores(*pack.pair_sums(logps_E), pack.response_sums(logps_E)[pack.chosen_index_P])
-    logps_E, log_squares_E = model(pack=pack, squares=True)
-    likeness_R = pack.response_sums(logps_E.detach() - log_squares_E) / pack.lengths_R
-    whole_chosen = pack.response_sums(logps_E)[pack.chosen_index_P]
-    return PairScores(
-        *pack.pair_sums(logps_E), whole_chosen, likeness_R[pack.chosen_index_P], likeness_R[pack.rejected_index_P]
-    )
+    logps_E, log_squares_E = model(pack=pack, squares=True) if likeness else (token_logps(model, pack), None)
+    logps_R = pack.response_sums(logps_E)
+    sums = [*pack.pair_sums(logps_E), logps_R[pack.chosen_index_P], logps_R[pack.rejected_index_P]]
+    if likeness:
+        likeness_R = pack.response_sums(logps_E.detach() - log_squares_E) / pack.lengths_R
+        sums += [likeness_R[pack.chosen_index_P], likeness_R[pack.rejected_index_P]]
+    return PairScores(*sums)
 
 
 def response_logps(model: nn.Module, pack: Pack, *, chunk_size: int | None = None) -> Tensor:

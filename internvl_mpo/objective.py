@@ -23,11 +23,7 @@ from torch import Tensor
 from internvl_mpo.preference_terms import REFERENCE_FREE, SORTED, Pairs, Preference, preference_term
 
 Quality = Literal["bco", "none"]
-
-
 Generation = Literal["sft", "sft_token", "none"]
-
-
 ShiftMode = Literal["previous", "inclusive", "ema", "none"]
 
 
@@ -194,12 +190,13 @@ class RewardShift:
 
     - previous (default, the paper's "moving average of previous rewards"): mean over the rewards of all pairs of
       earlier optimizer steps. Call `update` once after each optimizer step, with the rewards of the step.
-    - inclusive (the original program): each micro-batch of each rank contributes the mean of its rewards with equal
-      weight, however many pairs it has. Call `update` with each micro-batch **before** its loss is computed.
+    - inclusive (the original program): each micro-batch contributes the mean of its rewards with equal weight, however
+      many pairs it has. Call `update` with each micro-batch **before** its loss is computed.
     - ema (as in NeMo-RL): exponential moving average of the mean reward of earlier steps, starting at the first one.
     - none (TRL since 0.29): always 0.
 
-    When torch.distributed is initialised, `update` is a collective and the value is equal on all ranks.
+    Where a step is shared out, add up the `sums` of all shares before `update`; every share then has the same
+    value.
     """
 
     def __init__(self, mode: ShiftMode = "previous", momentum: float = 0.99):

@@ -190,6 +190,11 @@ class Pack:
         sums = values_E.new_zeros(2 * self.num_pairs).index_add(0, side_W, values_W)
         return sums[: self.num_pairs], sums[self.num_pairs :]
 
+    @property
+    def weight_sums(self) -> tuple[Tensor, Tensor]:
+        """Sums of the token weights of chosen and rejected: their lengths where all are 1. Shape: 2 x (P,)"""
+        return self.pair_sums(torch.ones_like(self.entry_scored_E, dtype=torch.float32))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pack":
         """Return the pack with every tensor on `device`."""
         return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -22,11 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.logps import attach_scoring, pair_logps
-from internvl_mpo.objective import mpo_loss
+from internvl_mpo.logps import attach_scoring, score_pairs
+from internvl_mpo.objective import mpo_loss, wpo_weights
 from internvl_mpo.packing import pack_groups
 from internvl_mpo.records import PreferencePair
 from internvl_mpo.settings import parse_settings, setting
+from internvl_mpo.token_weights import TokenWeights
 from internvl_mpo.training.checkpoint import whole_checkpoints
 
 
@@ -100,7 +101,8 @@ def replay_pair(model: nn.Module, processor: Any, dump: Mapping[str, Any], row: 
         max_length=dump["max_length"],
     )
     device = next(model.parameters()).device
-    pack = pack_groups([group]).to(device)
+    pack = pack_groups([TokenWeights(**dump.get("token_weights", {})).weigh(group)]).to(device)
+    wpo = dump.get("wpo", False)
     autocast = nullcontext()
     if dump.get("autocast"):
         autocast = torch.autocast(device.type, getattr(torch, dump["autocast"]))
@@ -108,18 +110,23 @@ def replay_pair(model: nn.Module, processor: Any, dump: Mapping[str, Any], row: 
     reference = [torch.tensor([value], device=device) for value in row["reference_logps"]]
     with _watched(model) as (outputs, gradients):
         with autocast:
-            chosen, rejected = pair_logps(model, pack)
+            scores = score_pairs(model, pack, likeness=wpo)
         out = mpo_loss(
-            chosen, rejected, *reference, pack.chosen_lengths_P, beta=dump["beta"], weights=tuple(dump["weights"]),
-            shift=dump["reward_shift"], preference=dump["preference"], quality=dump["quality"],
-            generation=dump["generation"], label_smoothing=dump["label_smoothing"],
+            scores.chosen,
+            scores.rejected,
+            *reference,
+            pack.chosen_lengths_P,
+            shift=dump["reward_shift"],
             rejected_lengths=pack.rejected_lengths_P,
-        )  # fmt: skip
+            generation_logps=scores.whole_chosen,
+            pair_weights=wpo_weights(scores.chosen_likeness, scores.rejected_likeness) if wpo else None,
+            **{name: dump[name] for name in _OBJECTIVE if name in dump},
+        )
         out.loss.backward()
     grads = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
     numbers = {
-        "chosen logp": chosen.item(),
-        "rejected logp": rejected.item(),
+        "chosen logp": scores.whole_chosen.item(),
+        "rejected logp": scores.whole_rejected.item(),
         "preference": out.preference.item(),
         "quality": out.quality.item(),
         "generation": out.generation.item(),
@@ -129,6 +136,8 @@ def replay_pair(model: nn.Module, processor: Any, dump: Mapping[str, Any], row: 
     return Replayed(pair.id, numbers, next(iter(outputs), None), next(iter(gradients), None))
 
 
+# what `mpo_loss` takes as it is; a dump of an earlier version lacks the last two
+_OBJECTIVE = ("beta", "weights", "preference", "quality", "generation", "label_smoothing", "simpo_gamma", "dpop_lambda")
 _EXTRA = ("where", "image_root", "max_tiles", "reference_logps")
 
 

@@ -29,9 +29,9 @@ from internvl_mpo.training.distributed import from_all_ranks  # noqa: E402
 
 def main(path: str) -> None:
     torch.set_num_threads(1)
-    plain = trainer.response_logps
+    plain = trainer.score_pairs
     for arguments, poison in json.loads(Path(path).read_text()):
-        trainer.response_logps = _poisoned(*poison) if poison else plain
+        trainer.score_pairs = _poisoned(*poison) if poison else plain
         codes = from_all_ranks(
             run_program(train_mpo.main, arguments), Namespace(world_size=int(os.environ["WORLD_SIZE"]))
         )
@@ -42,15 +42,16 @@ def main(path: str) -> None:
 
 
 def _poisoned(what: str, pair_id: str) -> Callable:
-    plain = logps.response_logps
+    plain = logps.score_pairs
 
-    def response_logps(model: torch.nn.Module, pack: Pack) -> torch.Tensor:
-        found = plain(model, pack)
+    def score_pairs(model: torch.nn.Module, pack: Pack, *, likeness: bool = False) -> logps.PairScores:
+        found = plain(model, pack, likeness=likeness)
         if pair_id not in pack.pair_ids:
             return found
-        return found * torch.nan if what == "loss" else found + ((found - found.detach()) ** 2).sqrt()  # + 0, with 0/0
+        zeros = ((found.chosen - found.chosen.detach()) ** 2).sqrt()  # with a gradient of 0/0
+        return found._replace(chosen=found.chosen * torch.nan if what == "loss" else found.chosen + zeros)
 
-    return response_logps
+    return score_pairs
 
 
 def _forget_deepspeed() -> None:

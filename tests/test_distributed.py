@@ -26,6 +26,7 @@ from internvl_mpo.mmpr.reading import iter_pairs
 pytest.importorskip("deepspeed")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+WEIGHTS = ("--ld_alpha", "0.25", "--after_difference_weight", "0.5", "--difference_tokens", "3", "--wpo")
 LORA = ("--lora_rank", "2", "--lora_on", "both")
 # case -> (the run of one process it must equal, arguments)
 CASES = {
@@ -40,6 +41,8 @@ CASES = {
     "zero3, lora": ("lora", (*LORA, "--deepspeed", "zero3", "--gradient_checkpointing", "true")),
     "zero3, lora, adapter off": ("lora", (*LORA, "--deepspeed", "zero3", "--reference", "adapter_off")),
     "zero2, moving reference": ("moving", ("--deepspeed", "zero2")),
+    "ddp, weights": ("weights", ("--max_tokens_per_pack", "650")),
+    "zero3, weights": ("weights", ("--deepspeed", "zero3")),
 }
 ALONE = {
     "full": (),
@@ -47,6 +50,7 @@ ALONE = {
                  "--eval_sample_tokens", "4"),
     "lora": LORA,
     "moving": ("--reference_sync_steps", "2"),
+    "weights": WEIGHTS,
 }  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def test_the_words_of_the_first_preference_term_spell_its_value():
     }
     seen = set()
     for preference in TERMS.keys() - set(REFERENCE_FREE):
-        args = SimpleNamespace(preference=preference, quality="none", beta=beta, label_smoothing=eps)
+        args = SimpleNamespace(preference=preference, quality="none", beta=beta, label_smoothing=eps, wpo=False)
         value, words = expected_first_terms(args)["loss_preference"]
         assert value == pytest.approx(spelled[words], rel=1e-6), preference
         seen.add(words)
@@ -195,7 +195,7 @@ def test_the_first_loss_is_the_expected_one_for_every_variant(world, tmp_path, p
     first = lines(tmp_path / "run")[0]
     args = SimpleNamespace(
         preference=preference, quality=quality, generation="sft", beta=0.1, preference_weight=0.8, quality_weight=0.2,
-        generation_weight=1.0, label_smoothing=smoothing,
+        generation_weight=1.0, label_smoothing=smoothing, wpo=False,
     )  # fmt: skip
     expected, words = expected_first_loss(args, first["loss_generation"])
     shown = "".join(capsys.readouterr())
@@ -410,17 +410,18 @@ def test_pictures_in_archives_and_parquet_rows_are_kept_for_the_replay(
     data,
 ):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    plain, poisoned = trainer.response_logps, []
+    plain, poisoned = trainer.score_pairs, []
 
-    def response_logps(model, pack):
+    def score_pairs(model, pack, likeness):
         found = [pair_id for pair_id in pack.pair_ids if pair_id in with_picture]
         poisoned.extend(pack.pair_ids if found else ())
-        return plain(model, pack) * (torch.nan if found else 1)
+        scores = plain(model, pack, likeness=likeness)
+        return scores._replace(chosen=scores.chosen * (torch.nan if found else 1))
 
     rows = {row.pair.id: row for row in iter_pairs(release / data)}
     with_picture = [pair_id for pair_id, row in rows.items() if row.pair.images]
     assert all(not isinstance(row.image_root, Path) for row in rows.values())
-    monkeypatch.setattr(trainer, "response_logps", response_logps)
+    monkeypatch.setattr(trainer, "score_pairs", score_pairs)
     assert train(world, tmp_path / "run", "--data", str(release / data), "--save_strategy", "no") == 2
     (path,) = (tmp_path / "run").glob("not_finite_*.json")
     sentence = capsys.readouterr().err.strip().split("\n")[-1]

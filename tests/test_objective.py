@@ -193,6 +193,12 @@ def test_ranks_are_summed_before_the_mean():
     assert shift.update(sums) == pytest.approx(48 / 6)
 
 
+def test_a_step_without_rewards_leaves_the_shift_as_it_is():
+    shift = RewardShift("previous")
+    add(shift, 3.0)
+    assert add(shift) == 3.0
+
+
 def golden_scenarios():
     if not GOLDENS.exists():
         pytest.skip("no stored losses of other trainers (../shared/oracle/mpo) beside this checkout")

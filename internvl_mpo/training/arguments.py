@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.kernels.packed_attention import PackedAttention
 from internvl_mpo.objective import Generation, Preference, Quality, ShiftMode, needs_reference
+from internvl_mpo.preference_terms import SMOOTHED, SORTED
 from internvl_mpo.settings import setting
+from internvl_mpo.token_weights import TokenWeights
 from internvl_mpo.training.speed import check_speed_settings
 
 
@@ -27,13 +30,21 @@ class MPOArguments(TrainingArguments):
         8192, help="token budget of one forward pass; lower it when memory runs out, the result stays the same"
     )
     beta: float = setting(0.1, help="pull towards the reference")
-    preference: Preference = setting("dpo", help="preference term: dpo ipo cdpo robust_dpo rso sppo aot orpo none")
+    preference: Preference = setting("dpo", help="preference term: " + " ".join(get_args(Preference)))
     quality: Quality = setting("bco", help="quality term: bco none")
     generation: Generation = setting("sft", help="generation term: sft (mean per response) sft_token none")
     preference_weight: float = setting(0.8, help="w_p")
     quality_weight: float = setting(0.2, help="w_q")
     generation_weight: float = setting(1.0, help="w_g")
-    label_smoothing: float = setting(0.0, help="share of pairs labelled the wrong way round (cdpo, robust_dpo)")
+    label_smoothing: float = setting(0.0, help="share of pairs labelled the wrong way round (cdpo, robust_dpo, exo)")
+    simpo_gamma: float = setting(1.0, help="margin that simpo wants")
+    dpop_lambda: float = setting(50.0, help="weight of dpop's penalty on chosen responses that become less likely")
+    ld_alpha: float = setting(1.0, help="weight of tokens beyond the shorter response's length (LD-DPO); 1 = all alike")
+    after_difference_weight: float = setting(
+        1.0, help="weight of tokens after the step in which the responses of a pair first differ; 1 = all alike"
+    )
+    difference_tokens: int = setting(16, help="tokens of that step, from the first difference on")
+    wpo: bool = setting(False, help="weigh pairs by how much they look like the policy's own samples (WPO)")
     reward_shift: ShiftMode = setting("previous", help="delta of the quality term: previous inclusive ema none")
     reward_shift_momentum: float = setting(0.99, help="memory of reward_shift ema")
     peak_tflops: float | None = setting(None, help="bfloat16 peak of a device for MFU; none = as known for its name")
@@ -87,8 +98,7 @@ class MPOArguments(TrainingArguments):
                 "preference_weight, quality_weight and generation_weight are {}, {} and {}, expected 0 or more, and "
                 "above 0 for a term that is not none".format(*self.weights)
             )
-        if not 0 <= self.label_smoothing < 0.5:
-            raise BadInputError(f"label_smoothing is {self.label_smoothing}, expected 0 or more and below 0.5")
+        self._check_terms()
         if not 0 <= self.reward_shift_momentum < 1:
             raise BadInputError(
                 f"reward_shift_momentum is {self.reward_shift_momentum}, expected 0 or more and below 1"
@@ -119,6 +129,40 @@ class MPOArguments(TrainingArguments):
         except ValueError as error:
             raise BadInputError(f"the training settings do not fit together: {error}") from error
 
+    def _check_terms(self) -> None:
+        """Refuse settings of the preference term that cannot work or would have no effect."""
+        if not 0 <= self.label_smoothing < 0.5:
+            raise BadInputError(f"label_smoothing is {self.label_smoothing}, expected 0 or more and below 0.5")
+        if self.preference == "exo" and not self.label_smoothing:
+            raise BadInputError("preference exo takes the logarithm of label_smoothing; give it a value, as 0.001")
+        for name in ("ld_alpha", "after_difference_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInputError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if self.difference_tokens < 1 or self.dpop_lambda < 0:
+            raise BadInputError(
+                f"difference_tokens is {self.difference_tokens} and dpop_lambda {self.dpop_lambda}, expected 1 or "
+                "more, and 0 or more"
+            )
+        needs_kind = {"label_smoothing": SMOOTHED, "simpo_gamma": ("simpo",), "dpop_lambda": ("dpop",)}
+        for name, kinds in needs_kind.items():
+            if getattr(self, name) != getattr(MPOArguments, name) and self.preference not in kinds:
+                raise BadInputError(
+                    f"{name} has no effect on preference '{self.preference}'; leave it out, or use {', '.join(kinds)}"
+                )
+        if self.difference_tokens != MPOArguments.difference_tokens and self.after_difference_weight == 1:
+            raise BadInputError("difference_tokens has no effect while after_difference_weight is 1; lower that")
+        compares = needs_reference(self.preference, self.quality)
+        if not self.token_weights.are_equal and (self.preference in ("simpo", "orpo") or not compares):
+            raise BadInputError(
+                "ld_alpha and after_difference_weight weigh tokens in log-ratios with the reference, which preference "
+                f"'{self.preference}' with quality '{self.quality}' does not use alone; leave them at 1"
+            )
+        if self.wpo and (self.preference in SORTED or self.preference == self.quality == "none"):
+            raise BadInputError(
+                f"wpo weighs pairs, which preference '{self.preference}' with quality '{self.quality}' does not look "
+                "at one by one; leave it out"
+            )
+
     def _choose_metric(self) -> None:
         """Know which checkpoint is the best one; transformers' own choice would be a loss that is not measured."""
         if not self.load_best_model_at_end and self.save_strategy != "best" and self.metric_for_best_model is None:
@@ -135,3 +179,14 @@ class MPOArguments(TrainingArguments):
     def weights(self) -> tuple[float, float, float]:
         """(w_p, w_q, w_g)."""
         return self.preference_weight, self.quality_weight, self.generation_weight
+
+    @property
+    def token_weights(self) -> TokenWeights:
+        """How much each response token counts in the log-ratios."""
+        return TokenWeights(self.ld_alpha, self.after_difference_weight, self.difference_tokens)
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The settings that `mpo_loss` takes as they are; JSON-able."""
+        names = ("beta", "preference", "quality", "generation", "label_smoothing", "simpo_gamma", "dpop_lambda")
+        return {name: getattr(self, name) for name in names} | {"weights": self.weights}

@@ -121,12 +121,15 @@ def find_checkpoint(resume: str, output_dir: str | Path) -> Path | None:
     return Path(resume)
 
 
-def check_fingerprint(checkpoint: str | Path, fingerprint: Mapping[str, Any]) -> list[str]:
+def check_fingerprint(
+    checkpoint: str | Path, fingerprint: Mapping[str, Any], assumed: Mapping[str, Any] | None = None
+) -> list[str]:
     """Refuse a checkpoint that was made with other settings, data or weights.
 
     Args:
         checkpoint: a whole checkpoint.
         fingerprint: what this run depends on, or a part of it.
+        assumed: what a checkpoint has where it does not say so.
 
     Returns:
         The names that the checkpoint does not hold, since an earlier version of the program wrote it.
@@ -134,7 +137,7 @@ def check_fingerprint(checkpoint: str | Path, fingerprint: Mapping[str, Any]) ->
     Raises:
         BadInputError: naming the first difference.
     """
-    saved = read_state(checkpoint)["fingerprint"]
+    saved = {**(assumed or {}), **read_state(checkpoint)["fingerprint"]}
     for name, value in fingerprint.items():
         if name in saved and saved[name] != value:
             raise BadInputError(

@@ -12,15 +12,19 @@ from internvl_mpo.encoding import encode_group
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.packing import Group, Pack
 from internvl_mpo.steps import Rows
+from internvl_mpo.token_weights import TokenWeights
 
 
 class GroupDataset(Dataset):
     """Encodes the group of some pairs when it is asked for; an index is a tuple of pair numbers."""
 
-    def __init__(self, rows: Sequence[PairRow], processor: Any, *, max_tiles: int, max_length: int):
+    def __init__(
+        self, rows: Sequence[PairRow], processor: Any, *, max_tiles: int, max_length: int, token_weights: TokenWeights
+    ):
         """Keep the rows; see `encode_group` for the rest."""
         self.rows, self.processor = rows, processor
         self.max_tiles, self.max_length = max_tiles, max_length
+        self.token_weights = token_weights
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -28,13 +32,14 @@ class GroupDataset(Dataset):
     def __getitem__(self, members: Rows) -> Group:
         """Return the encoded group of pairs that share a prompt."""
         rows = [self.rows[index] for index in members]
-        return encode_group(
+        group = encode_group(
             self.processor,
             [row.pair for row in rows],
             rows[0].image_root,
             max_tiles=rows[0].max_tiles or self.max_tiles,
             max_length=self.max_length,
         )
+        return self.token_weights.weigh(group)
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class Micro:
 
     Attributes:
         pack: tokens, tiles and pairs.
-        reference_logps: those of the chosen and of the rejected responses; None if they are computed live.
-            Shape: 2 x (P,)
+        reference_logps: those of the chosen and of the rejected responses, summed with the pack's token weights; None
+            if they are computed live. Shape: 2 x (P,)
     """
 
     pack: Pack

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from internvl_mpo.families.registry import family_of_model
-from internvl_mpo.logps import response_logps
+from internvl_mpo.logps import score_pairs
 from internvl_mpo.pack_plan import fill_packs
 from internvl_mpo.packing import Group
 from internvl_mpo.training.arguments import MPOArguments
@@ -60,15 +60,14 @@ class HeldOut:
             micro = self.collate([self.dataset[(row,)] for row in packs[min(number, len(packs) - 1)]])
             micro = micro.to(self.args.device)
             reference_chosen, reference_rejected = self.reference_logps(micro)
-            logps_R = response_logps(model, micro.pack)
+            scores = score_pairs(model, micro.pack)
             num_pairs = micro.pack.num_pairs if number < len(packs) else 0  # a pack that only fills the round
-            chosen, rejected = logps_R[micro.pack.chosen_index_P], logps_R[micro.pack.rejected_index_P]
-            chosen_rewards = self.args.beta * (chosen - reference_chosen)
-            rejected_rewards = self.args.beta * (rejected - reference_rejected)
+            chosen_rewards = self.args.beta * (scores.chosen - reference_chosen)
+            rejected_rewards = self.args.beta * (scores.rejected - reference_rejected)
             values = {
                 f"{prefix}_rewards/accuracy": chosen_rewards > rejected_rewards,
                 f"{prefix}_rewards/margin": chosen_rewards - rejected_rewards,
-                f"{prefix}_nll": -chosen / micro.pack.chosen_lengths_P,
+                f"{prefix}_nll": -scores.whole_chosen / micro.pack.chosen_lengths_P,
             }
             meter.add(num_pairs, {name: value[:num_pairs] for name, value in values.items()})
         means = meter.reduce(accelerator)

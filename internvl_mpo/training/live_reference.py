@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.logps import response_logps
+from internvl_mpo.logps import pair_logps
 from internvl_mpo.packing import Pack
 
 WEIGHTS_FILE = "moving_reference.safetensors"
@@ -51,10 +51,10 @@ class AdapterOff:
         self.model = model
 
     @torch.no_grad()
-    def logps(self, pack: Pack) -> Tensor:
-        """Return the summed log-prob of each response of a pack under the start model. Shape: (R,)"""
+    def logps(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Return what `pair_logps` does, under the start model. Shape: 2 x (P,)"""
         with _evaluating(self.model), self.model.disable_adapter():
-            return response_logps(self.model, pack)
+            return pair_logps(self.model, pack)
 
 
 class MovingReference:
@@ -93,10 +93,10 @@ class MovingReference:
         self.num_moves += 1
 
     @torch.no_grad()
-    def logps(self, pack: Pack) -> Tensor:
-        """Return the summed log-prob of each response of a pack under the reference. Shape: (R,)"""
+    def logps(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Return what `pair_logps` does, under the reference. Shape: 2 x (P,)"""
         with _evaluating(self.model), self._in_place_of_the_policy():
-            return response_logps(self.model, pack)
+            return pair_logps(self.model, pack)
 
     @contextlib.contextmanager
     def _in_place_of_the_policy(self) -> Iterator[None]:

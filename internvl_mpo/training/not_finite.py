@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -16,8 +16,6 @@ from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.distributed import from_all_ranks
 
-# Settings that a pair's numbers depend on, as `internvl_mpo.replay` reads them.
-_REPLAYED = ("max_tiles", "max_length", "beta", "preference", "quality", "generation", "label_smoothing")
 _NUM_NAMED = 5  # pairs spelled out in the message
 
 
@@ -78,9 +76,10 @@ def stop_step(
         "output_dir": args.output_dir,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
-        "weights": list(args.weights),
         "reward_shift": reward_shift,
-        **{name: getattr(args, name) for name in _REPLAYED},
+        **args.objective,
+        **{name: getattr(args, name) for name in ("max_tiles", "max_length", "wpo")},
+        "token_weights": asdict(args.token_weights),
         "pair_ids": list(pair_ids),
         "packs": [pack.pair_ids for pack in packs],
         "weights_not_finite": broken,

@@ -12,6 +12,7 @@ from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_writer
 from internvl_mpo.mmpr.pairs import PairRow, mixture_table, repeats
 from internvl_mpo.pack_plan import PairSize
+from internvl_mpo.preference_terms import SORTED
 from internvl_mpo.records import RowError
 from internvl_mpo.steps import StepSampler, fit_to_budget
 
@@ -217,8 +218,9 @@ def plan(settings: "TrainSettings", pairs: TrainingPairs) -> tuple["TrainSetting
             f"{settings.pairs_per_step} pairs, in {ranks} x {accumulation} packs of at most "
             f"{settings.max_tokens_per_pack} tokens"
         )
-        if settings.preference == "aot" and ranks * accumulation > 1:
+        if settings.preference in SORTED and ranks * accumulation > 1:
             print(
-                "note: aot compares the pairs of one pack, so this cutting is part of the result; see docs/training.md"
+                f"note: {settings.preference} compares the pairs of one pack, so this cutting is part of the result; "
+                "see docs/training.md"
             )
     return replace(settings, gradient_accumulation_steps=accumulation), pairs

@@ -54,7 +54,9 @@ def fill_cache(
     # With partitioned weights all ranks must call the model equally often: the last round is filled up.
     num_rounds = math.ceil(len(packs) / args.world_size)
     mine = packs[args.process_index :: args.world_size]
-    data = GroupDataset(rows, processor, max_tiles=args.max_tiles, max_length=args.max_length)
+    data = GroupDataset(
+        rows, processor, max_tiles=args.max_tiles, max_length=args.max_length, token_weights=args.token_weights
+    )
 
     apply_speed_settings(model, args)
     if not is_partitioned(model):

@@ -17,12 +17,15 @@ from internvl_mpo.training.preflight import VerifyImages
 # schedule are among them because a checkpoint brings their states, and with them the old values.
 EXACT = (
     *("pairs_per_step", "pairs_per_group", "seed", "data_seed", "beta", "preference", "quality", "generation"),
-    *("preference_weight", "quality_weight", "generation_weight", "label_smoothing", "reward_shift"),
+    *("preference_weight", "quality_weight", "generation_weight", "label_smoothing", "simpo_gamma", "dpop_lambda"),
+    *("ld_alpha", "after_difference_weight", "difference_tokens", "wpo", "reward_shift"),
     *("reward_shift_momentum", "reference", "reference_sync_steps", "reference_mixup_alpha", "lora_rank", "lora_alpha"),
     *("lora_dropout", "lora_on", "freeze_vision", "freeze_projector", "freeze_language", "freeze_language_layers"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
+# Those that a checkpoint of version 0.2 does not know; it was made with what are their defaults.
+ADDED = ("simpo_gamma", "dpop_lambda", "ld_alpha", "after_difference_weight", "difference_tokens", "wpo")
 
 # Settings of TrainingArguments that packs leave without effect, and what to set instead. (dataloader_pin_memory is not
 # among them: packs are never pinned, but transformers itself sets it to false on a CPU.)
@@ -102,6 +105,11 @@ class TrainSettings(MPOArguments):
         """Return the settings that a checkpoint is compared by; adapters leave nothing to freeze."""
         names = [name for name in EXACT if not (self.lora_rank and name.startswith("freeze_"))]
         return {name: plain(getattr(self, name)) for name in names}
+
+    @classmethod
+    def before_added(cls) -> dict[str, Any]:
+        """Return what a checkpoint was made with whose version did not know the settings of `ADDED`."""
+        return {name: plain(getattr(cls, name)) for name in ADDED}
 
 
 def parse_train_settings(argv: Sequence[str], *, program: str, about: str | None) -> TrainSettings:

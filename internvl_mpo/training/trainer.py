@@ -19,8 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.logps import response_logps
-from internvl_mpo.objective import RewardShift, mpo_loss, sequence_kl
+from internvl_mpo.logps import score_pairs
+from internvl_mpo.objective import RewardShift, mpo_loss, sequence_kl, wpo_weights
 from internvl_mpo.packing import Group, pack_groups
 from internvl_mpo.training import checkpoint
 from internvl_mpo.training.arguments import MPOArguments
@@ -83,7 +83,11 @@ class MPOTrainer(Trainer):
         self.sums = MeanMeter()
         self.last_log = time.perf_counter()
         dataset = functools.partial(
-            GroupDataset, processor=processor, max_tiles=args.max_tiles, max_length=args.max_length
+            GroupDataset,
+            processor=processor,
+            max_tiles=args.max_tiles,
+            max_length=args.max_length,
+            token_weights=args.token_weights,
         )
         super().__init__(
             model=model,
@@ -110,10 +114,8 @@ class MPOTrainer(Trainer):
 
     def _reference_logps(self, micro: Micro) -> tuple[Tensor, Tensor]:
         """Reference log-probs of the chosen and of the rejected response of each pair. Shape: 2 x (P,)"""
-        if self.live is None or not self.live.is_live:
-            return micro.reference_logps
-        logps_R = self.live.logps(micro.pack)
-        return logps_R[micro.pack.chosen_index_P], logps_R[micro.pack.rejected_index_P]
+        is_live = self.live is not None and self.live.is_live
+        return self.live.logps(micro.pack) if is_live else micro.reference_logps
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -173,33 +175,32 @@ class MPOTrainer(Trainer):
         """Return the part that one pack has in the loss of the step, times the number of ranks (which average)."""
         pack = inputs.pack
         reference_chosen, reference_rejected = self._reference_logps(inputs)
-        logps_R = response_logps(model, pack)
-        policy_chosen, policy_rejected = logps_R[pack.chosen_index_P], logps_R[pack.rejected_index_P]
+        scores = score_pairs(model, pack, likeness=self.args.wpo)
+        pair_weights = wpo_weights(scores.chosen_likeness, scores.rejected_likeness) if self.args.wpo else None
+        chosen_change, rejected_change = scores.chosen - reference_chosen, scores.rejected - reference_rejected
         if self.shift.mode == "inclusive":
-            ratios = (policy_chosen - reference_chosen, policy_rejected - reference_rejected)
             # what is not finite stops this step below; in the shift it would put the blame on all packs of all ranks
-            self._move_shift(self.args.beta * torch.cat(ratios).detach().nan_to_num(0.0, 0.0, 0.0))
+            changes = torch.cat([chosen_change, rejected_change]).detach().nan_to_num(0.0, 0.0, 0.0)
+            self._move_shift(self.args.beta * changes)
         out = mpo_loss(
-            policy_chosen,
-            policy_rejected,
+            scores.chosen,
+            scores.rejected,
             reference_chosen,
             reference_rejected,
             pack.chosen_lengths_P,
-            beta=self.args.beta,
-            weights=self.args.weights,
             shift=self.shift.value,
-            preference=self.args.preference,
-            quality=self.args.quality,
-            generation=self.args.generation,
-            label_smoothing=self.args.label_smoothing,
             rejected_lengths=pack.rejected_lengths_P,
+            generation_logps=scores.whole_chosen,
+            pair_weights=pair_weights,
             num_pairs=num_items_in_batch[0],
             num_chosen_tokens=num_items_in_batch[1],
+            **self.args.objective,
         )
         self.step_packs.append(PackRecord(pack.pair_ids, reference_chosen, reference_rejected, out.loss.detach()))
         if self.accelerator.sync_gradients:  # the last pack of the step
             self._check_losses()
         self.step_rewards += [out.chosen_rewards, out.rejected_rewards]
+        chosen_tokens, rejected_tokens = pack.weight_sums
         self.sums.add(
             pack.num_pairs,
             {
@@ -210,17 +211,18 @@ class MPOTrainer(Trainer):
                 "rewards/rejected": out.rejected_rewards,
                 "rewards/margin": out.chosen_rewards - out.rejected_rewards,
                 "rewards/accuracy": out.chosen_rewards > out.rejected_rewards,
-                "logps/chosen": policy_chosen,
-                "logps/rejected": policy_rejected,
-                "logps/chosen_change": (policy_chosen - reference_chosen) / pack.chosen_lengths_P,
+                "logps/chosen": scores.whole_chosen,
+                "logps/rejected": scores.whole_rejected,
+                "logps/chosen_change": chosen_change / chosen_tokens,
                 "kl": (
-                    sequence_kl(policy_chosen, reference_chosen, pack.chosen_lengths_P)
-                    + sequence_kl(policy_rejected, reference_rejected, pack.rejected_lengths_P)
+                    sequence_kl(scores.chosen, reference_chosen, chosen_tokens)
+                    + sequence_kl(scores.rejected, reference_rejected, rejected_tokens)
                 ).detach()
                 / 2,
                 "rewards/square": (out.chosen_rewards**2 + out.rejected_rewards**2) / 2,
                 "length/chosen": pack.chosen_lengths_P,
                 "length/rejected": pack.rejected_lengths_P,
+                **({} if pair_weights is None else {"pair_weight": pair_weights}),
             },
         )
         self.sums.tokens += pack.num_tokens

@@ -122,9 +122,11 @@ def expected_first_terms(args: Any) -> dict[str, tuple[float, str]]:
 
     Returns:
         By the name in the log; only terms that are used and have a fixed value. The generation term has none, nor has
-        a preference term that compares nothing with the reference.
+        a preference term that compares nothing with the reference, nor one whose pairs are weighted.
     """
     terms = {}
+    if args.wpo:
+        return terms
     if args.preference not in REFERENCE_FREE:
         zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
         pairs = Pairs(
@@ -160,8 +162,10 @@ def expected_first_loss(args: Any, generation: float) -> tuple[float | None, str
         generation: the generation term as it was logged; it depends on the start model alone.
 
     Returns:
-        The loss, or None where a term has no fixed value (ORPO, SimPO), and the sum in words.
+        The loss, or None where a term has no fixed value (ORPO, SimPO, WPO's weights), and the sum in words.
     """
+    if args.wpo:
+        return None, "the weights of the pairs depend on the start model, so it has no fixed value"
     if args.preference in REFERENCE_FREE and args.preference != "none":
         return None, f"{args.preference} depends on the start model alone, so it has no fixed value"
     weights = {"loss_preference": args.preference_weight, "loss_quality": args.quality_weight}
