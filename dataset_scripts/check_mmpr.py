@@ -37,7 +37,7 @@ class Settings:
     benchmark_images: list[str] = setting([], help="NAME=FOLDER of pictures that do not lie beside the questions")
     decode: bool = setting(True, help="decode every picture; without, only headers are read")
     workers: int = setting(1, help="processes")
-    model: str | None = setting(None, help="InternVL folder or Hub id that says how likely it finds the responses")
+    model: str | None = setting(None, help="model folder or Hub id that says how likely it finds the responses")
     model_pairs: int = setting(64, help="pairs of each source and rule that it scores")
     device: str = setting("auto", help="of the model: cuda, cpu, mps; auto takes what is there")
 

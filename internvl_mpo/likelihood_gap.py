@@ -18,6 +18,7 @@ from torch import nn
 
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.families.registry import family_of_source
 from internvl_mpo.logps import attach_scoring, pair_logps
 from internvl_mpo.mmpr.differences import LikelihoodGap
 from internvl_mpo.mmpr.pairs import PairRow
@@ -36,7 +37,7 @@ def likelihood_gaps(
     Args:
         rows: all pairs; the sample depends on their contents, not on their order. Unusable rows are passed over, and
             so are pairs that training would refuse.
-        model: InternVL folder or Hub id.
+        model: folder or Hub id of a model of any family of `families/`.
         num_pairs: pairs of each source and rule, at most.
         device: cuda, cpu, mps; auto takes what is there. On a CPU in float32, else in bfloat16.
 
@@ -44,7 +45,7 @@ def likelihood_gaps(
         By source and rule; those of which no pair could be scored are absent.
 
     Raises:
-        BadInputError: the model cannot be loaded.
+        BadInputError: the model cannot be loaded, or no family takes it.
     """
     from tqdm import tqdm
 
@@ -61,16 +62,13 @@ def likelihood_gaps(
 
 
 def _load(source: str, device: str) -> tuple[nn.Module, Any]:
-    from transformers import AutoProcessor
-
-    import modeling_internvl_mpo  # noqa: F401 - registers the classes, so official folders load without remote code
-
+    family = family_of_source(source)
     try:
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+        processor = family.load_processor(source)
         model = load_model(source, torch.float32 if device == "cpu" else torch.bfloat16)
         return attach_scoring(model.to(device).eval()), processor
-    except (OSError, ValueError, AttributeError, RuntimeError) as error:
-        raise BadInputError(f"cannot load an InternVL model from '{source}': {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInputError(f"cannot load the model '{source}': {' '.join(str(error).split())}") from error
 
 
 def _sample(rows: Iterable[PairRow | RowError], num_pairs: int) -> list[PairRow]:

@@ -96,7 +96,7 @@ def test_the_sample_does_not_depend_on_the_order_of_rows_and_passes_over_bad_one
 
 
 def test_a_model_that_is_none_is_refused(world):
-    with pytest.raises(BadInputError, match="cannot load an InternVL model from"):
+    with pytest.raises(BadInputError, match=r"config\.json"):
         likelihood_gaps([], str(world), num_pairs=4, device="cpu")
 
 

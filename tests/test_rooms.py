@@ -63,7 +63,7 @@ ROOMS = {
         "transformers",
     },
     "convert": {"huggingface_hub", "modeling_internvl_mpo", "safetensors", "torch", "transformers"},
-    "likelihood_gap": {"modeling_internvl_mpo", "torch", "transformers"},
+    "likelihood_gap": {"torch"},
     "memory_estimate": {"modeling_internvl_mpo", "torch", "transformers"},
     "replay": {"modeling_internvl_mpo", "peft", "torch", "transformers"},
     "quickstart": set(),
