@@ -1,12 +1,19 @@
-"""Servers and an engine without a model for the tests of what asks them."""
+"""Servers, and engines without a model, for the tests of what asks them and of what they are asked."""
 
+import asyncio
+import io
 import json
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from PIL import Image
+
 from internvl_mpo.engines import Reply, Request
+from internvl_mpo.engines.batching import Batcher
+from internvl_mpo.engines.chat_app import ChatApp
+from internvl_mpo.engines.local import load_picture
 
 ANSWER = {"choices": [{"message": {"content": " 42 "}, "finish_reason": "stop"}], "usage": {"completion_tokens": 2}}
 
@@ -73,3 +80,76 @@ def misbehaving(behave):
 
 def questions(count: int) -> list[Request]:
     return [Request(id=str(number), question=f"q{number}", seed=number) for number in range(count)]
+
+
+class LookingEngine:
+    """Looks at every picture as a model would, and says how many tokens it was asked for."""
+
+    name = model_id = "looks"
+    revision, context = None, 4096
+
+    def num_prompt_tokens(self, request: Request) -> int:
+        return len(request.question) + 256 * len(request.images)
+
+    def generate(self, requests, done=()):
+        for request in requests:
+            try:
+                for image in request.images:
+                    load_picture(image)
+            except (OSError, ValueError) as error:
+                yield Reply(id=request.id, error=str(error))
+                continue
+            yield Reply(id=request.id, text=str(request.sampling.max_new_tokens), finish_reason="stop", num_tokens=1)
+
+
+class Served:
+    """An application asked without a socket."""
+
+    def __init__(self, engine=None):
+        self.app = ChatApp(engine or LookingEngine(), "m", Batcher(engine or LookingEngine(), 8))
+
+    async def post(self, body: bytes, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, bytes]:
+        sent, given = [], False
+        ended = asyncio.Event()
+
+        async def receive():
+            nonlocal given
+            if given:
+                await ended.wait()
+                return {"type": "http.disconnect"}
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        await self.app({"type": "http", "path": path, "method": "POST", "headers": pairs}, receive, send)
+        ended.set()
+        assert sent[-1]["more_body"] is False
+        return sent[0]["status"], b"".join(message["body"] for message in sent[1:])
+
+    def ask(self, body: bytes | dict, **headers: str) -> tuple[int, str]:
+        """Status, and the sentence of an error or the text of a reply."""
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        status, answer = asyncio.run(self.post(body, **headers))
+        answer = json.loads(answer)
+        return status, answer["error"]["message"] if status != 200 else answer["choices"][0]["message"]["content"]
+
+    def close(self) -> None:
+        self.app.batcher.close()
+
+
+def user(text: str = "Hi", *urls: str) -> dict:
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}] if urls else text}
+
+
+def asked(**fields) -> dict:
+    return {"messages": [user()], **fields}
+
+
+def encoded(kind: str, size=(8, 6)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, kind)
+    return buffer.getvalue()
