@@ -35,6 +35,7 @@ from internvl_mpo.jsonl import iter_json_lines
 from internvl_mpo.mmpr.release import subset_name, write_meta
 from internvl_mpo.pairing import PairingStatistics, PairRules, group_key, match_responses, pair_lines
 from internvl_mpo.records import Response
+from internvl_mpo.row_keys import holds
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 MEGABYTE = 1 << 20
@@ -175,7 +176,7 @@ def partition(paths: list[str], folder: Path, bucket_bytes: int, stats: PairingS
                 if done >= MEGABYTE:
                     bar.update(done)
                     done = 0
-                if not response.answer or response.answer.isspace():
+                if not holds(response.answer):
                     stats.add(response.source, "drop responses without ground truth")
                     continue
                 if response.answer[0] in "[{":

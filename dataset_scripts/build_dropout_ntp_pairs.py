@@ -132,10 +132,13 @@ class Plan:
         root = Path(self.settings.image_root)
         for response, prefix, seed, _, id in self.samples():
             shown = response.images if self.settings.with_image else ()
+            worded = str if shown else without_images
             yield Request(
                 id=id,
-                question=response.question if shown else without_images(response.question),
+                question=worded(response.question),
                 images=tuple(str(root / image) for image in shown),
+                history=tuple((worded(asked), answer) for asked, answer in response.history),
+                system=response.system,
                 prefix=prefix,
                 seed=seed,
                 sampling=self.sampling,
@@ -166,6 +169,8 @@ class Plan:
                     chosen=response.response,
                     rejected=rejected,
                     answer=response.answer,
+                    system=response.system,
+                    history=response.history,
                     source=response.source,
                     rule="prefix_with_image" if self.settings.with_image else "dropout_ntp",
                     provenance={

@@ -28,7 +28,7 @@ from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.files import atomic_path
 from internvl_mpo.prompts import STYLES, ask, language_of, style_for
-from internvl_mpo.records import Question, Response, answer_text, content_id, read_rows
+from internvl_mpo.records import Question, Response, content_id, read_rows, truth_of
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 
@@ -119,11 +119,10 @@ def hub_questions(name: str, settings: Settings) -> Iterator[Question]:
         if number == settings.limit:
             break
         found = [image for column in pictures for image in _as_list(row[column])]
-        answer = row.get("answer")
         yield Question(
             images=[image if isinstance(image, str) else save_picture(image, root) for image in found],
             question=row["question"],
-            answer=None if answer is None else answer_text(answer),
+            answer=truth_of(row),
             source=repository.rpartition("/")[2],
         )
 
@@ -177,7 +176,15 @@ class Plan:
         root = Path(self.settings.image_root)
         for question, asked, seed, _, id in self.samples():
             images = tuple(str(root / image) for image in question.images)
-            yield Request(id=id, question=asked, images=images, seed=seed, sampling=self.sampling)
+            yield Request(
+                id=id,
+                question=asked,
+                images=images,
+                history=question.history,
+                system=question.system,
+                seed=seed,
+                sampling=self.sampling,
+            )
 
     def rows(self, journal: Journal) -> Iterator[dict[str, Any]]:
         """Yield the output rows of all replies that came."""
@@ -191,6 +198,8 @@ class Plan:
                 images=question.images,
                 question=asked,
                 answer=question.answer,
+                system=question.system,
+                history=question.history,
                 source=question.source,
                 response=reply.text,
                 provenance={

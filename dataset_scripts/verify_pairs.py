@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
 
+from internvl_mpo.answers.comparing import accepted_answers
 from internvl_mpo.engines import Reply, Request, Sampling
 from internvl_mpo.engines.journal import Journal, collect_replies, report_missing, sample_seed
 from internvl_mpo.engines.loading import load_engine
@@ -77,8 +78,10 @@ def judge_requests(pair: PreferencePair, sampling: Sampling, judge: str) -> Iter
     """Yield the two questions about a pair, chosen first."""
     if pair.answer is None:
         raise BadInputError(f"pair {pair.id} has no ground truth; verify pairs of build_correctness_pairs.py only")
+    truth = " or ".join(accepted_answers(pair.answer))
+    question = without_images("\n\n".join((*(text for turn in pair.history for text in turn), pair.question)))
     for response in (pair.chosen, pair.rejected):
-        asked = judge_prompt(without_images(pair.question), pair.answer, response)
+        asked = judge_prompt(question, truth, response)
         id = content_id(asked, judge, asdict(sampling))  # verdicts under other settings are other verdicts
         yield Request(id=id, question=asked, seed=sample_seed(0, id, 0), sampling=sampling)
 

@@ -7,7 +7,7 @@ answer is scored with it. What cannot be trained on is refused with a `RowError`
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,9 @@ from internvl_mpo.families.contract import Family
 from internvl_mpo.families.registry import family_of_processor
 from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.packing import Group, tree_tokens
+from internvl_mpo.pictures import check_encodable
 from internvl_mpo.records import IMAGE_PLACEHOLDER, PreferencePair, RowError
+from modeling_internvl_mpo.tokenization_internvl_mpo import find_control_token
 
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -46,6 +48,7 @@ class GroupSize:
         tiles: tiles of all images.
         cut_responses: responses that lose their end to the length limit.
         num_tokens: tokens the group adds to a pack, as `Group.num_tokens` of the encoded group.
+        response_keys: a number below 2 ** 56 for each distinct response, which tells it from others of the prompt.
     """
 
     prompt_tokens: int
@@ -53,6 +56,7 @@ class GroupSize:
     tiles: int
     cut_responses: int
     num_tokens: int
+    response_keys: tuple[int, ...]
 
 
 def encode_group(
@@ -77,13 +81,12 @@ def encode_group(
         The group; equal responses of different pairs are one response.
 
     Raises:
-        RowError: an image cannot be read, images and placeholders differ in number, the prompt leaves no room for a
-            response, a response is empty, or chosen and rejected are equal.
+        RowError: an image cannot be read, images and placeholders differ in number, a text spells out a control token,
+            the prompt leaves no room for a response, a response is empty, or chosen and rejected are equal.
         ValueError: the pairs do not share images and question.
     """
     family = family_of_processor(processor)
-    question, where = _question(pairs)
-    prompt = _render(family, processor, question, len(pairs[0].images), where)
+    prompt, where = _prompt(family, processor, pairs)
     images = [_open(image_root, name, where) for name in pairs[0].images]
     try:
         encoded = family.encode(processor, prompt, images, _tiles_per_image(max_tiles, len(images)))
@@ -129,8 +132,7 @@ def measure_group(
         ValueError: as in `encode_group`.
     """
     family = family_of_processor(processor)
-    question, where = _question(pairs)
-    prompt = _render(family, processor, question, len(pairs[0].images), where)
+    prompt, where = _prompt(family, processor, pairs)
     limit = _tiles_per_image(max_tiles, len(pairs[0].images))
     costs = []
     for name in pairs[0].images:
@@ -140,11 +142,10 @@ def measure_group(
                 costs.append(family.picture_cost(processor, height, width, len(pairs[0].images), limit))
             except ValueError as error:
                 raise RowError(f"the prompt cannot be encoded: {error}", where) from error
-            if decode:
-                try:
-                    image.load()
-                except (OSError, SyntaxError, ValueError) as error:
-                    raise RowError(f"image '{name}' cannot be decoded ({error})", where) from error
+            try:
+                check_encodable(image, decode=decode)
+            except ValueError as error:
+                raise RowError(f"image '{name}' cannot be decoded ({error})", where) from error
     before, *after = prompt.split(family.placeholder(processor))
     bare = before + "".join(cost.text + text for cost, text in zip(costs, after, strict=True))
     prompt_tokens = len(family.tokenize(processor, bare)) + sum(cost.left_out for cost in costs)
@@ -152,48 +153,61 @@ def measure_group(
     responses, _, num_cut = _responses(family, processor, pairs, prompt, max_length - prompt_tokens)
     num_tokens = prompt_tokens + tree_tokens(responses)
     num_tiles = sum(cost.num_tiles for cost in costs)
-    return GroupSize(prompt_tokens, tuple(map(len, responses)), num_tiles, num_cut, num_tokens)
+    keys = tuple(map(_key, responses))
+    return GroupSize(prompt_tokens, tuple(map(len, responses)), num_tiles, num_cut, num_tokens, keys)
 
 
-def pair_size(pair: PreferencePair, size: GroupSize) -> PairSize:
+def pair_size(size: GroupSize) -> PairSize:
     """Return what step planning keeps of a pair.
 
     Args:
-        pair: the pair.
         size: of the pair alone, from `measure_group`.
     """
     chosen, rejected = size.response_tokens
     stem = size.prompt_tokens + chosen - 1 + rejected - 1 - size.num_tokens
-    keys = _key(pair.chosen), _key(pair.rejected)
-    return PairSize(size.prompt_tokens, chosen, rejected, size.tiles, size.cut_responses, stem, *keys)
+    return PairSize(size.prompt_tokens, chosen, rejected, size.tiles, size.cut_responses, stem, *size.response_keys)
 
 
-def _key(response: str) -> int:
-    """A number below 2 ** 56 that tells responses apart."""
-    return int.from_bytes(hashlib.blake2b(response.strip().encode(), digest_size=7).digest(), "big")
+def _key(response: Sequence[int]) -> int:
+    return int.from_bytes(hashlib.blake2b(str(response).encode(), digest_size=7).digest(), "big")
 
 
-def _question(pairs: Sequence[PreferencePair]) -> tuple[str, str]:
-    """Return the question with one placeholder per image, and the words that name the first pair in messages."""
+def _prompt(family: Family, processor: Any, pairs: Sequence[PreferencePair]) -> tuple[str, str]:
+    """Return the rendered prompt, images not expanded, and the words that name the first pair in messages."""
     if len({pair.group_key for pair in pairs}) != 1:
         raise ValueError("a group needs pairs with the same images and question")
     first, where = pairs[0], f"pair {pairs[0].id}"
-    question, num_images = first.question, len(first.images)
-    if num_images == 1 and IMAGE_PLACEHOLDER not in question:
-        question = f"{IMAGE_PLACEHOLDER}\n{question}"
-    marks = question.count(IMAGE_PLACEHOLDER)
-    if marks != num_images:
+    turns = [*first.history, (first.question, "")]
+    _check_text(family, processor, "system", first.system or "", where)
+    for asked, answer in turns:
+        _check_text(family, processor, "question", asked, where)
+        _check_text(family, processor, "history", answer, where)
+    num_images, marks = len(first.images), sum(asked.count(IMAGE_PLACEHOLDER) for asked, _ in turns)
+    if num_images == 1 and not marks:
+        turns[0] = f"{IMAGE_PLACEHOLDER}\n{turns[0][0]}", turns[0][1]
+    elif marks != num_images:
         raise RowError(f"the question has {marks} {IMAGE_PLACEHOLDER} placeholders for {num_images} images", where)
-    return question, where
+    messages = [] if first.system is None else [{"role": "system", "content": first.system}]
+    for asked, answer in turns:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    prompt = family.render(processor, messages[:-1], add_generation_prompt=True)
+    if prompt.count(family.placeholder(processor)) != num_images:
+        raise RowError("the chat template does not keep every picture of the conversation", where)
+    return prompt, where
 
 
-def _render(family: Family, processor: Any, question: str, num_images: int, where: str) -> str:
-    """Return the prompt as text, with one placeholder of the family for each picture."""
-    prompt = family.render(processor, [{"role": "user", "content": question}], add_generation_prompt=True)
-    for token in family.reserved(processor):
-        if prompt.count(token) != (num_images if token == family.placeholder(processor) else 0):
-            raise RowError(f"the question spells out {token}, which stands for pictures", where)
-    return prompt
+def _check_text(family: Family, processor: Any, key: str, text: str, where: str) -> None:
+    """Refuse a text that would be read as more than its words: control tokens, or a place for a picture outside the
+    questions, where the family knows one.
+    """
+    marks = set(family.reserved(processor))
+    if key in ("system", "history"):
+        marks.add(IMAGE_PLACEHOLDER)
+    elif key == "question":
+        marks.discard(IMAGE_PLACEHOLDER)
+    token = find_control_token(processor.tokenizer, text) or next((mark for mark in marks if mark in text), None)
+    if token is not None:
+        raise RowError(f"'{key}' spells out the control token {token}; take it out or spell it otherwise", where)
 
 
 def _tiles_per_image(max_tiles: int, num_images: int) -> int:
@@ -246,22 +260,22 @@ def _responses(
     # A special token is a border that no merge crosses: what comes after the last one is all the context there is.
     header = prompt[max(prompt.rfind(token) for token in [*tokenizer.all_special_tokens, prompt]) :]
     header_ids = tokenizer(header, add_special_tokens=False)["input_ids"]
-    reserved = set(tokenizer.convert_tokens_to_ids(list(family.reserved(processor))))
+    endings = {tokenizer.convert_ids_to_tokens(turn.end_id), tokenizer.eos_token} - {None}
     numbers: dict[tuple[int, ...], int] = {}
     num_cut = 0
 
     def number(text: str, side: str, where: str) -> int:
         nonlocal num_cut
+        text = _without_end(text.strip(), endings)
         if not text:
             raise RowError(f"'{side}' is empty", where)
+        _check_text(family, processor, side, text, where)
         text = turn.lead + text
         ids = tokenizer(header + text, add_special_tokens=False)["input_ids"]
         if ids[: len(header_ids)] == header_ids:
             ids = ids[len(header_ids) :]
         else:  # the text merges with the header, as a leading newline can; the model starts after the header
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not reserved.isdisjoint(ids):
-            raise RowError(f"'{side}' spells out the image token", where)
         kept = (*ids, turn.end_id)[:room]
         if kept not in numbers:
             numbers[kept] = len(numbers)
@@ -271,9 +285,17 @@ def _responses(
     indices = []
     for pair in pairs:
         where = f"pair {pair.id}"
-        chosen = number(pair.chosen.strip(), "chosen", where)
-        rejected = number(pair.rejected.strip(), "rejected", where)
+        chosen = number(pair.chosen, "chosen", where)
+        rejected = number(pair.rejected, "rejected", where)
         if chosen == rejected:
             raise RowError(f"chosen and rejected are equal in the {room} tokens that the length limit leaves", where)
         indices.append((chosen, rejected))
     return [list(ids) for ids in numbers], indices, num_cut
+
+
+def _without_end(text: str, endings: Iterable[str]) -> str:
+    """Return a response without the one token that some data sets write after it; the encoder adds its own."""
+    for ending in endings:
+        if text.endswith(ending):
+            return text.removesuffix(ending).rstrip()
+    return text

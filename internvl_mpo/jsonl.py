@@ -14,6 +14,7 @@ from typing import Any, Self
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.files import atomic_writer
 
+MAX_LINE = 64 << 20  # characters of a line; the longest of MMPR has some ten thousand
 _decode = json.JSONDecoder().scan_once
 
 
@@ -22,7 +23,7 @@ def iter_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises:
         BadInputError: the file cannot be read.
-        RowError: a line is not a JSON object.
+        RowError: a line is not a JSON object, or has over `MAX_LINE` characters.
     """
     for where, _, row in iter_json_lines(path):
         yield where, row
@@ -32,10 +33,13 @@ def iter_json_lines(path: str | Path) -> Iterator[tuple[str, str, dict[str, Any]
     """Yield (`file:line`, the line as it stands, object); see `iter_jsonl`."""
     name = str(path)
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open(path, encoding="utf-8-sig") as file:  # some programs put a byte-order mark in front
+            lines = iter(lambda: file.readline(MAX_LINE + 1), "")
             for number, line in enumerate(lines, start=1):
                 if not line.isspace():
                     where = f"{name}:{number}"
+                    if len(line) > MAX_LINE:
+                        raise RowError(f"the line has over {MAX_LINE:,} characters", where)
                     yield where, line, _object(line, where)
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror}") from error

@@ -170,6 +170,8 @@ def _question(judged: list[Judged]) -> Question:
         images=asked.images,
         question=asked.provenance.get("original_question", asked.question),
         answer=asked.answer,
+        system=asked.system,
+        history=asked.history,
         source=asked.source,
         provenance={"responses": len(judged)},
     )
@@ -318,6 +320,8 @@ def _pair(right: Judged, other: Judged, rule: str, pass_rate: float) -> Preferen
         chosen=response.response,
         rejected=other.response.response,
         answer=response.answer,
+        system=response.system,
+        history=response.history,
         source=response.source,
         rule=rule,
         provenance={
@@ -338,7 +342,7 @@ def pair_lines(matches: Sequence[Match]) -> Iterator[tuple[str, str, str]]:
     if not matches:
         return
     first = matches[0].right.response
-    lines = PairLines(first.images, first.question, first.answer)
+    lines = PairLines(first)
     pass_rate = f'"pass_rate": {to_json_text(round(matches[0].pass_rate, 4))}'
     chosen_parts: dict[str, tuple[str, str]] = {}
     rejected_parts: dict[str, tuple[str, str]] = {}
@@ -388,5 +392,5 @@ def _draws(items: Sequence[Judged], seed: int) -> list[bytes]:
 def group_key(response: Response) -> str:
     """Return what responses to the same prompt with the same ground truth share, hashed to 16 digits."""
     names = "\x1f".join(response.images)
-    text = f"{names}\x1f\x1f{response.question}\x1f{response.answer}"
+    text = "\x1f".join((names, "", response.question, str(response.answer), *map(str, response.context)))
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

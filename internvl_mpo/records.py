@@ -5,7 +5,8 @@ On disk a row is one JSON object per line in MMPR's own form, so that official a
     {"image": "a.png", "question": "...", "chosen": "...", "rejected": "...", "answer_gt": "12", "id": "9c0e...", ...}
 
 `image` is a string, a list of strings, or absent (a text-only row). Our files add `id`, `source`, `rule` and
-`provenance`; readers of MMPR ignore them.
+`provenance`; readers of MMPR ignore them. A conversation adds `system` and `history`, its earlier turns as
+[question, answer]. Of `image` and `images`, `answer_gt` and `answer` the one that holds something counts.
 """
 
 import hashlib
@@ -18,8 +19,12 @@ from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 from internvl_mpo.errors import RowError
 from internvl_mpo.jsonl import iter_jsonl, write_jsonl
+from internvl_mpo.row_keys import holds, place_of_media, why_refused
 
 IMAGE_PLACEHOLDER = "<image>"  # stands in a question for its next picture, as in MMPR
+_SHARED_KEYS = frozenset(
+    ("id", "image", "images", "question", "answer", "answer_gt", "system", "history", "source", "provenance")
+)
 RULES = ("correctness", "format", "direct", "dropout_ntp", "prefix_with_image", "vote", "other")
 
 
@@ -61,6 +66,8 @@ class Row:
         images: paths relative to an image root, in the order of the question's `<image>` placeholders; may be empty.
         question: the user's text as the model reads it; a single-image question may leave `<image>` out.
         answer: ground truth, or None where there is none; several of which one is enough are a JSON list of texts.
+        system: replaces the system message of the chat template; None keeps it.
+        history: earlier turns, (question, answer) pairs; their questions may hold placeholders as well.
         source: name of the data set the question comes from.
         provenance: how the row was made (model, revision, sampler settings, seed, ...).
         id: hash of the content unless given.
@@ -69,12 +76,15 @@ class Row:
     images: tuple[str, ...] = ()
     question: str
     answer: str | None = None
+    system: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
     source: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
 
     _text_keys: ClassVar[tuple[str, ...]] = ()
     _required: ClassVar[tuple[str, ...]] = ("question",)
+    _keys: ClassVar[frozenset[str]] = _SHARED_KEYS | {"chosen", "rejected", "response", "rule", "question_id"}
 
     def __post_init__(self) -> None:
         if type(self.images) is not tuple:
@@ -83,33 +93,43 @@ class Row:
             raise RowError("the question is empty")
         if not self.id:
             texts = [getattr(self, key) for key in self._text_keys]
-            object.__setattr__(self, "id", content_id(self.images, self.question, self.answer, *texts))
+            key = content_id(self.images, self.question, self.answer, *texts, *self.context)
+            object.__setattr__(self, "id", key)
+
+    @property
+    def context(self) -> tuple[Any, ...]:
+        """What stands before the question, system message and earlier turns; empty where there is nothing."""
+        return ((self.system, self.history),) if self.system is not None or self.history else ()
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], *, source: str = "", where: str = "") -> Self:
         """Build the row from a JSON object.
 
         Args:
-            row: keys as on disk; unknown keys are kept under `provenance`.
+            row: keys as on disk; notes are kept under `provenance`, see `row_keys`.
             source: used where the row names none.
             where: `file:line` for messages.
 
         Raises:
-            RowError: a key is missing or has the wrong type; the message starts with `where`.
+            RowError: a key is missing, has the wrong type, or holds what is not read; the message starts with `where`.
         """
         try:
-            answer = row.get("answer_gt", row.get("answer"))
             values: dict[str, Any] = {
                 "source": row.get("source") or source,
-                "images": _images(row),
-                "answer": answer if type(answer) is str or answer is None else answer_text(answer),
+                "images": images_of(row),
+                "answer": truth_of(row),
+                "system": _system(row) if "system" in row else None,
+                "history": _history(row) if "history" in row else (),
                 "id": str(row.get("id") or ""),
-                "provenance": _provenance(row),
+                "provenance": _provenance(row, cls._keys),
             }
             for key in cls._required:
                 value = values[key] = row.get(key)
                 if type(value) is not str:
                     _refuse(row, key)
+            for text in (values["question"], *(asked for asked, _ in values["history"])):
+                if place_of_media(text):
+                    raise RowError(f"the question has a place for {place_of_media(text)}, which is not read")
             if row.get("rule") and "rule" in cls.__dataclass_fields__:
                 values["rule"] = row["rule"]
                 if type(row["rule"]) is not str:
@@ -139,6 +159,10 @@ class Row:
         out["question"] = self.question
         for key in self._text_keys:
             out[key] = getattr(self, key)
+        if self.system is not None:
+            out["system"] = self.system
+        if self.history:
+            out["history"] = [list(turn) for turn in self.history]
         if self.answer is not None:
             out["answer_gt"] = self.answer
         if self.source:
@@ -164,10 +188,11 @@ class Response(Row):
     response: str
     _text_keys: ClassVar[tuple[str, ...]] = ("response",)
     _required: ClassVar[tuple[str, ...]] = ("question", "response", "question_id")
+    _keys: ClassVar[frozenset[str]] = _SHARED_KEYS | {"response", "rule", "question_id"}
 
     def __post_init__(self) -> None:
         if not self.id:  # equal texts drawn with different seeds are different samples
-            key = content_id(self.question_id, self.question, self.response, dict(self.provenance))
+            key = content_id(self.question_id, self.question, self.response, dict(self.provenance), *self.context)
             object.__setattr__(self, "id", key)
         super().__post_init__()
 
@@ -185,6 +210,7 @@ class PreferencePair(Row):
     rule: str = "other"
     _text_keys: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     _required: ClassVar[tuple[str, ...]] = ("question", "chosen", "rejected")
+    _keys: ClassVar[frozenset[str]] = _SHARED_KEYS | {"chosen", "rejected", "rule", "question_id"}
 
     def __post_init__(self) -> None:
         for key in ("chosen", "rejected"):
@@ -199,7 +225,7 @@ class PreferencePair(Row):
     @property
     def group_key(self) -> str:
         """Pairs with the same key share images and prompt."""
-        return content_id(self.images, self.question)
+        return content_id(self.images, self.question, *self.context)
 
 
 class PairLines:
@@ -208,19 +234,25 @@ class PairLines:
     The caller answers for what `PreferencePair` checks: a known rule, two texts that differ, none of them empty.
     """
 
-    def __init__(self, images: tuple[str, ...], question: str, answer: str | None):
-        """Encode and hash what the pairs share."""
+    def __init__(self, asked: Row):
+        """Encode and hash what the pairs share with the row they answer."""
+        images, question, answer = asked.images, asked.question, asked.answer
         shared = ",".join(map(_canonical, (images, question, answer)))
         self._hash = hashlib.sha256(f"[{shared},".encode("utf-8", "surrogatepass"))
         image = "" if not images else f', "image": {to_json_text(images[0] if len(images) == 1 else list(images))}'
         self._head = f'{image}, "question": {to_json_text(question)}, "chosen": '
         self._answer = "" if answer is None else f', "answer_gt": {to_json_text(answer)}'
+        if asked.history:
+            self._answer = f', "history": {to_json_text(asked.history)}{self._answer}'
+        if asked.system is not None:
+            self._answer = f', "system": {to_json_text(asked.system)}{self._answer}'
+        self._context = "".join(f",{_canonical(part)}" for part in asked.context)
         self._ends: dict[tuple[str, str], str] = {}
 
     def line(self, chosen: str, rejected: str, source: str, rule: str, provenance: str) -> str:
         """Return the line of a pair; both responses and the provenance, not empty, are given as JSON."""
         whole = self._hash.copy()
-        whole.update(f"{chosen},{rejected}]".encode("utf-8", "surrogatepass"))
+        whole.update(f"{chosen},{rejected}{self._context}]".encode("utf-8", "surrogatepass"))
         end = self._ends.get((source, rule))
         if end is None:
             named = f', "source": {to_json_text(source)}' if source else ""
@@ -241,13 +273,6 @@ def write_rows(rows: Iterable[Row], path: str | Path) -> int:
     return write_jsonl((row.to_json() for row in rows), path)
 
 
-def answer_text(answer: Any) -> str:
-    """Return a ground truth as a row keeps it: a text or number as it is written, several of them as JSON."""
-    if isinstance(answer, str):
-        return answer
-    return str(answer) if isinstance(answer, (int, float)) else _PLAIN.encode(answer)
-
-
 def _is_blank(text: str) -> bool:
     return not text or text.isspace()
 
@@ -258,25 +283,77 @@ def _refuse(row: Mapping[str, Any], key: str) -> NoReturn:
     raise RowError(f"key '{key}' must be text, found {type(row[key]).__name__}")
 
 
-def _images(row: Mapping[str, Any]) -> tuple[str, ...]:
-    images = row.get("image", row.get("images"))
-    if images is None or images == "":
+def images_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    found = [tuple(row[key]) if type(row[key]) is list else (row[key],) for key in _siblings(row, "image", "images")]
+    if not found:
         return ()
-    if isinstance(images, str):
-        return (images,)
-    if isinstance(images, list) and all(isinstance(image, str) for image in images):
-        return tuple(images)
-    raise RowError("key 'image' must be text or a list of texts")
+    for name in found[0]:
+        if not isinstance(name, str) or not holds(name):
+            raise RowError("key 'image' must be text or a list of texts")
+    if found[1:] and found[0] != found[1]:
+        raise RowError("keys 'image' and 'images' name different pictures; keep one of them")
+    return found[0]
 
 
-_KNOWN = {"id", "image", "images", "question", "answer", "answer_gt", "source", "rule", "question_id"}
-_KNOWN |= {"chosen", "rejected", "response", "provenance"}
+def truth_of(row: Mapping[str, Any]) -> str | None:
+    """Return the ground truth of a row in its form on disk; several are a JSON list of texts.
+
+    Raises:
+        RowError: it is no text, number or list of them, or `answer_gt` and `answer` differ.
+    """
+    if "answer_gt" in row and "answer" not in row and type(row["answer_gt"]) is str:
+        return row["answer_gt"]
+    found = [_truth(key, row[key]) for key in _siblings(row, "answer_gt", "answer")]
+    if not found:
+        blank = row.get("answer_gt", row.get("answer"))
+        return blank if isinstance(blank, str) else None
+    if found[1:] and found[0] != found[1]:
+        raise RowError("keys 'answer_gt' and 'answer' hold different truths; keep one, or a list where any is right")
+    return found[0]
 
 
-def _provenance(row: Mapping[str, Any]) -> dict[str, Any]:
+def _truth(key: str, value: Any) -> str:
+    truths = list(filter(holds, value)) if isinstance(value, (list, tuple)) else [value]
+    for truth in truths:
+        if not isinstance(truth, (str, int, float)) or isinstance(truth, bool):
+            raise RowError(
+                f"the ground truth '{key}' must be text, a number or a list of them, found {type(truth).__name__}"
+            )
+    texts = list(dict.fromkeys(map(str, truths)))
+    return texts[0] if len(texts) == 1 else _PLAIN.encode(texts)
+
+
+def _siblings(row: Mapping[str, Any], *keys: str) -> list[str]:
+    """Those of some keys with one meaning that hold something: merged data sets have a column for each."""
+    return [key for key in keys if key in row and holds(row[key])]
+
+
+def _system(row: Mapping[str, Any]) -> str | None:
+    system = row["system"]
+    if system is not None and not isinstance(system, str):
+        raise RowError(f"key 'system' must be text, found {type(system).__name__}")
+    return system if holds(system) else None
+
+
+def _history(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    history = row["history"] if holds(row["history"]) else []
+    turns = tuple(tuple(turn) if isinstance(turn, (list, tuple)) else () for turn in history)
+    if not isinstance(history, (list, tuple)) or any(
+        len(turn) != 2 or not all(isinstance(text, str) and holds(text) for text in turn) for turn in turns
+    ):
+        raise RowError("key 'history' must be a list of [question, answer], none of them empty")
+    return turns
+
+
+def _provenance(row: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
     given = row.get("provenance") or {}
     if not isinstance(given, dict):
         raise RowError("key 'provenance' must be an object")
-    if _KNOWN.issuperset(row):
+    notes = row.keys() - known
+    if not notes:
         return given
-    return {**given, **{key: value for key, value in row.items() if key not in _KNOWN}}
+    for key in notes:
+        reason = why_refused(key, row)
+        if reason is not None:
+            raise RowError(reason)
+    return {**given, **{key: value for key, value in row.items() if key in notes}}

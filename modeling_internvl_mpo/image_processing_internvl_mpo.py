@@ -62,7 +62,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"the image has size {image.size[0]}x{image.size[1]}; both sides must be at least 1 pixel")
     try:
         image.load()
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # decoders of broken files raise nearly anything
         raise ValueError(f"the image file cannot be decoded ({error}); it is damaged or incomplete") from error
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import struct
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+# Grounding tags are special tokens of the vocabulary and ordinary words of questions and answers.
+SPOKEN_TOKENS = frozenset(("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"))
+_CONTROL_SHAPE = re.compile(r"<\|.*\|>|</?img>|<IMG_CONTEXT>")
+_patterns: "weakref.WeakKeyDictionary[Any, tuple[int, re.Pattern[str]]]" = weakref.WeakKeyDictionary()
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
 _SPACE = "\u2581"  # how sentencepiece writes a space
 
@@ -158,6 +163,23 @@ def find_token_id(folder: str | os.PathLike, token: str, **where: Any) -> int | 
             if value["content"] == token:
                 return token_id
     return None
+
+
+def find_control_token(tokenizer: Any, text: str) -> str | None:
+    """Return the first control token a text spells out, or None: the model would read it as one.
+
+    Control tokens are the tokenizer's special tokens and added tokens like `<|im_end|>`; neither `<image>`, which marks
+    a picture's place, nor grounding tags are.
+    """
+    size = len(tokenizer)
+    if tokenizer not in _patterns or _patterns[tokenizer][0] != size:
+        added = tokenizer.added_tokens_decoder.values()
+        tokens = {token.content for token in added if token.special or _CONTROL_SHAPE.fullmatch(token.content)}
+        tokens = (tokens | set(tokenizer.all_special_tokens)) - SPOKEN_TOKENS - {"<image>", ""}
+        ordered = sorted(tokens, key=len, reverse=True)
+        _patterns[tokenizer] = size, re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+    found = _patterns[tokenizer][1].search(text)
+    return found and found[0]
 
 
 def decode_answers(tokenizer: Any, sequences: torch.LongTensor) -> list[str]:

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_tokenizer
 from tiny_world import make_model_folder, make_pictures
 
 from internvl_mpo.engines import Draft, Reply, Request, Sampling
@@ -263,6 +264,9 @@ def test_vllm_is_asked_as_its_interface_wants(monkeypatch, tmp_path):
     class LLM:
         def __init__(self, **kwargs):
             self.settings = kwargs
+
+        def get_tokenizer(self):
+            return tiny_tokenizer()
 
         def chat(self, conversations, params, **kwargs):
             calls.append((conversations, params, kwargs))

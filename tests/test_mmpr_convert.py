@@ -143,8 +143,8 @@ def test_raw_to_parquet_to_load_dataset_to_raw_is_equal_in_every_field_and_byte(
         {"question": "q", "chosen": "a", "rejected": "b", "answer_gt": None, "image": []},
         {"question": "q", "chosen": "a", "rejected": "b", "answer_gt": ["1", "2"], "images": ["x.png", "y.png"]},
         {"question": "q", "chosen": "a", "rejected": "b", "answer": "12", "chosen_meta": True},
-        {"question": "q", "chosen": "a", "rejected": "b", "id": 7, "source": "s", "rule": "vote", "video": "v.mp4"},
-        {"question": "q\u0000", "chosen": " a\n", "rejected": "b", "id": "", "clip": [0, 1.5], "rule": None},
+        {"question": "q", "chosen": "a", "rejected": "b", "id": 7, "source": "s", "rule": "vote", "video_id": "v"},
+        {"question": "q\u0000", "chosen": " a\n", "rejected": "b", "id": "", "clip": None, "rule": None},
     ],
 )
 def test_odd_spellings_of_a_row_come_back_as_they_were(row):
@@ -518,13 +518,13 @@ def test_training_finds_pictures_of_absolute_paths_in_unpacked_folders(world, tm
     file = annotation(folder)
     usual = list(iter_pairs(folder))
     there = str(next(folder.rglob("CLEVR_digits")) / "00000.png")  # exists on this machine: stays as it is
-    for number, path in ((1, "/mnt/x/CLEVR_digits/00000.png"), (2, "s3://x/00000.png"), (3, there), (4, "/mnt/no.png")):
+    for number, path in ((1, "/mnt/x/CLEVR_digits/00000.png"), (2, "s3://x/00001.png"), (3, there), (4, "/mnt/no.png")):
         row = json.loads(file.read_text().splitlines()[number - 1])
         line = json.dumps({**row, "image": path}).encode()
         replace_line(file, number, lambda _, line=line: line)
     rows = [row for row in iter_pairs(folder) if row.where.startswith(f"{file}:")]
     names = [row.pair.images for row in rows[:4]]
-    assert names == [("00000.png",), ("00000.png",), (there,), ("/mnt/no.png",)]
+    assert names == [("00000.png",), ("00001.png",), (there,), ("/mnt/no.png",)]
     assert [row.pair.images for row in rows[4:]] == [
         row.pair.images for row in usual if row.where.startswith(f"{file}:")
     ][4:]

@@ -40,6 +40,7 @@ from internvl_mpo.engines.local import (
     end_reason,
     load_picture,
     model_revision,
+    refuse_control_tokens,
     torch_device,
     torch_dtype,
 )
@@ -168,6 +169,7 @@ class AnyFamilyEngine:
         usable: list[tuple[Request, str, list[Image.Image]]] = []
         for request in batch:
             try:
+                refuse_control_tokens(self.tokenizer, request)
                 usable.append((request, self._text(request), [load_picture(image) for image in request.images]))
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 replies.append(Reply(id=request.id, error=str(error)))

@@ -29,15 +29,15 @@ from internvl_mpo.engines.local import (
     end_reason,
     load_picture,
     model_revision,
+    refuse_control_tokens,
     torch_device,
     torch_dtype,
 )
 from internvl_mpo.engines.pictures import picture_size
 from internvl_mpo.errors import BadInputError
 from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLChatProcessor
+from modeling_internvl_mpo.tokenization_internvl_mpo import SPOKEN_TOKENS
 
-# Grounding tags are special tokens in InternVL's vocabulary and ordinary words of its answers.
-_SPOKEN = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 _TURN_ENDS = ("<|im_end|>", "<|end|>", "<|endoftext|>", "</s>")
 _IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
 
@@ -206,14 +206,16 @@ class InternVLEngine:
         """Load the pictures of a request.
 
         Raises:
-            OSError, ValueError: a picture cannot be read, or the text does not have one `<image>` for each.
+            OSError, ValueError: a picture cannot be read, the text does not have one `<image>` for each, or it spells
+                out a control token.
         """
         self._checked_text(request)
         return [load_picture(image) for image in request.images]
 
     def _checked_text(self, request: Request) -> str:
+        refuse_control_tokens(self.tokenizer, request)
         text = self._text(request)
-        if text.count("<image>") != len(request.images) or any(token in text for token in _IMAGE_TOKENS):
+        if text.count("<image>") != len(request.images):
             raise ValueError(f"{text.count('<image>')} <image> placeholders for {len(request.images)} pictures")
         return text
 
@@ -325,7 +327,7 @@ class InternVLEngine:
         suppressed[max(vocab.values()) + 1 :] = True
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(self.tokenizer.all_special_tokens) | set(_IMAGE_TOKENS)
-        for token in special - set(_SPOKEN):
+        for token in special - SPOKEN_TOKENS:
             if token in vocab:
                 suppressed[vocab[token]] = True
         suppressed = suppressed.to(self.device)

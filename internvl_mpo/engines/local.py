@@ -15,6 +15,7 @@ from internvl_mpo.engines import Request, Sampling
 from internvl_mpo.engines.pictures import EncodedPicture
 from internvl_mpo.errors import BadInputError
 from modeling_internvl_mpo.image_processing_internvl_mpo import to_rgb
+from modeling_internvl_mpo.tokenization_internvl_mpo import find_control_token
 
 # Requests looked at together when batches are formed: enough to sort by length, few enough to keep in memory.
 WINDOW = 4096
@@ -158,6 +159,19 @@ def model_revision(model_path: str) -> str | None:
             file.seek(max(0, size - (1 << 20)))
             digest.update(file.read(1 << 20))
     return digest.hexdigest()[:16]
+
+
+def refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, request: Request) -> None:
+    """Refuse a request that would be read as more than its words.
+
+    Raises:
+        ValueError: a text of it spells out a control token.
+    """
+    turns = [text for turn in request.history for text in turn]
+    for text in (request.system or "", *turns, request.question, request.prefix):
+        token = find_control_token(tokenizer, text)
+        if token is not None:
+            raise ValueError(f"the text spells out the control token {token}; take it out or spell it otherwise")
 
 
 def load_picture(image: Any) -> Image.Image:

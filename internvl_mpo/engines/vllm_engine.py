@@ -11,7 +11,7 @@ from vllm import LLM, SamplingParams
 
 from internvl_mpo.engines import Reply, Request
 from internvl_mpo.engines.chat_format import chat_payload
-from internvl_mpo.engines.local import model_revision
+from internvl_mpo.engines.local import model_revision, refuse_control_tokens
 
 # Requests handed over together: vLLM batches them itself and answers when all are done.
 WINDOW = 1024
@@ -61,6 +61,7 @@ class VllmEngine:
         usable, conversations = [], []
         for request in requests:
             try:
+                refuse_control_tokens(self._llm.get_tokenizer(), request)
                 conversations.append(chat_payload(request, self.model_id)["messages"])
                 usable.append(request)
             except (OSError, ValueError) as error:

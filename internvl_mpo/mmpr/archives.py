@@ -29,6 +29,7 @@ _STORED, _DEFLATED = 0, 8
 _ENCRYPTED, _SIZES_FOLLOW, _UTF8 = 0x1, 0x8, 0x800
 _FIELDS = ("hash", "header", "packed", "size", "crc", "method")
 _SCAN_STEP = 4 << 20
+_STEP = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -128,23 +129,27 @@ class Archive:
         """
         where = f"{entry.name} in {self.name}"
         start = self._content_start(entry, where)
-        unpacker = zlib.decompressobj(-15) if entry.method == _DEFLATED else None
-        if unpacker is None and entry.method != _STORED:
+        if entry.method not in (_STORED, _DEFLATED):
             raise BadInputError(f"{where} is packed with method {entry.method}; only stored and deflated are read")
-        done, crc, size = 0, 0, 0
-        while done < entry.packed:
-            piece = self._read_at(start + done, min(1 << 20, entry.packed - done))
-            if not piece:
-                raise BadInputError(f"{where} is cut off: the archive ends inside it")
-            done += len(piece)
-            try:
-                content = piece if unpacker is None else unpacker.decompress(piece)
-            except zlib.error as error:
-                raise BadInputError(f"{where} is damaged ({error})") from error
-            crc, size = zlib.crc32(content, crc), size + len(content)
-            yield content
+        packed = self._pieces(start, entry.packed, where)
+        crc, size = 0, 0
+        try:
+            for content in packed if entry.method == _STORED else _unpacked(packed):
+                crc, size = zlib.crc32(content, crc), size + len(content)
+                if size > entry.size:
+                    break
+                yield content
+        except zlib.error as error:
+            raise BadInputError(f"{where} is damaged ({error})") from error
         if size != entry.size or crc != entry.crc:
             raise BadInputError(f"{where} is damaged (its length or checksum differs)")
+
+    def _pieces(self, start: int, length: int, where: str) -> Iterator[bytes]:
+        for position in range(start, start + length, _STEP):
+            piece = self._read_at(position, wanted := min(_STEP, start + length - position))
+            if len(piece) < wanted:
+                raise BadInputError(f"{where} is cut off: the archive ends inside it")
+            yield piece
 
     # --- index --------------------------------------------------------------------------------------------------------
 
@@ -289,6 +294,17 @@ class Archive:
             pieces.append(piece)
             count -= len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _unpacked(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Unpack a stream in steps of limited size: a megabyte may unpack to a gigabyte."""
+    unpacker = zlib.decompressobj(-15)
+    for piece in pieces:
+        while piece:
+            yield unpacker.decompress(piece, _STEP)
+            piece = unpacker.unconsumed_tail
+    while rest := unpacker.decompress(b"", _STEP):
+        yield rest
 
 
 class _NoClose(io.RawIOBase):

@@ -23,7 +23,7 @@ from internvl_mpo.mmpr.differences import compare
 from internvl_mpo.mmpr.files import Member, check_picture, read_lines
 from internvl_mpo.mmpr.findings import MAX_EXAMPLES, MAX_SHOWN, CheckTask, Finding, Part, Report
 from internvl_mpo.mmpr.manifest import MANIFEST, file_facts, read_manifest
-from internvl_mpo.mmpr.parquet import FEATURES, to_pair
+from internvl_mpo.mmpr.parquet import REQUIRED, to_pair
 from internvl_mpo.mmpr.reading import is_parquet
 from internvl_mpo.mmpr.release import Subset, parse_line, read_subsets
 from internvl_mpo.mmpr.shard_plan import INDEX_BYTES, line_start
@@ -141,7 +141,7 @@ def _parquet_tasks(data: str, report: Report, note: Any) -> Iterator[CheckTask]:
         except (OSError, ValueError) as error:
             note(Finding("file", str(path), "", f"cannot be read ({error})"))
             continue
-        missing = [name for name in FEATURES if name not in file.schema_arrow.names]
+        missing = [name for name in REQUIRED if name not in file.schema_arrow.names]
         if missing:
             raise BadInputError(f"{path} has no column '{missing[0]}', so it was not made by convert_mmpr.py")
         for group in range(file.num_row_groups):
@@ -240,7 +240,8 @@ class _Looker:
             part.subsets.append(subset)
         part.members.append(part.subsets.index(subset))
         part.numbers.append(number)
-        prompt = (PurePosixPath(root).name if pair.images else "", *pair.images, pair.question)
+        shown = (PurePosixPath(root).name if pair.images else "", *pair.images)
+        prompt = (*shown, pair.question, *map(str, pair.context))
         part.rows["content"].append(_hash(*prompt, pair.chosen, pair.rejected))
         part.rows["id"].append(_hash(pair.id))
         part.rows["prompt"].append(_hash(*prompt))

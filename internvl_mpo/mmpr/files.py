@@ -4,6 +4,8 @@ meta.json names image folders and annotation files as they were on the cluster i
 as it stands, relative to the release, and then with more and more of its leading folders left out:
 
     /mnt/cluster/user/MMPR/annotations/x.jsonl  ->  MMPR/annotations/x.jsonl, annotations/x.jsonl, x.jsonl
+
+A name that could be two files is refused with both, and so is a file, or a link to one, outside the release.
 """
 
 import io
@@ -17,10 +19,12 @@ from typing import Any
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.archives import Archive, Entry, leaves_folder
 from internvl_mpo.mmpr.joined_parts import find_archives
+from internvl_mpo.pictures import check_encodable
 
 MAX_FILE_BYTES = 256 << 20  # of one picture; the largest files of MMPR are a few MB
 MAX_PIXELS = 178_956_970  # Pillow refuses larger pictures as decompression bombs, and so do all readers of the data set
 MAX_LINE_BYTES = 64 << 20
+_GIVE_ROOT = "so nothing of it is read; give the folder it lies in as --image_root"
 
 
 def suffixes(name: str) -> Iterator[str]:
@@ -37,10 +41,11 @@ def relative(name: str) -> str:
     What is published holds no path of the cluster it was made on.
     """
     whole = next(suffixes(name), ".")
-    return "/".join(whole.split("/")[-2:]) if _is_absolute(name) else whole
+    return "/".join(whole.split("/")[-2:]) if is_absolute(name) else whole
 
 
-def _is_absolute(name: str) -> bool:
+def is_absolute(name: str) -> bool:
+    """Return whether a path, an address, or a path of another system says where it starts."""
     return name.startswith(("/", "\\")) or "://" in name
 
 
@@ -65,46 +70,88 @@ class ReleaseFiles:
     def __init__(self, *bases: str | Path):
         """Remember the folders; archives are indexed when the first file is not found on disk."""
         self.bases = [Path(base) for base in bases]
+        self._folders: dict[str, PictureFolder] = {}
 
     def __reduce__(self) -> tuple:
         return _opened, tuple(self.bases)  # a process indexes the archives once
 
     @cached_property
     def archives(self) -> list[Archive]:
-        """The zip archives in the folders."""
+        """The zip archives in the folders.
+
+        Raises:
+            BadInputError: one is a link that leads out of the release.
+        """
         folders = {base.resolve(): base for base in self.bases if base.is_dir()}
-        return [Archive(parts) for base in folders.values() for parts in find_archives(base)]
+        groups = [parts for base in folders.values() for parts in find_archives(base)]
+        for part in (part for parts in groups for part in parts):
+            if self.leads_out(part):
+                raise BadInputError(f"{part} is a link that leads out of the release, {_GIVE_ROOT}")
+        return [Archive(parts) for parts in groups]
 
     @property
     def problems(self) -> list[str]:
         """What the archives that were opened could not offer."""
         return [problem for archive in self.__dict__.get("archives", []) for problem in archive.problems]
 
+    @cached_property
+    def _grounds(self) -> list[Path]:
+        """The folders that files of the release lie in. The Hub's cache keeps them in `blobs`, as links."""
+        folders = [base.resolve() for base in self.bases]
+        caches = [above.parent for folder in folders for above in folder.parents if above.name == "snapshots"]
+        return folders + [cache / "blobs" for cache in caches]
+
+    def leads_out(self, path: Path) -> bool:
+        """Return whether a path, links followed, leads out of the release."""
+        real = path.resolve()
+        return not any(real.is_relative_to(ground) for ground in self._grounds)
+
     def text(self, name: str) -> Path | Member | None:
-        """Return where an annotation file lies, or None."""
-        found = self._on_disk(name, Path.is_file)
-        if found is not None:
-            return found
+        """Return where an annotation file lies, or None.
+
+        Raises:
+            BadInputError: it could be two files, or leads out of the release.
+        """
+        found: Path | Member | None = self._on_disk(name, Path.is_file)
+        if isinstance(found, Path) and self.leads_out(found):
+            raise BadInputError(f"annotation file '{name}' leads out of the release, {_GIVE_ROOT}")
+        return found if found is not None else self._in_archives(name)
+
+    def _in_archives(self, name: str) -> Member | None:
         for suffix in suffixes(name):
-            for archive in self.archives:
-                for entry_name in archive.texts:
-                    if entry_name == suffix or entry_name.endswith(f"/{suffix}"):
-                        return Member(archive, archive.find(entry_name))
+            found = [
+                Member(archive, archive.find(entry))
+                for archive in self.archives
+                for entry in archive.texts
+                if entry == suffix or entry.endswith(f"/{suffix}")
+            ]
+            if len(found) > 1:
+                raise BadInputError(f"annotation file '{name}' may be {found[0]} or {found[1]}; name one of them")
+            if found:
+                return found[0]
         return None
 
     def pictures(self, root: str) -> "PictureFolder":
         """Return the image folder that meta.json calls `root`; it may turn out not to be anywhere."""
-        return PictureFolder(self, root)
+        return self._folders.setdefault(root, PictureFolder(self, root))
 
     def _on_disk(self, name: str, is_right: Any) -> Path | None:
+        """Return the file or folder a name stands for.
+
+        Raises:
+            BadInputError: there are two.
+        """
         for base in self.bases:
             if is_right(base / name):
                 return base / name
+        found: list[Path] = []
         for suffix in suffixes(name):
-            for base in self.bases:
-                if is_right(base / suffix):
-                    return base / suffix
-        return None
+            path = next((base / suffix for base in self.bases if is_right(base / suffix)), None)
+            if path is not None and not (found and found[0].samefile(path)):
+                found.append(path)
+        if len(found) > 1:
+            raise BadInputError(f"'{name}' may be {found[0]} or {found[1]} here; name one of them")
+        return found[0] if found else None
 
 
 @lru_cache(maxsize=4)
@@ -113,11 +160,18 @@ def _opened(*bases: Path) -> ReleaseFiles:
 
 
 class PictureFolder:
-    """The pictures of one subset, on disk or in archives."""
+    """The pictures of one subset, on disk or in archives.
+
+    Attributes:
+        annotations: files whose rows show its pictures.
+        claims: picture -> absolute paths in those rows that stand for it; filled when the first one is met.
+    """
 
     def __init__(self, files: ReleaseFiles, root: str):
         """Find the folder when the first picture is asked for."""
         self.files, self.root = files, root
+        self.annotations: list[Path | Member] = []
+        self.claims: dict[str, set[str]] = {}
 
     def __reduce__(self) -> tuple:
         return PictureFolder, (self.files, self.root)
@@ -144,9 +198,12 @@ class PictureFolder:
                 if suffix in archive.folders:
                     found.append((archive, suffix))
                     break
-                inner = [folder for folder in archive.folders if folder.endswith(f"/{suffix}")]
+                inner = sorted(folder for folder in archive.folders if folder.endswith(f"/{suffix}"))
+                if inner[1:]:
+                    two = f"'{inner[0]}' or '{inner[1]}' in {archive.name}"
+                    raise BadInputError(f"image folder '{self.root}' may be {two}; name one of them in meta.json")
                 if inner:
-                    found.append((archive, min(inner)))
+                    found.append((archive, inner[0]))
                     break
         return found
 
@@ -160,9 +217,29 @@ class PictureFolder:
 
     def below(self, name: str) -> str:
         """Return an absolute path of another machine as the path below this folder on disk, any other as it is."""
-        if self.path is None or not _is_absolute(name) or os.path.isfile(name):
+        if self.path is None or not is_absolute(name) or os.path.isfile(name):
             return name
         return next((suffix for suffix in suffixes(name) if os.path.isfile(self.path / suffix)), name)
+
+    def meant(self, name: str) -> str:
+        """Return what an absolute path stands for here: the path below this folder, or itself where nothing is.
+
+        Raises:
+            RowError: it could be two pictures.
+        """
+        found: dict[str, str] = {}
+        for suffix in suffixes(name):
+            for place in self._places(suffix):
+                found.setdefault(os.path.realpath(place) if isinstance(place, Path) else place[1].name, suffix)
+                break
+        if os.path.isfile(name):
+            found[os.path.realpath(name)] = name
+        if len(found) > 1:
+            first, second, *_ = found.values()
+            raise RowError(
+                f"image '{name}' may be '{first}' or '{second}' here; write its path relative to the image folder"
+            )
+        return next(iter(found.values()), name)
 
     def read(self, name: str) -> bytes:
         """Return a picture's file as it is.
@@ -186,24 +263,31 @@ class PictureFolder:
             raise RowError(f"image '{found}' cannot be read ({error.strerror})") from error
 
     def _find(self, name: str) -> Path | tuple[Archive, Entry]:
-        absolute = _is_absolute(name)
+        absolute = is_absolute(name)
         if not name or (leaves_folder(name) and not absolute) or "\0" in name:
             raise RowError(f"image {name!r} leads out of its folder")
         for candidate in suffixes(name) if absolute else (name,):
-            if self.path is not None:
-                try:
-                    if (self.path / candidate).is_file():
-                        return self.path / candidate
-                except OSError:  # a name the file system cannot hold
-                    pass
-            for archive, prefix in self.prefixes:
-                entry = archive.find(f"{prefix}/{candidate}".lstrip("/"))
-                if entry is not None:
-                    return archive, entry
+            for place in self._places(candidate):
+                if isinstance(place, Path) and self.files.leads_out(place):
+                    raise RowError(f"image '{place}' leads out of the release, {_GIVE_ROOT}")
+                return place
         if self.path is None and not self.prefixes:
             looked = ", ".join(map(str, self.files.bases))
             raise RowError(f"image folder '{self.root}' does not exist below {looked}, nor in a zip archive there")
         raise RowError(f"image '{name}' is not in '{self}'")
+
+    def _places(self, name: str) -> Iterator[Path | tuple[Archive, Entry]]:
+        """Yield where a picture lies, the disk before the archives."""
+        if self.path is not None:
+            try:
+                if (self.path / name).is_file():
+                    yield self.path / name
+            except OSError:  # a name the file system cannot hold
+                pass
+        for archive, prefix in self.prefixes:
+            entry = archive.find(f"{prefix}/{name}".lstrip("/"))
+            if entry is not None:
+                yield archive, entry
 
 
 def read_lines(text: Path | Member, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, bytes]]:
@@ -271,7 +355,7 @@ def check_picture(content: bytes, name: str, *, decode: bool) -> tuple[int, int,
         decode: also decode every pixel, which finds files that were cut off.
 
     Raises:
-        RowError: not a picture, damaged, or over `MAX_PIXELS`.
+        RowError: not a picture, damaged, over `MAX_PIXELS`, or refused by the encoder.
     """
     from PIL import Image
 
@@ -280,8 +364,7 @@ def check_picture(content: bytes, name: str, *, decode: bool) -> tuple[int, int,
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise RowError(f"image '{name}' has {width} x {height} pixels, over the limit of {MAX_PIXELS:,}")
-            if decode:
-                image.load()
+            check_encodable(image, decode=decode)
             return width, height, image.format or "?"
     except RowError:
         raise

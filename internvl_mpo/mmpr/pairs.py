@@ -46,7 +46,8 @@ class PairRow:
         data moves; folders of one name are told apart by the ids, which no two pairs of a run share.
         """
         pair, folder = self.pair, os.path.basename(os.path.abspath(str(self.image_root)))
-        return content_id(pair.id, folder, pair.images, pair.question, pair.chosen, pair.rejected, self.max_tiles)
+        texts = (pair.question, pair.chosen, pair.rejected)
+        return content_id(pair.id, folder, pair.images, *texts, self.max_tiles, *pair.context)
 
 
 def repeats(rows: Sequence[PairRow], seed: int, resample: Resample = "none") -> list[int]:

@@ -2,11 +2,13 @@
 
     id              stable id of the pair
     images          the pictures' files, byte for byte, decoded by `datasets`
-    prompt          [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}]
+    prompt          [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}], after the
+                    system message and earlier turns, where there are any
     chosen          [{"role": "assistant", "content": "..."}]
     rejected        likewise
     question        the user's text as MMPR spells it, `<image>` placeholders included
-    answer          ground truth, or null
+    answer          ground truth, or null; several of which one is enough are a JSON list
+    system, history system message that replaces the model's own, or null; earlier turns
     source, rule    data set of the question; why chosen is preferred
     subset          name in meta.json; repeat_time and max_dynamic_patch are its settings there
     image_root      image folder of the subset; image_paths are relative to it
@@ -39,6 +41,8 @@ FEATURES = {
     "rejected": _ANSWER,
     "question": _TEXT,
     "answer": _TEXT,
+    "system": _TEXT,
+    "history": [{"question": _TEXT, "answer": _TEXT}],
     "source": _TEXT,
     "rule": _TEXT,
     "subset": _TEXT,
@@ -49,6 +53,9 @@ FEATURES = {
     "provenance": _TEXT,
     "raw": _TEXT,
 }
+# Columns that data sets of earlier versions lack.
+_LATER = frozenset(("system", "history"))
+REQUIRED = tuple(column for column in FEATURES if column not in _LATER)
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -90,11 +97,13 @@ def to_columns(
     columns = {
         "id": pair.id,
         "images": [{"bytes": content, "path": path} for content, path in zip(pictures, paths, strict=True)],
-        "prompt": [{"role": "user", "content": prompt_blocks(pair.question, len(paths))}],
+        "prompt": prompt_messages(pair),
         "chosen": [{"role": "assistant", "content": pair.chosen}],
         "rejected": [{"role": "assistant", "content": pair.rejected}],
         "question": pair.question,
         "answer": pair.answer,
+        "system": pair.system,
+        "history": [{"question": asked, "answer": answer} for asked, answer in pair.history],
         "source": pair.source,
         "rule": pair.rule,
         "subset": subset.name,
@@ -107,12 +116,26 @@ def to_columns(
     }
     try:
         texts = (pair.id, pair.question, pair.chosen, pair.rejected, pair.answer or "", pair.source, *paths)
-        "".join((*texts, columns["provenance"], columns["raw"] or "")).encode()
+        turns = (pair.system or "", *(text for turn in pair.history for text in turn))
+        "".join((*texts, *turns, columns["provenance"], columns["raw"] or "")).encode()
     except UnicodeEncodeError as error:
         raise RowError(
             f"holds half a surrogate pair (U+{ord(error.object[error.start]):04X}), which is no text"
         ) from error
     return columns
+
+
+def prompt_messages(pair: PreferencePair) -> list[dict[str, Any]]:
+    """Return the prompt as messages of content blocks: system message, earlier turns, question."""
+    messages = [] if pair.system is None else [{"role": "system", "content": prompt_blocks(pair.system, 0)}]
+    asked = [*(question for question, _ in pair.history), pair.question]
+    marked = any(IMAGE_PLACEHOLDER in question for question in asked)
+    for number, question in enumerate(asked):
+        count = question.count(IMAGE_PLACEHOLDER) if pair.history and marked else 0 if number else len(pair.images)
+        messages.append({"role": "user", "content": prompt_blocks(question, count)})
+        if number < len(pair.history):
+            messages.append({"role": "assistant", "content": prompt_blocks(pair.history[number][1], 0)})
+    return messages
 
 
 def prompt_blocks(question: str, num_images: int) -> list[dict[str, str | None]]:
@@ -138,6 +161,8 @@ def to_pair(columns: Mapping[str, Any]) -> PreferencePair:
         chosen=columns["chosen"][0]["content"],
         rejected=columns["rejected"][0]["content"],
         answer=columns["answer"],
+        system=columns.get("system"),
+        history=tuple((turn["question"], turn["answer"]) for turn in columns.get("history") or ()),
         source=columns["source"],
         rule=columns["rule"],
         provenance=json.loads(columns["provenance"]),
@@ -160,8 +185,8 @@ def _mmpr_row(pair: PreferencePair) -> dict[str, Any]:
     if pair.images:
         row["image"] = pair.images[0] if len(pair.images) == 1 else list(pair.images)
     row |= {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected}
-    if pair.answer is not None:
-        row["answer_gt"] = pair.answer
+    own = pair.to_json()
+    row |= {key: own[key] for key in ("system", "history", "answer_gt") if key in own}
     return {**row, **pair.provenance}
 
 
@@ -212,7 +237,7 @@ def open_dataset(data: str | Path, *, streaming: bool = False) -> Any:
             )
     except Exception as error:  # the Hub client raises dozens of types
         raise BadInputError(f"cannot load {data}: {error}") from error
-    missing = [column for column in FEATURES if column not in (found.features or {})]
+    missing = [column for column in REQUIRED if column not in (found.features or {})]
     if missing:
         raise BadInputError(
             f"{data} has no column '{missing[0]}', so it was not made by convert_mmpr.py; convert the raw release first"

@@ -13,15 +13,16 @@ every row twice and a seeded half of the rows a third time.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.files import atomic_writer
-from internvl_mpo.mmpr.files import MAX_LINE_BYTES, Member, PictureFolder, ReleaseFiles
-from internvl_mpo.records import PreferencePair, content_id
+from internvl_mpo.mmpr.files import MAX_LINE_BYTES, Member, PictureFolder, ReleaseFiles, is_absolute, read_lines
+from internvl_mpo.records import PreferencePair, content_id, images_of
 
 # Name suffixes of the official subsets and the rule they stand for.
 _RULE_OF_SUFFIX = (
@@ -78,7 +79,36 @@ class Subset:
             keys = ("image", "question", "answer_gt", "chosen", "rejected")
             folder = PurePosixPath(str(self.entry["root"])).name
             added["id"] = content_id(folder, [row.get(key) for key in keys])
-        return PreferencePair.from_json({**row, **added}, source=source, where=where)
+        pair = PreferencePair.from_json({**row, **added}, source=source, where=where)
+        for name in filter(is_absolute, pair.images):
+            self._check_name(name, where)
+        return pair
+
+    def _check_name(self, name: str, where: str) -> None:
+        """Refuse an absolute path that may be two pictures here, or that is one picture with another such path."""
+        try:
+            meant = self.pictures.meant(name)
+        except RowError as error:
+            raise RowError(error.reason, where) from error
+        others = self._claims().get(meant, {name}) - {name}
+        if meant != name and others:
+            both = f"images '{name}' and '{min(others)}' are both '{meant}' here"
+            raise RowError(f"{both}; write their paths relative to the image folder", where)
+
+    def _claims(self) -> dict[str, set[str]]:
+        """Return picture -> absolute paths that stand for it, in all rows that show this folder; read once."""
+        if not self.pictures.claims:
+            for text in {str(text): text for text in (self.annotation, *self.pictures.annotations)}.values():
+                for name in _absolute_names(text):
+                    with suppress(RowError):
+                        self.pictures.claims.setdefault(self.pictures.meant(name), set()).add(name)
+        return self.pictures.claims
+
+
+def _absolute_names(text: Path | Member) -> Iterator[str]:
+    for _, _, line in read_lines(text):
+        with suppress(RowError):
+            yield from filter(is_absolute, images_of({} if line.isspace() else parse_line(line, "")))
 
 
 def split_subset_name(name: str) -> tuple[str, str]:
@@ -103,7 +133,7 @@ def read_meta(path: str | Path, image_root: str | Path | None = None) -> list[Su
     """
     path = Path(path)
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -111,7 +141,23 @@ def read_meta(path: str | Path, image_root: str | Path | None = None) -> list[Su
     if not isinstance(meta, dict) or not meta:
         raise BadInputError(f"{path} must be an object of subsets, each with 'root', 'annotation' and 'repeat_time'")
     files = ReleaseFiles(*([image_root] if image_root else []), path.parent)
-    return [_subset(path, name, entry, files) for name, entry in meta.items()]
+    subsets = [_subset(path, name, entry, files) for name, entry in meta.items()]
+    _refuse_shared(path, subsets, "annotation", [str(subset.annotation) for subset in subsets])
+    _refuse_shared(path, subsets, "root", [str(subset.root) for subset in subsets])
+    return subsets
+
+
+def _refuse_shared(path: Path, subsets: Sequence[Subset], key: str, found: Sequence[str]) -> None:
+    """Refuse two names of another machine's files that have become one here."""
+    firsts: dict[str, Subset] = {}
+    for subset, place in zip(subsets, found, strict=True):
+        first = firsts.setdefault(place, subset)
+        names = [one.entry[key].rstrip("/") for one in (first, subset)]
+        if names[0] != names[1] and all(map(is_absolute, names)):
+            raise BadInputError(
+                f"{path}: the {key} '{names[0]}' of subset '{first.name}' and '{names[1]}' of '{subset.name}' are both "
+                f"{place} here; write them relative to the release"
+            )
 
 
 def _subset(path: Path, name: str, entry: object, files: ReleaseFiles) -> Subset:
@@ -134,7 +180,9 @@ def _subset(path: Path, name: str, entry: object, files: ReleaseFiles) -> Subset
             f"{where}: annotation file {path.parent / entry['annotation']} does not exist, nor does it lie elsewhere "
             f"below {path.parent} or in a zip archive there"
         )
-    return Subset(name, files.pictures(entry["root"]), annotation, float(entry["repeat_time"]), max_tiles, entry)
+    pictures = files.pictures(entry["root"])
+    pictures.annotations.append(annotation)
+    return Subset(name, pictures, annotation, float(entry["repeat_time"]), max_tiles, entry)
 
 
 def read_subsets(data: str | Path, image_root: str | Path | None = None) -> list[Subset]:

@@ -5,8 +5,8 @@
     folder/3f0c.../started           token of the run whose first rank works here, so that others know a shared folder
     folder/3f0c.../done              written when a pass is through; other ranks wait for it
 
-3f0c... is a digest of tokenizer, template, tiling, length limit and columns. A second start reads no image again; a row
-whose text, tiling or image file changed is looked at anew.
+3f0c... is a digest of tokenizer, template, tiling, length limit, columns and rules. A second start reads no image; a
+row whose text, tiling or image file changed is looked at anew.
 """
 
 import hashlib
@@ -40,6 +40,7 @@ VerifyImages = Literal["header", "full"]
 
 _CHUNK = 64  # pairs handed to a worker at a time
 _SHARD = 20_000  # pairs after which what was found reaches the disk
+_RULES = 2  # rises when pairs are refused for other reasons than before
 _PATIENCE = 120.0  # seconds until a folder without the first rank's mark is not shared; network disks show files late
 _WORTH_WORKERS = 2_000  # below this many pairs, starting processes takes longer than the work
 
@@ -69,7 +70,7 @@ class Preflight:
         """
         self.processor, self.num_workers = processor, num_workers
         self.options = {"max_tiles": max_tiles, "max_length": max_length, "decode": verify_images == "full"}
-        self.folder = Path(folder) / content_id(_processor_digest(processor), self.options, PairSize._fields)
+        self.folder = Path(folder) / content_id(_processor_digest(processor), self.options, PairSize._fields, _RULES)
 
     def run(self, rows: Sequence[PairRow]) -> list[PairSize | RowError]:
         """Return the size of each pair or why it is unusable, in the order of `rows`; known pairs cost a file stat.
@@ -233,7 +234,7 @@ def _measure_row(row: PairRow, processor: Any, options: dict[str, Any]) -> PairS
         size = measure_group(processor, [row.pair], row.image_root, **own)
     except RowError as error:
         return error.reason
-    return pair_size(row.pair, size)
+    return pair_size(size)
 
 
 def _digest(row: PairRow) -> str:
