@@ -7,11 +7,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow.parquet
+from typing import IO, TYPE_CHECKING, Any
 
 from internvl_mpo.errors import BadInputError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 @contextlib.contextmanager
@@ -198,7 +199,9 @@ def atomic_writer(path: str | Path) -> Iterator[IO[str]]:
         yield out
 
 
-def write_parquet(table: pyarrow.Table, path: Path) -> None:
+def write_parquet(table: "pyarrow.Table", path: Path) -> None:
     """Write a table so that the file appears whole or not at all, flushed to the disk."""
+    import pyarrow.parquet
+
     with atomic_path(path) as temporary:
         pyarrow.parquet.write_table(table, temporary)

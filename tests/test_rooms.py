@@ -6,7 +6,9 @@ in this list, never from one below. A new room or a new package is a decision, a
 
 import ast
 import functools
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -161,6 +163,28 @@ def test_no_circle_of_imports():
         for name in free:
             del waiting[name]
     assert not waiting, f"these import each other in a circle: {sorted(waiting)}"
+
+
+# what a clean interpreter must not load together with these modules; the packages of a room's own are found above
+LOADED = {
+    "records prompts pairing answers.comparing text_checks settings jsonl engines engines.journal": (
+        "torch transformers numpy pyarrow PIL datasets"
+    ),
+    "packing objective preference_terms kernels.scoring_head": "transformers pyarrow PIL datasets",
+    "mmpr.reading mmpr.check mmpr.convert benchmarks evaluation.report engines.http_engine": (
+        "torch transformers pyarrow datasets matplotlib"
+    ),
+}
+
+
+@pytest.mark.parametrize("modules", LOADED)
+def test_a_light_module_loads_nothing_heavy_not_even_through_others(modules):
+    names = ", ".join(f"{PACKAGE}.{name}" for name in modules.split())
+    code = f"import sys, {names}; print(*set({LOADED[modules].split()}) & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert not ran.stdout.split()
 
 
 def test_programs_do_not_import_each_other_and_nothing_imports_a_program():
