@@ -377,7 +377,8 @@ def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | No
     trainer.train(resume_from_checkpoint=checkpoint)
     evaluations = [row for row in trainer.state.log_history if "eval_rewards/accuracy" in row]
     if evaluations and settings.process_index == 0:
-        print(f"held-out pairs: reward accuracy {evaluations[-1]['eval_rewards/accuracy']:.3f}")
+        last = evaluations[-1]
+        print(f"reward accuracy {last['eval_rewards/accuracy']:.3f} on {last['eval_num_pairs']:.0f} held-out pairs")
 
 
 def save(settings: "TrainSettings", trainer: "MPOTrainer", processor: Any) -> None:

@@ -12,11 +12,11 @@ class BadInputError(ValueError):
 
 
 class RowError(BadInputError):
-    """One row is unusable; `reason` says why without the position in the file."""
+    """One row is unusable; `where` is its position in the file, `reason` says why without it."""
 
     def __init__(self, reason: str, where: str = ""):
         super().__init__(f"{where}: {reason}" if where else reason)
-        self.reason = reason
+        self.reason, self.where = reason, where
 
 
 def run_program(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:

@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.files import atomic_writer
 from internvl_mpo.programs import run_file, spelled
 
 T = TypeVar("T")
@@ -168,18 +169,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def write_settings(settings: Any, path: str | Path, leave_out: Collection[str] = ()) -> None:
-    """Save a settings dataclass as YAML, so that the run can be repeated with `--config`.
+    """Save a settings dataclass as YAML, whole or not at all, so that the run can be repeated with `--config`.
 
     Args:
         settings: the dataclass.
         path: the file; its folder is made.
         leave_out: fields that the program found itself and would not take from a user.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     # A token works from the environment again, and a saved one ends up where it should not be.
     names = [name for name in _fields(type(settings)) if not _is_secret(name) and name not in leave_out]
     values = {name: plain(getattr(settings, name)) for name in names}
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    with atomic_writer(path) as out:
+        yaml.safe_dump(values, out, sort_keys=False, allow_unicode=True)
 
 
 def show_settings(settings: Any, title: str, *, only_changed: bool = False) -> str:

@@ -461,6 +461,15 @@ def test_workers_do_not_change_a_byte_and_a_rerun_does_nothing(world, tmp_path):
         assert hashlib.sha256((tmp_path / "out" / shard["path"]).read_bytes()).hexdigest() == shard["sha256"]
 
 
+def test_a_folder_that_only_has_the_name_of_the_work_folder_stays(world, tmp_path):
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "thesis.tex").write_text("years of work")
+    with pytest.raises(BadInputError, match=r"out\.work holds other things"):
+        convert(Options(str(world / "folders")), tmp_path / "out")
+    assert (tmp_path / "out.work" / "thesis.tex").exists()
+    assert not (tmp_path / "out").exists()
+
+
 def test_tokens_are_counted_with_a_tokenizer_and_no_code_of_its_folder_is_run(world, tmp_path):
     from tiny import tiny_tokenizer
 

@@ -375,7 +375,8 @@ def test_bad_rows_stop_the_run_before_training(world, tmp_path, capsys, changes,
     assert "1 of 13 rows are unusable" in message
     rejects = [json.loads(line) for line in (tmp_path / "run.rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == 1
-    assert "bad.jsonl:1" in rejects[0]["row"]
+    assert rejects[0]["row"] == f"{world / 'bad.jsonl'}:1"
+    assert words.removeprefix("bad.jsonl:1: ") in rejects[0]["reason"]
     assert not output.exists()
 
 

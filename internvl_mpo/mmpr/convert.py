@@ -24,6 +24,8 @@ from internvl_mpo.mmpr.shard_plan import Options, Piece, Shard, map_in_processes
 from internvl_mpo.mmpr.shard_writer import ShardWriter, done_mark, token_counter, write_shard
 from internvl_mpo.mmpr.statistics import ReleaseStatistics
 
+PLAN = "plan.json"  # in the work folder: cut once, so that a killed conversion goes on
+
 
 @dataclass
 class Result:
@@ -64,6 +66,8 @@ def convert(options: Options, output: Path, *, workers: int = 1, rejects: Path |
     if finished is not None:
         return finished
     token_counter(options.tokenizer)  # refused before any work
+    if work.is_dir() and any(work.iterdir()) and not (work / PLAN).is_file():  # it goes when all is done
+        raise BadInputError(f"{work} holds other things than a half-finished conversion; give another --output")
     work.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     shards = _load_plan(work, fingerprint, output)
@@ -127,12 +131,12 @@ def _finished(output: Path, fingerprint: str) -> Result | None:
 
 
 def _save_plan(work: Path, fingerprint: str, shards: Sequence[Shard]) -> None:
-    with atomic_writer(work / "plan.json") as out:
+    with atomic_writer(work / PLAN) as out:
         json.dump({"fingerprint": fingerprint, "shards": [asdict(shard) for shard in shards]}, out)
 
 
 def _load_plan(work: Path, fingerprint: str, output: Path) -> list[Shard] | None:
-    path = work / "plan.json"
+    path = work / PLAN
     if not path.is_file():
         return None
     saved = json.loads(path.read_text(encoding="utf-8"))

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_writer
+from internvl_mpo.jsonl import write_jsonl
 from internvl_mpo.mmpr.pairs import PairRow, mixture_table, repeats
 from internvl_mpo.pack_plan import PairSize
-from internvl_mpo.preference_terms import SORTED
 from internvl_mpo.records import RowError
 from internvl_mpo.steps import StepSampler, fit_to_budget
 
 if TYPE_CHECKING:
+    from internvl_mpo.training.arguments import MPOArguments
     from internvl_mpo.training.settings import TrainSettings
 
 
@@ -63,12 +64,8 @@ class TrainingPairs:
             data.update(f"{row.digest} {count}\n".encode())
         return data.hexdigest()[:16]
 
-    def sampler(self, args: Any) -> StepSampler:
-        """Return the sampler of this rank.
-
-        Args:
-            args: `MPOArguments`.
-        """
+    def sampler(self, args: "MPOArguments") -> StepSampler:
+        """Return the sampler of this rank."""
         return StepSampler(
             [row.key for row in self.rows],
             self.counts,
@@ -82,8 +79,8 @@ class TrainingPairs:
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
 
-    def total_steps(self, args: Any) -> int:
-        """Return the optimizer steps of a whole run; `args` as in `sampler`."""
+    def total_steps(self, args: "MPOArguments") -> int:
+        """Return the optimizer steps of a whole run."""
         return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.sampler(args).num_steps)
 
 
@@ -146,9 +143,7 @@ def stop_on_rejects(settings: "TrainSettings", rejects: list[RowError], num_good
         return
     path = Path(f"{settings.output_dir.rstrip('/')}.rejects.jsonl")
     if settings.process_index == 0:
-        with atomic_writer(path) as out:
-            for error in rejects:
-                out.write(json.dumps({"row": str(error), "reason": error.reason}, ensure_ascii=False) + "\n")
+        write_jsonl(({"row": error.where, "reason": error.reason} for error in rejects), path)
     if settings.on_bad_row == "stop" or not num_good:
         raise BadInputError(
             f"{rejects[0]} ({len(rejects)} of {len(rejects) + num_good} rows are unusable, listed in {path}); "
@@ -196,6 +191,8 @@ def plan(settings: "TrainSettings", pairs: TrainingPairs) -> tuple["TrainSetting
     Raises:
         BadInputError: there are fewer pairs than one step needs, or ranks cannot share a step within the budget.
     """
+    from internvl_mpo.preference_terms import SORTED  # imports torch, which the cheap refusals do without
+
     counts = repeats(pairs.rows, settings.seed, settings.resample)
     is_main = settings.process_index == 0
     if is_main:
