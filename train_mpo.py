@@ -148,8 +148,7 @@ def show_run(settings: "TrainSettings", pairs: TrainingPairs) -> None:
 
 def show_memory(settings: "TrainSettings", pairs: TrainingPairs) -> None:
     """Print what a device is expected to need, and what to change where that is more than it has."""
-    from transformers import AutoConfig
-
+    from internvl_mpo.families.registry import family_of_source
     from internvl_mpo.memory_estimate import advise, device_bytes, estimate_memory, setup_of_run, show_estimate
     from internvl_mpo.training.fake_pass import Setup
 
@@ -169,7 +168,7 @@ def show_memory(settings: "TrainSettings", pairs: TrainingPairs) -> None:
         }
     )
     try:
-        config = AutoConfig.from_pretrained(settings.model, trust_remote_code=True)
+        config = family_of_source(settings.model).load_config(settings.model)
         print(show_estimate(estimate_memory(config, setup), setup, device_bytes()), flush=True)
         advice = device_bytes() and advise(config, setup, device_bytes(), longest_pair=longest)
     except BadInputError:
@@ -383,6 +382,7 @@ def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | No
 
 def save(settings: "TrainSettings", trainer: "MPOTrainer", processor: Any) -> None:
     """Write the folders of the trained model, so that each is there whole or not at all."""
+    from internvl_mpo.families.registry import family_of_model
     from internvl_mpo.publish import write_model_folder
     from internvl_mpo.training.policy import check_saved_weights, plain_base, whole_weights, write_adapter
 
@@ -395,6 +395,7 @@ def save(settings: "TrainSettings", trainer: "MPOTrainer", processor: Any) -> No
                 write_adapter(model, processor, folder, keep=is_main)
             elif is_main:
                 write_model_folder(plain_base(model), processor, folder, weights=weights)
+                weights = family_of_model(plain_base(model)).saved_weights(plain_base(model), weights)
             if is_main:
                 check_saved_weights(folder, weights)
                 write_settings(settings, folder / RESULT_SETTINGS, leave_out=FOUND)

@@ -101,7 +101,10 @@ def estimate_memory(config: InternVLChatConfig, setup: Setup) -> Estimate:
 
     Raises:
         BadInputError: nothing is left to train.
+        ValueError: another family than InternVL chat.
     """
+    if config.model_type != "internvl_chat":
+        raise ValueError(f"memory is calculated for InternVL chat models, not yet for '{config.model_type}'")
     # The pass does not depend on how many devices there are, so that variants of one setup are cheap.
     alone = replace(setup, num_gpus=1, zero=0, offload_optimizer=False, offload_weights=False, optim="")
     policy = look_at_policy(json.dumps(config.to_dict(), sort_keys=True, default=str), alone)

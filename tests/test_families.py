@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_families import FAMILIES, tiny_internvl, tiny_qwen3_vl
+from torch.utils.flop_counter import FlopCounterMode
 
 from internvl_mpo.encoding import encode_group, measure_group
 from internvl_mpo.errors import BadInputError
@@ -23,6 +24,8 @@ from internvl_mpo.families.registry import family_of_model, family_of_processor,
 from internvl_mpo.logps import attach_scoring, response_logps, twin_logps
 from internvl_mpo.packing import pack_groups, unpack_groups
 from internvl_mpo.records import PreferencePair, RowError
+from internvl_mpo.training import throughput
+from internvl_mpo.training.throughput import FlopModel
 
 BUILDERS = {
     **FAMILIES,
@@ -188,6 +191,21 @@ def test_every_parameter_belongs_to_a_part_and_adapters_go_where_they_are_asked(
         assert adapted and {parts[f"{name}.weight"] for name in adapted} == {part}
         left = [name for name in layers if name not in adapted and parts[f"{name}.weight"] == part]
         assert left in ([], ["lm_head"])
+
+
+def test_counted_arithmetic_is_that_of_the_matrix_products(folder, processor, root):
+    model = attach_scoring(load(folder, torch.float32)).train()
+    pack = pack_groups([encode_group(processor, pairs, root) for pairs in questions()])
+    with FlopCounterMode(display=False) as counter:
+        response_logps(model, pack).sum().backward()
+    matrices = counter.get_total_flops()  # attention runs in kernels that torch's table does not know
+    flops = FlopModel(model)
+    assert flops.vision.attention_width and flops.language.attention_width
+    for name in ("vision", "language", "scored"):
+        part = getattr(flops, name)
+        setattr(flops, name, throughput._Part(part.num_weights, part.num_trained, 0))
+    logits_again = 2 * len(pack.target_ids_S) * flops.head.num_weights  # which the method does not need
+    assert flops.of(pack) == pytest.approx(matrices - logits_again, rel=0.05)  # routers, line breaks, padding
 
 
 def test_every_family_has_a_tiny_model_here():

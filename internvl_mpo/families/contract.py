@@ -194,6 +194,18 @@ class Family(ABC):
         return {}
 
     @abstractmethod
+    def tower_width(self, model: nn.Module) -> int:
+        """Return the width of the vision tower's attention, summed over its layers; for counting arithmetic."""
+
+    @abstractmethod
+    def tower_runs(self, model: nn.Module, pack: Pack) -> list[tuple[int, float]]:
+        """Return, for each sequence the vision tower attends over, its tokens and how many each of them sees."""
+
+    def saved_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return weights of a model under the names and in the shapes that `save_pretrained` writes."""
+        return weights
+
+    @abstractmethod
     def lora_targets(self, model: nn.Module, part: Part) -> str:
         """Return a regular expression for the names of the linear layers of a part that adapters go to."""
 

@@ -87,6 +87,14 @@ class InternVLChat(Family):
             return {}
         return {"pixel_values": group.tiles.to(device).repeat(num_rows, 1, 1, 1)}
 
+    def tower_width(self, model: nn.Module) -> int:
+        vision = model.config.vision_config
+        return vision.hidden_size * vision.num_hidden_layers
+
+    def tower_runs(self, model: nn.Module, pack: Pack) -> list[tuple[int, float]]:
+        tokens = (model.config.force_image_size // model.config.vision_config.patch_size) ** 2 + 1  # a class token
+        return [(tokens, tokens)] * len(pack.pixel_values)
+
     def lora_targets(self, model: nn.Module, part: Part) -> str:
         from modeling_internvl_mpo.configuration_internvl_mpo import LORA_TARGETS
 

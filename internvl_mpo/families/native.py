@@ -3,8 +3,10 @@
 A family file on top of this one says what its pictures cost and what its vision tower takes; the rest is here.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.contract import Family, Message, Part, Prompt, Turn
+from internvl_mpo.files import update_json
 from internvl_mpo.packing import Group, Pack
 from internvl_mpo.records import IMAGE_PLACEHOLDER
 from modeling_internvl_mpo.image_processing_internvl_mpo import to_rgb
@@ -180,10 +183,28 @@ class NativeFamily(Family):
         rows = {"pixel_values": group.tiles, **group.image_inputs}
         return {name: torch.cat([value] * num_rows).to(device) for name, value in rows.items()}
 
+    def tower_width(self, model: nn.Module) -> int:
+        vision = model.config.vision_config
+        return vision.hidden_size * vision.num_hidden_layers
+
+    def tower_runs(self, model: nn.Module, pack: Pack) -> list[tuple[int, float]]:
+        size = model.config.vision_config.patch_size
+        tokens = pack.pixel_values.shape[-1] * pack.pixel_values.shape[-2]
+        for side in size if isinstance(size, (list, tuple)) else (size, size):
+            tokens //= side
+        return [(tokens, tokens)] * len(pack.pixel_values)
+
+    def saved_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return revert_weight_conversion(model, dict(weights))
+
     def lora_targets(self, model: nn.Module, part: Part) -> str:
         root = self.decoder(model) if part == "language model" else self.vision_tower(model)
         path = next(name for name, module in model.named_modules() if module is root)
-        names = {name.rpartition(".")[2] for name, module in root.named_modules() if isinstance(module, nn.Linear)}
+        layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        own = [name for name in layers if name.startswith(f"{path}.") and self.part_of(f"{name}.weight") == part]
+        names = {name.rpartition(".")[2] for name in own}
         # what belongs to another part although it lies in this one (Qwen's merger) is left alone
         inner = {
             key.removeprefix(".").rstrip(".")
@@ -218,7 +239,11 @@ def flat_features(features: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def load_native_processor(source: str) -> Any:
-    """Return a model's own processor; where torchvision is missing, without the part for videos, which needs it."""
+    """Return a model's own processor; where torchvision is missing, without the part for videos, which needs it.
+
+    What the folder says of videos is kept and saved again, so that a trained model still takes them where torchvision
+    is there.
+    """
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
@@ -227,5 +252,34 @@ def load_native_processor(source: str) -> Any:
     if is_torchvision_available() or wanted is None or "video_processor" not in wanted.get_attributes():
         return AutoProcessor.from_pretrained(source)
     attributes = [name for name in wanted.get_attributes() if name != "video_processor"]
-    stills = type(wanted.__name__, (wanted,), {"get_attributes": classmethod(lambda cls: attributes)})
-    return stills.from_pretrained(source)
+    video_settings = _video_settings(source)
+
+    class Stills(wanted):  # takes the name of the class it stands for, which is what folders say
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return attributes
+
+        def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
+            written = super().save_pretrained(save_directory, **options)
+            if video_settings:
+                update_json(Path(save_directory) / "processor_config.json", {"video_processor": video_settings})
+            return written
+
+    Stills.__name__ = Stills.__qualname__ = wanted.__name__
+    return Stills.from_pretrained(source)
+
+
+def _video_settings(source: str) -> dict[str, Any] | None:
+    """Return what a folder or Hub id says of videos; older folders say it in the file for images."""
+    from transformers.utils import cached_file
+
+    found = {}
+    for name in ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json"):
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        found[name] = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    return (
+        found["processor_config.json"].get("video_processor")
+        or found["video_preprocessor_config.json"]
+        or found["preprocessor_config.json"]
+        or None
+    )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from internvl_mpo.families.contract import Part, PictureCost, Prompt
 from internvl_mpo.families.native import NativeFamily
+from internvl_mpo.packing import Pack
 
 TILE_PIXELS = 448 * 448  # what one of `max_tiles` stands for where pictures are not cut
 
@@ -51,6 +52,19 @@ class Qwen2VL(NativeFamily):
         channels = getattr(vision, "in_channels", 3)
         width = channels * vision.temporal_patch_size * vision.patch_size**2
         return torch.zeros(side * side, width), {"image_grid_thw": torch.tensor([[1, side, side]])}
+
+    def tower_width(self, model: nn.Module) -> int:
+        vision = model.config.vision_config
+        return getattr(vision, "embed_dim", vision.hidden_size) * vision.depth
+
+    def tower_runs(self, model: nn.Module, pack: Pack) -> list[tuple[int, float]]:
+        vision = model.config.vision_config
+        tokens = pack.image_inputs["image_grid_thw"].prod(dim=1).tolist()
+        if not hasattr(vision, "fullatt_block_indexes"):
+            return [(count, count) for count in tokens]
+        whole = len(vision.fullatt_block_indexes) / vision.depth  # the other layers see windows only
+        window = (vision.window_size // vision.patch_size) ** 2
+        return [(count, whole * count + (1 - whole) * min(count, window)) for count in tokens]
 
     def token_inputs(self, model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
         return {"mm_token_type_ids": (input_ids == model.config.image_token_id).int()}

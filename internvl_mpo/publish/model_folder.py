@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.families.registry import family_of_model
 from internvl_mpo.files import read_json, update_json
 from internvl_mpo.publish.card import CardFacts, write_card
 from internvl_mpo.publish.weights import place_weights
@@ -33,11 +34,12 @@ def write_model_folder(
     """Save a model so that the folder works by itself with `trust_remote_code=True`.
 
     Writes safetensors weights under the official keys, config.json with its `auto_map`, the flat code files,
-    tokenizer, processor, chat template, generation_config.json and a model card.
+    tokenizer, processor, chat template, generation_config.json and a model card. A model of transformers' own families
+    is written as transformers writes it: its folder needs no code, and gets no card.
 
     Args:
-        model: an `InternVLChatModel`; adapters must have been merged.
-        processor: its `InternVLChatProcessor`.
+        model: an `InternVLChatModel`, or one of another family; adapters must have been merged.
+        processor: its processor.
         output_dir: made if absent.
         weights: tensors to save instead of the model's own, under its keys.
         max_shard_size: of a file of weights, in bytes.
@@ -47,6 +49,10 @@ def write_model_folder(
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    if family_of_model(model).name != "internvl_chat":
+        model.save_pretrained(output_dir, state_dict=weights, max_shard_size=max_shard_size)
+        processor.save_pretrained(output_dir)
+        return output_dir
     model.config.image_token_id = processor.image_token_id
     model.save_pretrained(output_dir, state_dict=weights, max_shard_size=max_shard_size)
     write_companions(output_dir, processor, model.generation_config)

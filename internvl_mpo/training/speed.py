@@ -34,6 +34,8 @@ def apply_speed_settings(model: nn.Module, settings: Any) -> nn.Module:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if settings.use_liger_kernel:
+        if family_of_model(base).name != "internvl_chat":
+            raise BadInputError("use_liger_kernel is made for InternVL chat models only; leave it out")
         use_liger_kernels(base.language_model)
     attach_scoring(model, attention=settings.packed_attention, plain_twin=settings.plain_twin)
     checkpoint_parts(base, vision=settings.checkpoint_vision, language=settings.checkpoint_language)

@@ -13,17 +13,20 @@ says how well the device is used for the task, and recomputation lowers it.
 """
 
 import bisect
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from internvl_mpo.families.registry import family_of_model
 from internvl_mpo.kernels.last_layer import TOKENWISE
 from internvl_mpo.packing import Layout, Pack
+from internvl_mpo.training.policy import num_elements
 
 # Dense bfloat16 peak of one device in TFLOP/s, from the vendors' data sheets; the first that a device's name holds.
 PEAK_TFLOPS = {
@@ -94,41 +97,51 @@ class FlopModel:
         """Count layers; freezing and adapters must be done by then.
 
         Args:
-            model: `InternVLChatModel`, or a PEFT model around it.
+            model: of any family, or a PEFT model around it.
         """
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        vision, language = base.config.vision_config, base.config.llm_config
+        self.family, self.base = family_of_model(base), base
+        decoder, tower = self.family.decoder(base), self.family.vision_tower(base)
+        language = decoder.config
         head_width = getattr(language, "head_dim", None) or language.hidden_size // language.num_attention_heads
-        self.vision = _part(base.vision_model, vision.hidden_size * vision.num_hidden_layers)
-        self.projector = _part(base.mlp1, 0)
+        width = language.num_attention_heads * head_width
+        layers = {part: self._layers(part) for part in self.family.parts}
+        visited = getattr(language, "num_experts_per_tok", 0)  # experts that a token runs through
+        self.vision = _part(layers["vision tower"], self.family.tower_width(base))
+        self.projector = _part(layers["projector"], 0)
         # Of the last layer, most runs for tokens that predict a scored one only, see `last_layer`.
-        decoder, width = base.language_model.model, language.num_attention_heads * head_width
-        self.scored = _part(decoder.layers[-1], width, only=TOKENWISE)
-        everywhere = _part(decoder, width * (language.num_hidden_layers - 1))
+        last = [part for name, part in decoder.layers[-1].named_modules() if name.rpartition(".")[2] in TOKENWISE]
+        self.scored = _part([layer for part in last for layer in part.modules()], width, visited)
+        everywhere = _part(decoder.modules(), width * (language.num_hidden_layers - 1), visited)
         self.language = _Part(
             everywhere.num_weights - self.scored.num_weights,
             everywhere.num_trained - self.scored.num_trained,
             everywhere.attention_width,
         )
-        head = base.get_output_embeddings()
-        self.head = _part(head, 0)
-        patch = base.vision_model.embeddings.patch_embedding  # patches do not overlap: a linear layer on pixels
-        size = patch.in_channels * patch.out_channels * patch.kernel_size[0] * patch.kernel_size[1]
-        self.pixels = _Part(size, size * _weight_is_trained(patch), 0)
-        self.patches = (base.config.force_image_size // vision.patch_size) ** 2
-        self.image_tokens = base.config.num_image_token
-        trained = lambda module: any(p.requires_grad for p in module.parameters())  # noqa: E731 - used twice below
-        self.vision_trained = trained(base.vision_model)
-        self.before_head_trained = any(map(trained, (base.vision_model, base.mlp1, base.language_model.model)))
+        self.head = _part([base.get_output_embeddings()], 0)
+        # patches do not overlap: a linear layer on pixels
+        self.patch = next(layer for layer in tower.modules() if isinstance(layer, (nn.Conv2d, nn.Conv3d)))
+        self.patch_pixels = self.patch.in_channels * math.prod(self.patch.kernel_size)
+        size = self.patch_pixels * self.patch.out_channels
+        self.pixels = _Part(size, size * _weight_is_trained(self.patch), 0)
+        self.vision_trained = _any_trained(layers["vision tower"])
+        self.before_head_trained = self.vision_trained or _any_trained([*layers["projector"], *decoder.modules()])
+
+    def _layers(self, part: str) -> list[nn.Module]:
+        """Modules with weights of their own in a part of the model."""
+        parameters = (name for name, _ in self.base.named_parameters() if self.family.part_of(name) == part)
+        return [self.base.get_submodule(name) for name in sorted({name.rpartition(".")[0] for name in parameters})]
 
     def of(self, pack: Pack) -> float:
         """Return FLOP of training on a pack."""
-        num_tiles = 0 if pack.pixel_values is None else len(pack.pixel_values)
-        tower_tokens = num_tiles * (self.patches + 1)
+        runs = [] if pack.pixel_values is None else self.family.tower_runs(self.base, pack)
+        patches = 0 if pack.pixel_values is None else pack.pixel_values.numel() // self.patch_pixels
+        seen = sum(tokens * visible for tokens, visible in runs)
+        image_tokens = int((pack.input_ids == self.base.config.image_token_id).sum()) if runs else 0
         return (
-            self.pixels.flop(num_tiles * self.patches, 0, input_gradient=False)
-            + self.vision.flop(tower_tokens, tower_tokens * (self.patches + 1), input_gradient=self.vision_trained)
-            + self.projector.flop(num_tiles * self.image_tokens, 0, input_gradient=self.vision_trained)
+            self.pixels.flop(patches, 0, input_gradient=False)
+            + self.vision.flop(sum(tokens for tokens, _ in runs), round(seen), input_gradient=self.vision_trained)
+            + self.projector.flop(image_tokens, 0, input_gradient=self.vision_trained)
             + self.language.flop(pack.num_tokens, num_visible(pack.layout), input_gradient=self.before_head_trained)
             + self.scored.flop(
                 len(pack.layout.scored_index_U),
@@ -153,15 +166,24 @@ def num_visible(layout: Layout, *, scored_only: bool = False) -> int:
     return total
 
 
-def _part(module: nn.Module, attention_width: int, *, only: Sequence[str] = ()) -> _Part:
-    """Count the linear layers in a module, or in its parts of the names in `only`."""
-    roots = [part for name, part in module.named_modules() if not only or name.rpartition(".")[2] in only]
+def _part(modules: Iterable[nn.Module], attention_width: int, visited: int = 0) -> _Part:
+    """Count the linear layers among modules; of experts the number that a token visits."""
     count = trained = 0
-    for layer in {layer: None for root in roots for layer in root.modules()}:
+    for layer in dict.fromkeys(modules):
         if isinstance(layer, nn.Linear):  # sizes by name: ZeRO-3 and 4 bits change the shape of the weight
-            count += layer.in_features * layer.out_features
-            trained += layer.in_features * layer.out_features * _weight_is_trained(layer)
+            size = layer.in_features * layer.out_features
+        elif type(layer).__name__.endswith("Experts"):
+            weights = sum(num_elements(parameter) for parameter in layer.parameters(recurse=False))
+            size = weights * visited // layer.num_experts
+        else:
+            continue
+        count += size
+        trained += size * _weight_is_trained(layer)
     return _Part(count, trained, attention_width)
+
+
+def _any_trained(modules: Iterable[nn.Module]) -> bool:
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters(recurse=False))
 
 
 def _weight_is_trained(layer: nn.Module) -> bool:

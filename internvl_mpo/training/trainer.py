@@ -370,7 +370,10 @@ class MPOTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        # transformers resumes by the names of the loaded model, which are not those of every family's files
+        names = {} if hasattr(model, "peft_config") else {"save_original_format": False}
+        model.save_pretrained(folder, state_dict=state_dict, **names)
         self.processing_class.save_pretrained(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
