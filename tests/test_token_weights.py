@@ -90,6 +90,12 @@ def test_a_group_without_weights_beside_one_with_weights_counts_fully(model):  #
         assert (together[side] - torch.cat([logps[side] for logps in alone])).abs().max() < 1e-12
 
 
+def test_sums_of_weights_are_lengths_where_all_are_1():
+    group = Group([1], [[2, 3], [4]], [(0, 1), (1, 0)], ["a", "b"])
+    assert [sums.tolist() for sums in pack_groups([group]).weight_sums] == [[2.0, 1.0], [1.0, 2.0]]
+    assert [sums.tolist() for sums in pack_groups([BOTH.weigh(group)]).weight_sums] == [[1.25, 1.0], [1.0, 1.25]]
+
+
 def test_a_pack_carries_its_weights_to_another_device():
     pack = pack_groups([BOTH.weigh(Group([1], [[2, 3], [4]], [(0, 1)], ["a"]))])
     assert pack.to("meta").pair_tokens.weight_W.device.type == "meta"

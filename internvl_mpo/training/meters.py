@@ -1,4 +1,4 @@
-"""Means over the micro-batches and ranks of a logging interval."""
+"""What is logged of each pair, and its means over the micro-batches and ranks of a logging interval."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl_mpo.objective import to_float64
+from internvl_mpo.logps import PairScores
+from internvl_mpo.objective import MPOLoss, sequence_kl, to_float64
+from internvl_mpo.packing import Pack
 
 
 class MeanMeter:
@@ -35,3 +37,36 @@ class MeanMeter:
         *totals, num_pairs, num_tokens, flop = sums
         means = {name: total / num_pairs for name, total in zip(self.totals, totals, strict=True)}
         return {**means, "num_pairs": num_pairs, "num_tokens": num_tokens, "flop": flop}
+
+
+def pair_numbers(
+    pack: Pack, scores: PairScores, reference_logps: tuple[Tensor, Tensor], out: MPOLoss
+) -> dict[str, Tensor]:
+    """Return what is logged of each pair of a pack, by its name in the log; see docs/training.md. Each of shape (P,)
+
+    Args:
+        pack: tokens, and their weights.
+        scores: log-probs under the policy.
+        reference_logps: those of chosen and rejected under the reference. Shape: 2 x (P,)
+        out: terms and rewards.
+    """
+    reference_chosen, reference_rejected = reference_logps
+    chosen_tokens, rejected_tokens = pack.weight_sums
+    kl_chosen = sequence_kl(scores.chosen.detach(), reference_chosen, chosen_tokens)
+    kl_rejected = sequence_kl(scores.rejected.detach(), reference_rejected, rejected_tokens)
+    return {
+        "loss_preference": out.preference,
+        "loss_quality": out.quality,
+        "loss_generation": out.generation,
+        "rewards/chosen": out.chosen_rewards,
+        "rewards/rejected": out.rejected_rewards,
+        "rewards/margin": out.chosen_rewards - out.rejected_rewards,
+        "rewards/accuracy": out.chosen_rewards > out.rejected_rewards,
+        "rewards/square": (out.chosen_rewards**2 + out.rejected_rewards**2) / 2,
+        "logps/chosen": scores.whole_chosen,
+        "logps/rejected": scores.whole_rejected,
+        "logps/chosen_change": (scores.chosen - reference_chosen) / chosen_tokens,
+        "kl": (kl_chosen + kl_rejected) / 2,
+        "length/chosen": pack.chosen_lengths_P,
+        "length/rejected": pack.rejected_lengths_P,
+    }

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.logps import score_pairs
-from internvl_mpo.objective import RewardShift, mpo_loss, sequence_kl, wpo_weights
+from internvl_mpo.objective import RewardShift, mpo_loss, wpo_weights
 from internvl_mpo.packing import Group, pack_groups
 from internvl_mpo.training import checkpoint
 from internvl_mpo.training.arguments import MPOArguments
@@ -29,7 +29,7 @@ from internvl_mpo.training.data import GroupDataset, Micro, StepLoader
 from internvl_mpo.training.distributed import engine_name
 from internvl_mpo.training.held_out import HeldOut, sample_means, send_samples
 from internvl_mpo.training.live_reference import AdapterOff, MovingReference
-from internvl_mpo.training.meters import MeanMeter
+from internvl_mpo.training.meters import MeanMeter, pair_numbers
 from internvl_mpo.training.not_finite import PackRecord, stop_step
 from internvl_mpo.training.pairs import TrainingPairs
 from internvl_mpo.training.reference_cache import ReferenceCache
@@ -200,31 +200,10 @@ class MPOTrainer(Trainer):
         if self.accelerator.sync_gradients:  # the last pack of the step
             self._check_losses()
         self.step_rewards += [out.chosen_rewards, out.rejected_rewards]
-        chosen_tokens, rejected_tokens = pack.weight_sums
-        self.sums.add(
-            pack.num_pairs,
-            {
-                "loss_preference": out.preference,
-                "loss_quality": out.quality,
-                "loss_generation": out.generation,
-                "rewards/chosen": out.chosen_rewards,
-                "rewards/rejected": out.rejected_rewards,
-                "rewards/margin": out.chosen_rewards - out.rejected_rewards,
-                "rewards/accuracy": out.chosen_rewards > out.rejected_rewards,
-                "logps/chosen": scores.whole_chosen,
-                "logps/rejected": scores.whole_rejected,
-                "logps/chosen_change": chosen_change / chosen_tokens,
-                "kl": (
-                    sequence_kl(scores.chosen, reference_chosen, chosen_tokens)
-                    + sequence_kl(scores.rejected, reference_rejected, rejected_tokens)
-                ).detach()
-                / 2,
-                "rewards/square": (out.chosen_rewards**2 + out.rejected_rewards**2) / 2,
-                "length/chosen": pack.chosen_lengths_P,
-                "length/rejected": pack.rejected_lengths_P,
-                **({} if pair_weights is None else {"pair_weight": pair_weights}),
-            },
-        )
+        numbers = pair_numbers(pack, scores, (reference_chosen, reference_rejected), out)
+        if pair_weights is not None:
+            numbers["pair_weight"] = pair_weights
+        self.sums.add(pack.num_pairs, numbers)
         self.sums.tokens += pack.num_tokens
         self.sums.flop += self.flop_model.of(pack)
         loss = out.loss * self.args.world_size
