@@ -358,6 +358,7 @@ def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | No
     import torch
 
     from internvl_mpo.training.checkpoint import remove_half_written
+    from internvl_mpo.training.held_out import closing_line
 
     if checkpoint is not None:
         trainer.check_resumable(checkpoint)
@@ -376,8 +377,7 @@ def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | No
     trainer.train(resume_from_checkpoint=checkpoint)
     evaluations = [row for row in trainer.state.log_history if "eval_rewards/accuracy" in row]
     if evaluations and settings.process_index == 0:
-        last = evaluations[-1]
-        print(f"reward accuracy {last['eval_rewards/accuracy']:.3f} on {last['eval_num_pairs']:.0f} held-out pairs")
+        print(closing_line(evaluations[-1], settings.preference != "none" or settings.quality != "none"))
 
 
 def save(settings: "TrainSettings", trainer: "MPOTrainer", processor: Any) -> None:

@@ -32,6 +32,7 @@ from internvl_mpo.training.checkpoint import (
     write_state,
 )
 from internvl_mpo.training.first_look import first_bad_row, setting_keys
+from internvl_mpo.training.held_out import closing_line
 from internvl_mpo.training.settings import TrainSettings
 from internvl_mpo.training.trainer import MPOTrainer
 
@@ -491,13 +492,26 @@ def test_every_kind_of_term_trains(world, tmp_path, mix):
     assert len(losses(tmp_path / "run")) == 2
 
 
-def test_held_out_questions_are_evaluated_and_not_trained_on(world, tmp_path):
+def test_held_out_questions_are_evaluated_and_not_trained_on(world, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(world, output, "--held_out_share", "0.4", "--max_steps", "2", "--pairs_per_step", "2") == 0
+    assert "the arm to beat is SFT on the chosen responses" in capsys.readouterr().out
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     accuracy = [row["eval_rewards/accuracy"] for row in rows if "eval_rewards/accuracy" in row]
     assert len(accuracy) == 1
     assert 0 <= accuracy[0] <= 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "words"),
+    [(0.2, 0.1, "both likelier"), (0.2, -0.1, "apart"), (-0.2, -0.1, "both less likely")],
+)
+def test_a_run_closes_with_what_it_did_to_pairs_it_has_not_seen(chosen, rejected, words):
+    metrics = {"eval_rewards/accuracy": 0.75, "eval_num_pairs": 40.0}
+    metrics |= {"eval_logps/chosen_change": chosen, "eval_logps/rejected_change": rejected}
+    (line,) = closing_line(metrics, is_compared=False).splitlines()
+    assert f"0.750 of 40; nats a token against the reference: chosen {chosen:+.3f}, rejected {rejected:+.3f}" in line
+    assert line.endswith(f"({words})")
 
 
 def test_a_held_out_share_that_comes_to_no_question_holds_out_one(world, tmp_path, capsys):

@@ -43,7 +43,7 @@ class HeldOut:
 
     @torch.no_grad()
     def rewards(self, model: nn.Module, accelerator: Any, prefix: str) -> dict[str, float]:
-        """Return accuracy, margin, NLL a token and the number of pairs, over all ranks; a collective.
+        """Return accuracy, margin, NLL and changes a token, and the number of pairs, over all ranks; a collective.
 
         Args:
             model: the policy in evaluation mode, wrapped where there is more than one rank.
@@ -68,6 +68,9 @@ class HeldOut:
                 f"{prefix}_rewards/accuracy": chosen_rewards > rejected_rewards,
                 f"{prefix}_rewards/margin": chosen_rewards - rejected_rewards,
                 f"{prefix}_nll": -scores.whole_chosen / micro.pack.chosen_lengths_P,
+                f"{prefix}_logps/chosen_change": (scores.chosen - reference_chosen) / micro.pack.chosen_lengths_P,
+                f"{prefix}_logps/rejected_change": (scores.rejected - reference_rejected)
+                / micro.pack.rejected_lengths_P,
             }
             meter.add(num_pairs, {name: value[:num_pairs] for name, value in values.items()})
         means = meter.reduce(accelerator)
@@ -104,6 +107,27 @@ class HeldOut:
             }
             for index, ids in zip(asked, answers, strict=True)
         ]
+
+
+def closing_line(metrics: Mapping[str, float], is_compared: bool) -> str:
+    """Return what a run did to pairs it has not seen, and the control arm it is to be compared with.
+
+    Args:
+        metrics: of the last evaluation, with the prefix "eval".
+        is_compared: whether the loss compared chosen with rejected responses, as SFT does not.
+    """
+    chosen, rejected = (metrics[f"eval_logps/{side}_change"] for side in ("chosen", "rejected"))
+    words = (
+        "both less likely" if max(chosen, rejected) < 0 else "both likelier" if min(chosen, rejected) > 0 else "apart"
+    )
+    line = (
+        f"held-out pairs: reward accuracy {metrics['eval_rewards/accuracy']:.3f} of {metrics['eval_num_pairs']:.0f}; "
+        f"nats a token against the reference: chosen {chosen:+.3f}, rejected {rejected:+.3f} ({words})"
+    )
+    if not is_compared:
+        return line
+    control = "--preference none --quality none and another --output_dir"
+    return f"{line}\nthe arm to beat is SFT on the chosen responses: the same command with {control}"
 
 
 def sample_means(samples: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
