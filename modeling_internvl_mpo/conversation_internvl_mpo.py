@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 IMAGE_PLACEHOLDER = "<image>"
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+CLOSING = ".,;:!?)]。，、；：！？）】"  # what a line may go on with directly behind an image
 
 _SYSTEM_V2 = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
@@ -59,8 +60,9 @@ class Conversation:
         """Return a jinja chat template that renders as `render` does.
 
         Content may be a string or a list of `{"type": "text"}` and `{"type": "image"}` items. An image becomes
-        `<image>` followed by a newline, unless it is the last item or the next text brings its own newline. A first
-        message of role "system" replaces the system message.
+        `<image>` followed by a newline, unless it is the last item, the next text begins with whitespace, or a line of
+        text ends with the image and the next text closes it ("as in <image>."). A first message of role "system"
+        replaces the system message.
         """
         system = self.system_message if system_message is None else system_message
         quote = json.dumps
@@ -71,44 +73,48 @@ class Conversation:
             user=quote(self.user, ensure_ascii=False),
             assistant=quote(self.assistant, ensure_ascii=False),
             image=quote(IMAGE_PLACEHOLDER),
+            closing=quote(CLOSING, ensure_ascii=False),
         )
 
 
+# Serving engines look for a loop over `message.content` to learn that they may send lists; they do not find one whose
+# messages were put into a namespace or whose content passes through an expression.
 _JINJA = """\
-{{%- macro content_of(content) -%}}
-    {{%- if content is string -%}}
-        {{{{- content -}}}}
-    {{%- else -%}}
-        {{%- for item in content -%}}
-            {{%- if item.type == "image" -%}}
-                {{{{- {image} -}}}}
-                {{%- if loop.nextitem is defined and not (loop.nextitem.text or "").startswith("\\n") -%}}
-                    {{{{- "\\n" -}}}}
-                {{%- endif -%}}
-            {{%- elif item.type == "text" -%}}
-                {{{{- item.text -}}}}
-            {{%- else -%}}
-                {{{{- raise_exception("content type '" ~ item.type ~ "' is not known; give text and images") -}}}}
-            {{%- endif -%}}
-        {{%- endfor -%}}
-    {{%- endif -%}}
-{{%- endmacro -%}}
 {{%- set sep = {sep} -%}}
 {{%- set roles = {{"user": {user}, "assistant": {assistant}}} -%}}
-{{%- set turns = namespace(rest=messages) -%}}
-{{%- set system = {system} -%}}
-{{%- if messages and messages[0].role == "system" -%}}
-    {{%- set system = content_of(messages[0].content) -%}}
-    {{%- set turns.rest = messages[1:] -%}}
+{{%- if not messages or messages[0].role != "system" -%}}
+    {{{{- {prefix} ~ {system} ~ sep -}}}}
 {{%- endif -%}}
-{{{{- {prefix} ~ system ~ sep -}}}}
-{{%- for message in turns.rest -%}}
-    {{%- if message.role not in roles -%}}
+{{%- for message in messages -%}}
+    {{%- set is_system = loop.first and message.role == "system" -%}}
+    {{%- if not is_system and message.role not in roles -%}}
         {{{{- raise_exception("role '" ~ message.role ~ "' is not known; give user, assistant, or a first system") -}}}}
     {{%- endif -%}}
-    {{{{- roles[message.role] -}}}}
-    {{%- set text = content_of(message.content or "") -%}}
-    {{%- if text -%}}
+    {{{{- {prefix} if is_system else roles[message.role] -}}}}
+    {{%- set text -%}}
+        {{%- if message.content is string -%}}
+            {{{{- message.content -}}}}
+        {{%- elif message.content -%}}
+            {{%- for item in message.content -%}}
+                {{%- if item.type == "image" -%}}
+                    {{{{- {image} -}}}}
+                    {{%- if loop.nextitem is defined -%}}
+                        {{%- set before = loop.previtem.text or "\\n" if loop.previtem is defined else "\\n" -%}}
+                        {{%- set after = loop.nextitem.text or "x" -%}}
+                        {{%- set in_line = not before.endswith("\\n") and after[0] in {closing} -%}}
+                        {{%- if not after[0].isspace() and not in_line -%}}
+                            {{{{- "\\n" -}}}}
+                        {{%- endif -%}}
+                    {{%- endif -%}}
+                {{%- elif item.type == "text" -%}}
+                    {{{{- item.text -}}}}
+                {{%- else -%}}
+                    {{{{- raise_exception("content type '" ~ item.type ~ "' is not known; give text and images") -}}}}
+                {{%- endif -%}}
+            {{%- endfor -%}}
+        {{%- endif -%}}
+    {{%- endset -%}}
+    {{%- if text or is_system -%}}
         {{{{- text ~ sep -}}}}
     {{%- endif -%}}
 {{%- endfor -%}}

@@ -10,16 +10,19 @@ import struct
 import time
 import zlib
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from PIL import Image
 
 from internvl_mpo.engines import Request, Sampling
-from internvl_mpo.engines.chat_format import parse_body, read_requests
+from internvl_mpo.engines.chat_format import chat_payload, join_pieces, parse_body, read_requests
 from internvl_mpo.engines.internvl_engine import InternVLEngine
 from internvl_mpo.engines.local import load_picture
 from internvl_mpo.engines.pictures import EncodedPicture, data_uri, read_picture
 from internvl_mpo.errors import BadInputError
 from tests.chat_servers import EchoEngine, Served, asked, encoded, user
+from tests.tiny import tiny_processor
 from tests.tiny_world import make_model_folder
 
 
@@ -369,3 +372,40 @@ def test_a_picture_is_decoded_only_when_it_is_looked_at():
 def test_temperatures_that_leave_no_distribution_are_refused(temperature):
     with pytest.raises(BadInputError, match="temperature is"):
         Sampling(temperature=temperature)
+
+
+@hypothesis.given(
+    st.lists(
+        st.sampled_from([None, "", "a", "b.", " c", "\n", "\nd", "e\n", ".", "? f", "。g", "\u3000h", "\t", "-"]),
+        max_size=6,
+    )
+)
+def test_the_server_reads_a_list_as_the_chat_template_writes_it(pieces):
+    content = [{"type": "image"} if piece is None else {"type": "text", "text": piece} for piece in pieces]
+    prompt = tiny_processor().apply_chat_template([{"role": "user", "content": content}])
+    _, _, turn = prompt.partition("<|im_start|>user\n")
+    assert turn.removesuffix("<|im_end|>") == join_pieces(pieces)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "First look at <image> and then at <image>.",
+        "Image-1: <image>\nImage-2: <image>\nSame?",
+        "<image>\nWhat?",
+        "<image>\n<image>\nWhat?",
+        "<image> What?",
+        "<image>\n\nWhat?",
+        "Look:\n<image>\nWhat?",
+        "What is this? <image>",
+        "Options: (A) <image>, (B) <image>; choose.\n",
+        "看<image>，然后看<image>。",
+        "<image>\n.5 or <image>\n?",
+    ],
+)
+def test_a_question_with_pictures_in_its_middle_arrives_as_it_was(question):
+    pictures = tuple(Image.new("RGB", (4, 4)) for _ in range(question.count("<image>")))
+    body = json.dumps(chat_payload(Request(id="x", question=question, images=pictures), "m")).encode()
+    (request,) = read_requests(parse_body(body))
+    assert request.question == question
+    assert len(request.images) == len(pictures)

@@ -67,12 +67,61 @@ def test_system_message_of_the_configuration_reaches_chat_and_processor() -> Non
             "Image-1: <image>\nImage-2: <image>\nQ",
         ),
         ([{"type": "text", "text": "Q"}, {"type": "image"}], "Q<image>"),
+        (
+            [
+                {"type": "text", "text": "First look at "},
+                {"type": "image"},
+                {"type": "text", "text": " and then at "},
+                {"type": "image"},
+                {"type": "text", "text": "."},
+            ],
+            "First look at <image> and then at <image>.",
+        ),
+        ([{"type": "image"}, {"type": "text", "text": "? What"}], "<image>\n? What"),
+        ([{"type": "image", "text": None}, {"type": "image", "text": None}], "<image>\n<image>"),
         ("<image>\nQ", "<image>\nQ"),
     ],
 )
 def test_where_images_go_in_a_message(processor: InternVLChatProcessor, content: list, expected: str) -> None:
     prompt = processor.apply_chat_template([{"role": "user", "content": content}])
     assert prompt.endswith(f"<|im_start|>user\n{expected}<|im_end|>")
+
+
+def test_serving_engines_find_that_content_may_be_a_list() -> None:
+    """They look for a loop over `message.content`, where `message` is from a loop over `messages` or a part of it."""
+    from jinja2 import nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    def names_part_of(node: nodes.Node | None, variable: str, key: str | None = None) -> bool:
+        while isinstance(node, (nodes.Filter, nodes.Test)) or (
+            isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+        ):
+            node = node.node
+        if key is not None:
+            if not (isinstance(node, nodes.Getattr) and node.attr == key):
+                return False
+            node = node.node
+        return isinstance(node, nodes.Name) and node.name == variable
+
+    for conversation in CONVERSATIONS.values():
+        text = conversation.chat_template()
+        tree = _compile_jinja_template(text).environment.parse(text)
+        lists = {"messages"}
+        for one in tree.find_all(nodes.Assign):
+            if any(names_part_of(one.node, name) for name in lists):
+                assert isinstance(one.target, nodes.Name)  # vLLM gives up where this is a namespace's attribute
+                lists.add(one.target.name)
+        loops = list(tree.find_all(nodes.For))
+        turns = {loop.target.name for loop in loops if any(names_part_of(loop.iter, name) for name in lists)}
+        assert turns == {"message"}
+        assert any(names_part_of(loop.iter, name, "content") for loop in loops for name in turns)
+
+
+def test_content_of_a_message_may_be_nothing(processor: InternVLChatProcessor) -> None:
+    for nothing in ({}, {"content": None}, {"content": ""}, {"content": []}):
+        assert processor.apply_chat_template([{"role": "user", **nothing}]).endswith("<|im_end|><|im_start|>user\n")
+        silent = processor.apply_chat_template([{"role": "system", **nothing}, {"role": "user", "content": "Q"}])
+        assert silent == "<|im_start|>system\n<|im_end|><|im_start|>user\nQ<|im_end|>"
 
 
 def test_unknown_content_and_roles_are_refused(processor: InternVLChatProcessor) -> None:

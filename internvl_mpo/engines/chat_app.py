@@ -33,6 +33,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 MAX_BODY_BYTES = 64 << 20
 MAX_HELD_BYTES = 128 << 20  # bodies of all requests that are read or wait; who comes then is told to come back
+SMALL_BODY_BYTES = 16 << 10  # is read at once; a larger one in a thread, so that nobody waits for it
 BODY_SECONDS = 60.0  # until a body is whole
 
 
@@ -87,9 +88,12 @@ class ChatApp:
         else:
             with self._place() as grow:
                 body = await exchange.read_body(scope["headers"], grow)
-                read = asyncio.get_running_loop().run_in_executor(self._readers, self._read, body)
+                if len(body) < SMALL_BODY_BYTES:
+                    read = self._read(body)
+                else:
+                    read = await asyncio.get_running_loop().run_in_executor(self._readers, self._read, body)
                 del body  # the pictures in it are held by the requests from here on
-                await self._complete(exchange, *await read)
+                await self._complete(exchange, *read)
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[Callable[[int], None]]:
@@ -109,7 +113,7 @@ class ChatApp:
             self._held_bytes -= mine
 
     def _read(self, body: bytes) -> tuple[list[Request], bool, bool, int]:
-        """Requests, whether to stream, whether to tell the usage, tokens of the prompt; in a thread of its own."""
+        """Requests, whether to stream, whether to tell the usage, tokens of the prompt."""
         try:
             payload = parse_body(body)
             model = payload.get("model", self.model_name)

@@ -4,13 +4,15 @@ import base64
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
 from internvl_mpo.engines.pictures import MAX_PIXELS, EncodedPicture, data_uri, read_picture
 from internvl_mpo.errors import BadInputError
 
+IMAGE = "<image>"
+CLOSING = ".,;:!?)]。，、；：！？）】"  # what a line may go on with directly behind a picture; the chat template's
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}  # joins a payload that is to be streamed
 MAX_EVENT_BYTES = 4 << 20
 
@@ -24,7 +26,7 @@ def chat_payload(request: Request, model: str) -> dict[str, Any]:
     messages: list[dict[str, Any]] = chat_messages(
         request.question, len(request.images), request.history, request.system
     )
-    marks = sum(message["content"].count("<image>") for message in messages)
+    marks = sum(message["content"].count(IMAGE) for message in messages)
     if marks != len(request.images):
         raise ValueError(f"{marks} <image> placeholders for {len(request.images)} pictures")
     images = iter(request.images)
@@ -48,16 +50,46 @@ def chat_payload(request: Request, model: str) -> dict[str, Any]:
 
 
 def _content(text: str, images: Iterator[Any]) -> str | list[dict[str, Any]]:
-    """Text as it is, or as parts where `<image>` marks take the next pictures."""
-    first, *others = text.split("<image>")
-    if not others:
+    """Text as it is, or as parts where `<image>` marks take the next pictures.
+
+    A line break behind a picture is left to the server's chat template wherever that writes one by itself.
+    """
+    if IMAGE not in text:
         return text
-    content: list[dict[str, Any]] = [{"type": "text", "text": first.strip("\n")}] if first.strip() else []
+    pieces = _pieces(text, spare_breaks=True)
+    if join_pieces(pieces) != text:
+        pieces = _pieces(text, spare_breaks=False)
+    return [
+        {"type": "image_url", "image_url": {"url": data_uri(next(images))}}
+        if piece is None
+        else {"type": "text", "text": piece}
+        for piece in pieces
+    ]
+
+
+def _pieces(text: str, spare_breaks: bool) -> list[str | None]:
+    first, *others = text.split(IMAGE)
+    pieces: list[str | None] = [first]
     for piece in others:
-        content.append({"type": "image_url", "image_url": {"url": data_uri(next(images))}})
-        if piece.strip():
-            content.append({"type": "text", "text": piece.strip("\n")})
-    return content
+        pieces += [None, piece.removeprefix("\n") if spare_breaks else piece]
+    return [piece for piece in pieces if piece != ""]
+
+
+def join_pieces(pieces: Sequence[str | None]) -> str:
+    """Return the text of a message, with `<image>` for each picture, as InternVL's chat template writes it.
+
+    Args:
+        pieces: texts, None for a picture.
+    """
+    text = ""
+    for number, piece in enumerate(pieces):
+        text += IMAGE if piece is None else piece
+        if piece is None and number + 1 < len(pieces):
+            before = (pieces[number - 1] if number else None) or "\n"
+            after = pieces[number + 1] or "x"  # another picture, or nothing, begins a line as a word does
+            closes = not before.endswith("\n") and after[0] in CLOSING
+            text += "" if after[0].isspace() or closes else "\n"
+    return text
 
 
 def read_stream(request: Request, parts: Iterable[bytes]) -> Reply:
@@ -329,7 +361,8 @@ def _read_content(message: dict[str, Any]) -> tuple[str, list[EncodedPicture]]:
         return _text(content), []
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise BadInputError("'content' must be text or a list of parts")
-    texts, images = [], []
+    pieces: list[str | None] = []
+    images = []
     for part in content:
         kind = part.get("type")
         if kind not in ("text", "image_url"):
@@ -337,11 +370,11 @@ def _read_content(message: dict[str, Any]) -> tuple[str, list[EncodedPicture]]:
         if unknown := [name for name in part if name not in ("type", kind)]:
             raise BadInputError(f"{shown(unknown[0])} of a {kind} part is not served")
         if kind == "text":
-            texts.append(_text(part.get("text")))
+            pieces.append(_text(part.get("text")))
         else:
             images.append(_read_image(part.get("image_url")))
-            texts.append("<image>")
-    return "\n".join(texts), images
+            pieces.append(None)
+    return join_pieces(pieces), images
 
 
 def _read_text(message: dict[str, Any]) -> str:
