@@ -26,12 +26,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.settings import build_settings, parse_settings, setting, show_settings
 
 QUESTION = "Describe the picture."
+
+if TYPE_CHECKING:
+    from internvl_mpo.demo.local_models import LocalModels
 
 
 @dataclass
@@ -72,7 +75,6 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 
     from internvl_mpo.demo.conversation import SIDES, Message
     from internvl_mpo.demo.examples import make_examples
-    from internvl_mpo.demo.local_models import LocalModels
     from internvl_mpo.demo.page import Page, launch
     from internvl_mpo.demo.pictures import read_picture
     from internvl_mpo.demo.settings import DemoSettings
@@ -81,26 +83,13 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     from internvl_mpo.demo.votes import VoteBox
     from internvl_mpo.engines import Sampling
 
-    base, mpo = settings.base, settings.mpo
-    if settings.wide:
-        base = mpo = wide_model(settings.base, folder / "wide")
-    backend = LocalModels(
-        base,
-        None if settings.adapter else mpo,
-        adapter=settings.adapter,
-        device=settings.device,
-        dtype=settings.dtype,
-    )
+    backend = make_backend(settings, folder)
     backend.load()
     models = backend._models.get()
     for model in models:
-        model._stops = set()  # every answer has the same length, whatever the model says
-        model.suppressed = model.suppressed.clone()
-        model.suppressed[model.stop_ids] = True
-        if settings.prefill:
-            model.model.forward = slow_prompt(model.model.forward, settings.prefill)
+        fix_length(model, settings.prefill)
     options = {"max_new_tokens": settings.tokens, "port": 0, "votes": f"{folder}/v", "shared": f"{folder}/s"}
-    demo = build_settings(DemoSettings, {"base": base, "mpo": mpo, **options})
+    demo = build_settings(DemoSettings, {"base": settings.base, "mpo": settings.mpo, **options})
     examples = make_examples(folder / "examples")
     page = Page(backend, VoteBox(demo.votes), Shelf(demo.shared, 1, demo.limits), demo, examples, folder / "uploads")
     _, url = launch(page)
@@ -131,13 +120,53 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         job.result()
         return first, time.perf_counter() - start
 
-    ways = {"alone": bare(1), "both": bare(2), "stream": stream, "page": visit}
+    times = take_turns({"alone": bare(1), "both": bare(2), "stream": stream, "page": visit}, settings.rounds)
+    return {
+        **compare(times),
+        "visitors": queue(client, settings.visitors, settings.tokens),
+        "num_weights": sum(p.numel() for p in models[0].model.parameters()),
+        "device": str(models[0].device),
+    }
+
+
+def make_backend(settings: Settings, folder: Path) -> "LocalModels":
+    """Return both models as the demo holds them."""
+    from internvl_mpo.demo.local_models import LocalModels
+
+    base, mpo = settings.base, settings.mpo
+    if settings.wide:
+        base = mpo = wide_model(settings.base, folder / "wide")
+    return LocalModels(
+        base,
+        None if settings.adapter else mpo,
+        adapter=settings.adapter,
+        device=settings.device,
+        dtype=settings.dtype,
+    )
+
+
+def fix_length(model: Any, prefill: float) -> None:
+    """Let every answer have the same length, whatever the model says, and the prompt last `prefill` seconds longer."""
+    model._stops = set()
+    model.suppressed = model.suppressed.clone()
+    model.suppressed[model.stop_ids] = True
+    if prefill:
+        model.model.forward = slow_prompt(model.model.forward, prefill)
+
+
+def take_turns(ways: dict[str, Callable[[], tuple[float, float]]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Return (seconds to the first token, seconds in all) of every way, round by round; the first round warms up."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for number in range(settings.rounds + 1):
+    for number in range(rounds + 1):
         for name, way in ways.items():
             measured = way()
-            if number:  # the first round warms up
+            if number:
                 times[name].append(measured)
+    return times
+
+
+def compare(times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Return the medians of every way, and their ratios to both models alone."""
     medians = {
         name: {
             "first_token_s": statistics.median(first for first, _ in rows),
@@ -149,13 +178,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         f"{name}/both": {key: medians[name][key] / medians["both"][key] for key in ("first_token_s", "whole_s")}
         for name in ("alone", "stream", "page")
     }
-    return {
-        "median": medians,
-        "ratio": ratios,
-        "visitors": queue(client, settings.visitors, settings.tokens),
-        "num_weights": sum(p.numel() for p in models[0].model.parameters()),
-        "device": str(models[0].device),
-    }
+    return {"median": medians, "ratio": ratios}
 
 
 def slow_prompt(forward: Callable[..., Any], seconds: float) -> Callable[..., Any]:

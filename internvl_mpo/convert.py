@@ -24,6 +24,9 @@ from internvl_mpo.settings import parse_settings, setting, show_settings
 
 if TYPE_CHECKING:
     import torch
+    from transformers import InternVLConfig
+
+    from modeling_internvl_mpo import InternVLChatConfig, InternVLChatProcessor
 
 # (official, native) parts of tensor names that differ only in spelling.
 _VISION_NAMES = (
@@ -180,9 +183,7 @@ def convert(source: str | Path, output: str | Path) -> Path:
 
 
 def _write_native(source: Path, raw: dict[str, Any], output: Path) -> None:
-    from transformers import GenerationConfig, InternVLConfig
-
-    from modeling_internvl_mpo import InternVLChatConfig, InternVLChatProcessor, get_conversation
+    from modeling_internvl_mpo import InternVLChatConfig, InternVLChatProcessor
 
     config = InternVLChatConfig(**raw)
     language = config.llm_config
@@ -190,10 +191,19 @@ def _write_native(source: Path, raw: dict[str, Any], output: Path) -> None:
         what = "a Phi3 language model" if language.model_type == "phi3" else f"ps_version {config.ps_version}"
         raise BadInputError(f"{source} has {what}, which the native layout cannot express; keep the official layout")
     processor = InternVLChatProcessor.from_pretrained(source)
+    _native_config(config, processor.image_token_id).save_pretrained(output)
+    shapes = _shapes(language.model_type, language)
+    _save(to_native(dict(_tensors(source)), shapes), output)
+    _write_native_processor(config, processor, output)
+
+
+def _native_config(config: "InternVLChatConfig", image_token_id: int) -> "InternVLConfig":
+    from transformers import InternVLConfig
+
+    language, vision = config.llm_config, config.vision_config
     text_config = _llama_config(language) if language.model_type == "internlm2" else language.to_dict()
-    vision = config.vision_config
     kept = {name: getattr(config, name) for name in _KEPT_FIELDS}
-    native = InternVLConfig(
+    return InternVLConfig(
         architectures=["InternVLForConditionalGeneration"],
         text_config=text_config,
         vision_config={
@@ -203,7 +213,7 @@ def _write_native(source: Path, raw: dict[str, Any], output: Path) -> None:
             "hidden_dropout_prob": vision.dropout,
             "layer_scale_init_value": vision.initializer_factor,
         },
-        image_token_id=processor.image_token_id,
+        image_token_id=image_token_id,
         image_seq_length=config.num_image_token,
         downsample_ratio=config.downsample_ratio,
         vision_feature_layer=config.select_layer,
@@ -211,9 +221,14 @@ def _write_native(source: Path, raw: dict[str, Any], output: Path) -> None:
         dtype=config.dtype,
         **{_KEPT: {**kept, "llm_architecture": language.architectures[0]}},
     )
-    native.save_pretrained(output)
-    shapes = _shapes(language.model_type, language)
-    _save(to_native(dict(_tensors(source)), shapes), output)
+
+
+def _write_native_processor(config: "InternVLChatConfig", processor: "InternVLChatProcessor", output: Path) -> None:
+    """Tokenizer, chat template, picture settings and generation settings as transformers' own classes read them."""
+    from transformers import GenerationConfig
+
+    from modeling_internvl_mpo import get_conversation
+
     tokenizer = processor.tokenizer
     tokenizer.save_pretrained(output)
     # The native processor has no `<image>`: its chat template writes the image token itself. It replaces the template

@@ -9,6 +9,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import step_speed
+from instruments import count_flop
+from step_sides import build_side
+from step_world import PRESETS, Settings, World
 
 from internvl_mpo.errors import BadInputError
 
@@ -39,16 +42,16 @@ def test_trl_computes_the_same_loss(tmp_path):
 
 @pytest.mark.parametrize(("side", "limit"), [("ours_live", 172.2), ("ours_cached", 130.6), ("twin", 391.2)])
 def test_flop_of_a_step_stay_where_they_are(tmp_path, side, limit):
-    settings = step_speed.Settings(preset="proportional")
-    world = step_speed.World(step_speed.PRESETS["proportional"], settings, tmp_path)
-    gflop = step_speed.count_flop(step_speed.build_side(side, world, settings)) / 1e9
+    settings = Settings(preset="proportional")
+    world = World(PRESETS["proportional"], settings, tmp_path)
+    gflop = count_flop(build_side(side, world, settings)) / 1e9
     assert limit - 1 < gflop < limit
 
 
 def test_flop_without_trimming_the_last_layer_are_what_they_were(tmp_path):
-    settings = step_speed.Settings(preset="proportional", trim=False)
-    world = step_speed.World(settings.shape, settings, tmp_path)
-    gflop = step_speed.count_flop(step_speed.build_side("ours_cached", world, settings)) / 1e9
+    settings = Settings(preset="proportional", trim=False)
+    world = World(settings.shape, settings, tmp_path)
+    gflop = count_flop(build_side("ours_cached", world, settings)) / 1e9
     assert 162.2 < gflop < 163.2
 
 
@@ -66,6 +69,6 @@ def test_with_lora_every_side_of_ours_starts_from_the_same_loss(tmp_path):
 
 def test_unknown_presets_and_sides_are_refused():
     with pytest.raises(BadInputError, match="preset is 'huge', expected one of tiny"):
-        step_speed.Settings(preset="huge")
+        Settings(preset="huge")
     with pytest.raises(BadInputError, match="expected some of ours_live"):
-        step_speed.Settings(sides=["theirs"])
+        Settings(sides=["theirs"])
