@@ -160,6 +160,14 @@ def our_loss(policy: list[torch.Tensor], reference: list[torch.Tensor], kind: st
     ).loss  # fmt: skip
 
 
+def assert_equal(ours: torch.Tensor, theirs: torch.Tensor, policy: list[torch.Tensor], tolerance: float = 1e-12):
+    """Compare losses and their gradients by the log-prob of every token."""
+    assert ours.item() == pytest.approx(theirs.item(), rel=tolerance)
+    gradients = (torch.autograd.grad(loss, policy) for loss in (ours, theirs))
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 @pytest.mark.parametrize("kind", TRL_NAMES)
 def test_loss_and_gradient_equal_trl(kind, beta):
@@ -167,12 +175,9 @@ def test_loss_and_gradient_equal_trl(kind, beta):
     smoothing = 0.1 if kind in SMOOTHED else 0.0
     policy, reference = token_rows(6, seed=1)
     theirs = trl_dpo_loss(policy, reference, TRL_NAMES[kind], beta=beta, label_smoothing=smoothing)
-    expected = torch.autograd.grad(theirs, policy)
     ours = our_loss(policy, reference, kind, beta=beta, label_smoothing=smoothing)
-    tolerance = 1e-6 if kind == "exo" else 1e-12  # TRL takes the logarithm of label_smoothing in float32
-    assert ours.item() == pytest.approx(theirs.item(), rel=tolerance)
-    for mine, other in zip(torch.autograd.grad(ours, policy), expected, strict=True):
-        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+    # TRL takes the logarithm of label_smoothing in float32
+    assert_equal(ours, theirs, policy, tolerance=1e-6 if kind == "exo" else 1e-12)
 
 
 def test_simpo_equals_trl():
@@ -184,21 +189,21 @@ def test_simpo_equals_trl():
         accelerator=SimpleNamespace(device="cpu"),
     )  # fmt: skip
     theirs, *_ = cpo.CPOTrainer.cpo_loss(owner, *means)
-    ours = our_loss(policy, reference, "simpo", beta=2.0, simpo_gamma=0.7)
-    assert ours.item() == pytest.approx(theirs.mean().item(), rel=1e-12)
+    assert_equal(our_loss(policy, reference, "simpo", beta=2.0, simpo_gamma=0.7), theirs.mean(), policy)
 
 
 def test_orpo_equals_trl():
     orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer")
     policy, reference = token_rows(6, seed=3)
-    policy = [-row.detach().abs() - 0.1 for row in policy]  # probabilities
+    policy = [(-row.detach().abs() - 0.1).requires_grad_() for row in policy]  # probabilities
     means = torch.stack([row.mean() for row in policy]).split(6)
     owner = SimpleNamespace(beta=1.0, accelerator=SimpleNamespace(device="cpu"))
     theirs = -orpo.ORPOTrainer.odds_ratio_loss(owner, *means)[0].mean()
-    assert our_loss(policy, reference, "orpo").item() == pytest.approx(theirs.item(), rel=1e-5)  # theirs is float32
+    assert_equal(our_loss(policy, reference, "orpo"), theirs, policy, tolerance=1e-5)  # theirs is float32
 
 
-def test_wpo_weights_equal_trl():
+@pytest.mark.parametrize("kind", ["dpo", "apo_zero"])
+def test_wpo_weights_equal_trl(kind):
     pytest.importorskip("trl")
     policy, reference = token_rows(6, seed=4)
     generator = torch.Generator().manual_seed(5)
@@ -206,10 +211,8 @@ def test_wpo_weights_equal_trl():
     means = torch.stack([(row - square).mean() for row, square in zip(policy, squares, strict=True)])
     weights = wpo_weights(*means.split(6))
     assert not weights.requires_grad
-    for kind in ("dpo", "apo_zero"):
-        theirs = trl_dpo_loss(policy, reference, TRL_NAMES[kind], log_squares=squares)
-        ours = our_loss(policy, reference, kind, pair_weights=weights)
-        assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    theirs = trl_dpo_loss(policy, reference, TRL_NAMES[kind], log_squares=squares)
+    assert_equal(our_loss(policy, reference, kind, pair_weights=weights), theirs, policy)
 
 
 # --- weights of pairs -------------------------------------------------------------------------------------------------
