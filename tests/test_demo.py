@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from internvl_mpo.demo.service import Service
 from internvl_mpo.demo.settings import DemoSettings
 from internvl_mpo.demo.sharing import Shelf
 from internvl_mpo.demo.streaming import VisitorQuestion
+from internvl_mpo.demo.takeaway import write_takeaway
 from internvl_mpo.demo.votes import VoteBox
 from internvl_mpo.engines import Sampling
 from internvl_mpo.errors import BadInputError
@@ -187,20 +189,62 @@ def test_a_blinded_order_is_drawn_anew():
 
 def test_messages_show_question_picture_reasoning_and_answer_apart():
     turn = finished("We add.\n\nFinal answer: 7", "We multiply.\n\nFinal answer: 12", images=[picture()])
-    user, reasoning, final = show.chat_messages(Conversation([turn]), "mpo")
-    assert user["content"].count("<img") == 1
-    assert 'alt="Picture 1 of the question"' in user["content"]
+    asked = show.question_html(turn)
+    assert asked.count("<img") == 1
+    assert 'alt="Picture 1 of the question"' in asked
+    reasoning, final = show.answer_messages(turn, "mpo")
     assert reasoning["content"] == "We multiply."
     assert final["content"].startswith("**Final answer:** 12")
     assert "different" in final["content"]
 
 
+def test_earlier_turns_hold_the_question_once_and_name_who_answered():
+    turns = [finished("We add.\n\nFinal answer: 7", "<think>twelve</think> \\boxed{12}", "r1"), finished("7", "12")]
+    user, *answers = show.earlier_messages(Conversation(turns))
+    assert (user["role"], user["content"]) == ("user", "How many?")
+    titles = [message["metadata"]["title"] for message in answers]
+    assert {title.partition(":")[0] for title in titles} == {"A · Base", "B · MPO"}
+    hidden = Conversation(turns, blind=True)
+    assert {m["metadata"]["title"].partition(":")[0] for m in show.earlier_messages(hidden)[1:]} == {"A", "B"}
+
+
+def test_a_conversation_can_be_taken_away(tmp_path):
+    conversation = Conversation(
+        [finished("We add.\nFinal answer: 7", "We multiply.\nFinal answer: 12", images=[picture()])]
+    )
+    VoteBox(tmp_path / "votes").cast(conversation, "right", ScriptedBackend().names())
+    path = write_takeaway(conversation, {"base": "tiny/base", "mpo": "tiny/mpo"}, tmp_path / "saved")
+    with zipfile.ZipFile(path) as file:
+        file.extractall(tmp_path / "taken")
+    text = (tmp_path / "taken" / "conversation.md").read_text()
+    assert "## How many?" in text
+    assert "### A · tiny/base\n\nWe add." in text
+    for link in re.findall(r"!\[picture\]\((.*)\)", text):
+        assert (tmp_path / "taken" / link).is_file()
+    (row,) = iter_pairs(tmp_path / "taken" / "pairs.jsonl")
+    assert row.pair.chosen == "We multiply.\nFinal answer: 12"
+    assert (row.image_root / row.pair.images[0]).is_file()
+    conversation.blind = True
+    with zipfile.ZipFile(write_takeaway(conversation, {"base": "b", "mpo": "m"}, tmp_path / "blind")) as file:
+        assert "### A\n" in file.read("conversation.md").decode()
+    with pytest.raises(BadInputError, match="nothing to save yet"):
+        write_takeaway(Conversation(), {}, tmp_path)
+
+
+def test_a_large_photo_is_made_smaller_and_says_so():
+    photo = read_picture(png(1500, 900), "photo.png", LIMITS)
+    assert photo.sent == (1500, 900)
+    assert 900_000 < photo.width * photo.height <= 1_000_000
+    assert show.shrunk([picture(), photo]) == [
+        f"Picture 2 had 1,500 × 900 pixels and was made smaller ({photo.width:,} × {photo.height:,}); the models look "
+        "at tiles, which need no more."
+    ]
+
+
 def test_a_half_written_answer_is_not_called_final():
     turn = finished("We add.\n\nFinal answer: 1", "")
     turn.answers["base"] = Answer("We add.\n\nFinal answer: 1", 5, 0.1, 0.3)
-    assert not any(
-        "**Final answer:**" in message["content"] for message in show.chat_messages(Conversation([turn]), "base")
-    )
+    assert not any("**Final answer:**" in message["content"] for message in show.answer_messages(turn, "base"))
 
 
 def test_speed_counts_tokens_after_the_first():
@@ -214,7 +258,7 @@ def test_speed_counts_tokens_after_the_first():
 def test_pixels_are_counted_before_they_are_decoded():
     bomb = png(4000, 4000)
     assert len(bomb) < LIMITS.max_bytes
-    with pytest.raises(BadInputError, match=r"4000 x 4000 pixels; at most 1 megapixels"):
+    with pytest.raises(BadInputError, match=r"too large: 4,000 x 4,000 pixels; at most 4 megapixels"):
         read_picture(bomb, "bomb.png", LIMITS)
 
 
@@ -571,7 +615,7 @@ class _OpenAI(BaseHTTPRequestHandler):
     cut_off = threading.Event()
 
     def do_GET(self):
-        self._whole(200, {"data": [{"id": "served"}]})
+        self._whole(200, {"data": [{"id": "served"}, {"id": "named"}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -1036,14 +1080,14 @@ def test_bodies_that_are_too_large_or_too_deep_are_refused(guard):
     assert send(guard, "/gradio_api/queue/join", "POST", b"[" * 60 + b"{}" + b"]" * 60)[0] == 403
 
 
-def test_only_the_page_imports_gradio():
+def test_only_the_page_and_its_parts_import_gradio():
     for path in (ROOT / "internvl_mpo" / "demo").glob("*.py"):
         imported = [
             line
             for line in path.read_text(encoding="utf-8").splitlines()
             if line.startswith(("import gradio", "from gradio"))
         ]
-        assert bool(imported) == (path.name == "page.py"), path.name
+        assert bool(imported) == (path.name in ("page.py", "widgets.py")), path.name
 
 
 def test_settings_for_tests_are_settings(tmp_path):

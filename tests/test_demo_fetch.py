@@ -1,10 +1,12 @@
 """Pictures from addresses: what a hostile address can do to a server that fetches it."""
 
+import asyncio
 import contextlib
 import gzip
 import http.server
 import io
 import ipaddress
+import json
 import socket
 import threading
 import time
@@ -16,7 +18,8 @@ httpx = pytest.importorskip("httpx", reason="the demo's packages bring httpx")
 
 from internvl_mpo.demo import fetch as module  # noqa: E402
 from internvl_mpo.demo.fetch import fetch, is_public  # noqa: E402
-from internvl_mpo.demo.pictures import Limits, fetch_picture  # noqa: E402
+from internvl_mpo.demo.guard import Guard  # noqa: E402
+from internvl_mpo.demo.pictures import Limits, fetch_data_uri, read_data_uri  # noqa: E402
 from internvl_mpo.errors import BadInputError  # noqa: E402
 
 
@@ -78,7 +81,7 @@ def test_a_picture_arrives_by_name_from_the_address_that_was_looked_at(server, m
     port = server.server_address[1]
     known = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
     monkeypatch.setattr(module.socket, "getaddrinfo", lambda *args, **kwargs: known)
-    picture = fetch_picture(f"http://pictures.example:{port}/picture", Limits())
+    picture = read_data_uri(fetch_data_uri(f"http://pictures.example:{port}/picture", Limits()), Limits())
     assert (picture.width, picture.height) == (30, 20)
     assert server.asked == [("/picture", f"pictures.example:{port}")]
 
@@ -125,6 +128,46 @@ def test_one_private_address_among_public_ones_is_enough_to_refuse(monkeypatch):
     monkeypatch.setattr(module.socket, "getaddrinfo", lambda *args, **kwargs: both)
     with pytest.raises(BadInputError, match=r"rebind.example is not a public address"):
         fetch("http://rebind.example/", 1000)
+
+
+def call(guard, body: dict) -> tuple[int, dict]:
+    """POST a body to /compare through a guard; returns the status, and what came behind it or the refusal."""
+    sent, content = [], json.dumps(body).encode()
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": content}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/call/compare", "headers": []}
+    asyncio.run(guard(scope, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+async def behind(scope, receive, send) -> None:
+    body = (await receive())["body"]
+    assert dict(scope["headers"])[b"content-length"] == str(len(body)).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+def test_pictures_are_fetched_ahead_of_the_queue_and_the_question_is_left_alone(tmp_path):
+    asked = []
+    guard = Guard(behind, tmp_path, 10_000, fetch=lambda address: asked.append(address) or "data:image/png;base64,AA")
+    images = ["http://a.example/1.png", {"path": "https://b.example/2.png", "meta": {}}, "data:image/png;base64,BB"]
+    status, passed = call(guard, {"data": ["http://c.example/ what is this?", images, "cot"]})
+    assert (status, asked) == (200, ["http://a.example/1.png", "https://b.example/2.png"])
+    data = ["data:image/png;base64,AA", "data:image/png;base64,AA", "data:image/png;base64,BB"]
+    assert passed == {"data": ["http://c.example/ what is this?", data, "cot"]}
+
+
+def test_an_address_that_gives_nothing_is_refused_before_the_queue(tmp_path):
+    def fetch(address: str) -> str:
+        raise BadInputError(f"{address} gave no picture within 15 seconds")
+
+    status, refusal = call(Guard(behind, tmp_path, 10_000, fetch=fetch), {"data": ["?", ["http://a.example/"]]})
+    assert (status, refusal) == (400, {"detail": "http://a.example/ gave no picture within 15 seconds"})
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8", "2002:808:808::1"])

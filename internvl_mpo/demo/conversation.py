@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from internvl_mpo.answers.common import clean_answer
 from internvl_mpo.answers.comparing import Outcome, compare_answers
@@ -94,14 +94,14 @@ class Turn:
         controls: how it was asked.
         images: pictures that came with it.
         answers: by side.
-        voted: whether a vote about it has been stored.
+        vote: the row that a vote about it was stored as; None before the vote.
     """
 
     question: str
     controls: Controls
     images: tuple[Picture, ...] = ()
     answers: dict[str, Answer] = field(default_factory=lambda: dict.fromkeys(SIDES, Answer()))
-    voted: bool = False
+    vote: dict[str, Any] | None = None
 
     @property
     def asked(self) -> str:

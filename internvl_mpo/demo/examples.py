@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from internvl_mpo.mini.digits import Painter
 
+CARD_PIXELS = 320
 INK, PAPER, BLUE, ORANGE, GREEN = "#1f2937", "#ffffff", "#3b6fb6", "#e08a2e", "#3d8b5f"
 
 
@@ -18,12 +19,14 @@ class Example(NamedTuple):
         question: the text.
         images: files.
         style: how it is best asked.
+        card: the first picture as it stands in the gallery; a file of its own, since asked pictures are deleted.
     """
 
     title: str
     question: str
     images: tuple[str, ...]
     style: str = "cot"
+    card: str = ""
 
 
 def make_examples(folder: str | Path) -> list[Example]:
@@ -42,7 +45,7 @@ def make_examples(folder: str | Path) -> list[Example]:
     def digits(name: str, count: int) -> str:
         return str(folder / paint(name, count, "test")[0])
 
-    return [
+    examples = [
         Example(
             "Handwritten digits: product",
             "What is the product of the two digits?",
@@ -73,6 +76,18 @@ def make_examples(folder: str | Path) -> list[Example]:
             (save("bars_1", bar_chart((3, 5, 4, 6))), save("bars_2", bar_chart((4, 2, 6, 5)))),
         ),
     ]
+    return [
+        example._replace(card=save(f"card_{number}", draw_card(example.images[0])))
+        for number, example in enumerate(examples)
+    ]
+
+
+def draw_card(path: str) -> Image.Image:
+    """Return a picture at the size of a card: digits of few pixels enlarged in whole steps, others made smaller."""
+    image = Image.open(path).convert("RGB")
+    image.thumbnail((CARD_PIXELS, CARD_PIXELS))
+    times = CARD_PIXELS // max(image.size)
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST) if times > 1 else image
 
 
 def bar_chart(values: tuple[int, ...] = (34, 21, 47, 39)) -> Image.Image:

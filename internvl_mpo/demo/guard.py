@@ -6,12 +6,15 @@ are refused before they are looked at, and bodies that are too large before they
 outside its temporary folder; they are refused here too, so that the answer does not depend on its version.
 """
 
+import asyncio
 import json
 import posixpath
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+from internvl_mpo.errors import BadInputError
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -24,6 +27,7 @@ POLICY = (
 )
 _ADDRESS = ("http:", "https:", "ftp:", "file:", "//", "\\\\")
 MAX_DEPTH = 40
+MAX_FETCHES = 8  # at the same time, of all visitors together
 
 
 class Guard:
@@ -33,7 +37,8 @@ class Guard:
         app: what comes behind.
         uploads: the folder uploads are in; the only place a file of a request may be.
         max_body_bytes: of a call. Uploads have a limit of their own, which Gradio enforces while it reads.
-        allow_addresses: let http(s) addresses through to the function that asked for them.
+        fetch: gives the data URI of a picture behind an http(s) address; None lets no address through. Pictures are
+            fetched here, ahead of the queue for the models, so that nobody else waits for a slow address.
         health: answers `/health`.
     """
 
@@ -42,11 +47,12 @@ class Guard:
         app: Callable[[Scope, Receive, Send], Awaitable[None]],
         uploads: str | Path,
         max_body_bytes: int,
-        allow_addresses: bool = False,
+        fetch: Callable[[str], str] | None = None,
         health: Callable[[], dict[str, Any]] | None = None,
     ):
         self.app, self.uploads, self.max_body_bytes = app, Path(uploads).resolve(), max_body_bytes
-        self.allow_addresses, self.health = allow_addresses, health
+        self.fetch, self.health = fetch, health
+        self._fetching = asyncio.Semaphore(MAX_FETCHES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with a refusal."""
@@ -71,6 +77,13 @@ class Guard:
             if reason:
                 await _answer(send, 403, {"detail": reason})
                 return
+            if self.fetch is not None and path.rstrip("/").endswith(("/call/compare", "/queue/join", "/run/compare")):
+                try:
+                    body = await self._with_pictures(body)
+                except BadInputError as error:
+                    await _answer(send, 400, {"detail": str(error)})
+                    return
+                scope = _with_length(scope, len(body))
             receive = _again(body, receive)
         await self.app(scope, receive, send)
 
@@ -100,6 +113,21 @@ class Guard:
             if not message.get("more_body"):
                 return b"".join(parts), None
 
+    async def _with_pictures(self, body: bytes) -> bytes:
+        """Put pictures in the place of their addresses in the lists of a call's data."""
+        try:
+            call = json.loads(body)
+        except (ValueError, RecursionError):
+            return body
+        lists = [value for value in call.get("data") or () if isinstance(value, list)] if isinstance(call, dict) else []
+        for images in lists:
+            for number, image in enumerate(images):
+                address = image.get("path") if isinstance(image, dict) else image
+                if isinstance(address, str) and address.lower().startswith(("http://", "https://")):
+                    async with self._fetching:
+                        images[number] = await asyncio.to_thread(self.fetch, address)
+        return json.dumps(call).encode() if lists else body
+
     def _refuse_body(self, body: bytes) -> str | None:
         try:
             return self._refuse(json.loads(body), 0) if body else None
@@ -120,7 +148,7 @@ class Guard:
 
     def _may_read(self, path: str) -> bool:
         if path.strip().lower().startswith(_ADDRESS):
-            return self.allow_addresses and path.lower().startswith(("http:", "https:"))
+            return self.fetch is not None and path.lower().startswith(("http:", "https:"))
         try:
             return Path(path).resolve().is_relative_to(self.uploads)
         except (OSError, ValueError):
@@ -139,6 +167,11 @@ def _again(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return once
+
+
+def _with_length(scope: Scope, length: int) -> Scope:
+    others = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+    return {**scope, "headers": [*others, (b"content-length", str(length).encode())]}
 
 
 def _with_policy(send: Send) -> Send:

@@ -6,6 +6,7 @@ The only file of the demo with Gradio's components. What a button does is in `se
 
 import functools
 import html
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,32 +15,23 @@ from typing import Any, Literal
 import gradio as gr
 from starlette.middleware import Middleware
 
-from internvl_mpo.demo import browser, show
-from internvl_mpo.demo.conversation import SIDES, STYLE_NAMES, Conversation
+from internvl_mpo.demo import browser, show, widgets
+from internvl_mpo.demo.conversation import SIDES, Conversation
 from internvl_mpo.demo.examples import Example
 from internvl_mpo.demo.guard import Guard
 from internvl_mpo.demo.markup import safe_markdown
+from internvl_mpo.demo.pictures import fetch_data_uri
 from internvl_mpo.demo.service import Service
 from internvl_mpo.demo.settings import DemoSettings
 from internvl_mpo.demo.sharing import Shelf
 from internvl_mpo.demo.streaming import Backend
+from internvl_mpo.demo.takeaway import write_takeaway
 from internvl_mpo.demo.votes import VoteBox
 from internvl_mpo.errors import BadInputError
 
-LATEX = [
-    {"left": "$$", "right": "$$", "display": True},
-    {"left": "\\[", "right": "\\]", "display": True},
-    {"left": "\\(", "right": "\\)", "display": False},
-    {"left": "$", "right": "$", "display": False},
-]
 QUEUE = "model"  # page and API wait in one line
-STYLE_SHEET = Path(__file__).with_name("style.css")
 EMPTY = {"text": "", "files": []}
-VOTE_LABELS = {"left": "👈 A is better", "right": "B is better 👉", "tie": "Tie", "both_bad": "Both bad"}
-PRIVACY = (
-    "A vote stores the question, its pictures and both answers as training data of the next round; a shared link "
-    "stores the conversation. Nothing else is kept."
-)
+STYLE_SHEET = Path(__file__).with_name("style.css")
 PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 AT_ONCE = {**PRIVATE, "concurrency_limit": None}  # toasts travel through the queue; these never wait in it
 
@@ -81,7 +73,7 @@ class Page:
     ):
         self.backend, self.votes, self.shelf = backend, votes, shelf
         self.settings, self.examples = settings, examples
-        self.service = Service(backend, settings.limits, uploads, settings.max_new_tokens, settings.allow_image_urls)
+        self.service = Service(backend, settings.limits, uploads, settings.max_new_tokens)
         self.runs = browser.find_runs(settings.runs)
         self._in_line = {"concurrency_id": QUEUE, "concurrency_limit": settings.concurrency or backend.concurrency}
 
@@ -110,128 +102,84 @@ class Page:
     # --- the first tab ------------------------------------------------------------------------------------------------
 
     def _build_ask(self, blocks: gr.Blocks) -> None:
-        settings = self.settings
-        most_tiles = settings.max_tiles or self.backend.cutter().max_tiles
+        most_tiles = self.settings.max_tiles or self.backend.cutter().max_tiles
         conversation, drawn = gr.State(Conversation(), time_to_live=6 * 3600), gr.State(None)
 
-        with gr.Row(equal_height=True, elem_id="panes"):
-            heads, panes, speeds = zip(*(self._build_pane(position) for position in (0, 1)), strict=True)
-        agreement = gr.HTML(show.agreement_html(None, False), elem_id="agreement")
-        with gr.Row(elem_id="votes"):
-            buttons = {
-                verdict: gr.Button(label, size="sm", interactive=False, elem_id=f"vote-{verdict}")
-                for verdict, label in VOTE_LABELS.items()
-            }
-        voted = gr.HTML(show.status_html(""), elem_id="vote-status")
-        box = gr.MultimodalTextbox(
-            elem_id="box",
-            label="Your question",
-            show_label=False,
-            placeholder="Ask about a picture: type, paste or drop pictures here, press Enter",
-            file_types=["image"],
-            file_count="multiple",
-            sources=["upload"],
-            max_lines=8,
-            autofocus=True,
-        )
-        with gr.Row(elem_id="actions"):
-            stop = gr.Button("Stop", size="sm", interactive=False, variant="stop", elem_id="stop")
-            retry = gr.Button("Retry", size="sm", interactive=False, elem_id="retry")
-            clear = gr.Button("Clear", size="sm", elem_id="clear")
-            share = gr.Button("Share link", size="sm", elem_id="share")
+        with gr.Column(elem_id="welcome") as welcome:
+            gr.HTML("<p class='muted'>Choose an example, or ask about a picture of your own.</p>")
+            cards = widgets.build_cards(self.examples)
+        with gr.Accordion("Earlier in this conversation", open=False, visible=False, elem_id="earlier") as earlier:
+            history = gr.Chatbot(
+                elem_id="earlier-chat", show_label=False, height=360, latex_delimiters=widgets.LATEX, allow_tags=False
+            )
+        asked = gr.HTML("", elem_id="asked")
+        with gr.Column(visible=False, elem_id="answers") as answers:
+            panes = widgets.build_panes(self._models(), self.settings.blind)
+            agreement = gr.HTML(show.agreement_html(None, False), elem_id="agreement")
+            votes = widgets.build_votes()
+            voted = gr.HTML(show.status_html(""), elem_id="vote-status")
+        with gr.Column(elem_id="composer"):
+            box = widgets.build_box()
+            with gr.Row(elem_id="actions"):
+                stop = gr.Button("Stop", size="sm", interactive=False, variant="stop", elem_id="stop")
+                retry = gr.Button("Retry", size="sm", interactive=False, elem_id="retry")
+                clear = gr.Button("Clear", size="sm", interactive=False, elem_id="clear")
+                share = gr.Button("Share", size="sm", interactive=False, elem_id="share")
+                save = gr.Button("Save", size="sm", interactive=False, elem_id="save")
         link = gr.Textbox(visible=False, label="Link to this conversation", elem_id="link", buttons=["copy"])
-        with gr.Accordion("How to ask", open=False, elem_id="controls"):
-            with gr.Row():
-                style = gr.Radio(
-                    [(name, key) for key, name in STYLE_NAMES.items()],
-                    value=settings.style,
-                    label="Prompt",
-                    info="The instruction put around your question",
-                    elem_id="style",
-                )
-                blind = gr.Checkbox(
-                    settings.blind,
-                    label="Blind",
-                    info="Hide and shuffle the sides of the next conversation",
-                    elem_id="blind",
-                )
-            with gr.Row():
-                temperature = gr.Slider(
-                    0, 1.5, settings.temperature, step=0.05, label="Temperature", info="0 is greedy"
-                )
-                length = gr.Slider(
-                    1,
-                    settings.max_new_tokens,
-                    min(512, settings.max_new_tokens),
-                    step=1,
-                    label="Longest answer",
-                    info="Tokens",
-                )
-                tiles = gr.Slider(1, most_tiles, most_tiles, step=1, label="Tiles", info="All pictures together")
-                seed = gr.Number(0, precision=0, label="Seed", minimum=0, info="Of the draw", elem_id="seed")
+        file = gr.File(visible=False, label="This conversation as a file", elem_id="file")
+        controls = widgets.build_controls(self.settings, most_tiles)
         with gr.Accordion("How the pictures are cut", open=False, elem_id="cut"):
             cut = gr.HTML(show.tiles_html(self.backend.cutter(), [], most_tiles), elem_id="tiles")
-        with gr.Accordion("Camera", open=False, elem_id="camera"):
-            photo = gr.Image(sources=["webcam"], type="filepath", label="Take a picture", height=280, format="png")
-        with gr.Row(elem_id="examples"):
-            gr.HTML("<p class='muted'>Examples</p>")
-            taken = [gr.Button(one.title, size="sm", min_width=0) for one in self.examples]
-        gr.HTML(f"<p class='muted'>{PRIVACY}</p>", elem_id="privacy")
+        photo = widgets.build_camera()
+        gr.HTML(f"<p class='muted'>{widgets.PRIVACY}</p>", elem_id="privacy")
 
-        controls = [style, temperature, length, tiles, seed]
-        view = [*panes, *heads, *speeds, agreement, *buttons.values(), stop, retry, voted, link]
+        view = [
+            *(*panes.chats, *panes.heads, *panes.speeds, agreement, *votes.values(), stop, clear),
+            *(retry, share, save),
+            *(voted, link, file, asked, earlier, history, welcome, answers),
+        ]
         for event in (
-            box.submit(self._begin, [box, conversation, *controls, blind], [box, *view], **AT_ONCE),
-            retry.click(self._retry, [conversation, *controls], [seed, *view], **AT_ONCE),
+            box.submit(self._begin, [box, conversation, *controls], [box, *view], **AT_ONCE),
+            retry.click(self._retry, [conversation, *controls[:-1]], [controls.seed, *view], **AT_ONCE),
         ):
             event.then(self._answer, conversation, view, **PRIVATE, **self._in_line)
-        stop.click(self._stop, None, None, **AT_ONCE)
-        clear.click(self._clear, blind, [conversation, box, *view], **AT_ONCE)
+        stop.click(self._stop, None, None, js=widgets.TO_THE_BOX, **AT_ONCE)
+        clear.click(self._clear, controls.blind, [conversation, box, *view], **AT_ONCE)
         share.click(self._share, conversation, link, **AT_ONCE)
-        for verdict, button in buttons.items():
+        save.click(self._save, conversation, file, **AT_ONCE)
+        for verdict, button in votes.items():
             button.click(functools.partial(self._vote, verdict), conversation, view, **AT_ONCE)
-        for changed in (box.change, tiles.release):
-            changed(self._preview, [box, tiles, drawn], [cut, drawn], trigger_mode="always_last", **AT_ONCE)
-        for example, button in zip(self.examples, taken, strict=True):
-            button.click(functools.partial(_take_example, example), None, [box, style], **AT_ONCE)
+            button.click(None, None, None, js=widgets.TO_THE_BOX)
+        for changed in (box.change, controls.tiles.release):
+            changed(self._preview, [box, controls.tiles, drawn], [cut, drawn], trigger_mode="always_last", **AT_ONCE)
+        cards.select(self._take_example, None, [box, controls.style], **AT_ONCE)
         photo.change(self._add_photo, [photo, box], [box, photo], **AT_ONCE)
         blocks.load(self._open, None, [conversation, *view], **AT_ONCE)
-
-    def _build_pane(self, position: int) -> tuple[gr.HTML, gr.Chatbot, gr.HTML]:
-        letter = "ab"[position]
-        start = Conversation()
-        start.restart(self.settings.blind)
-        with gr.Column(min_width=320):
-            head = gr.HTML(show.head_html(start, position, self._models()), elem_id=f"head-{letter}")
-            pane = gr.Chatbot(
-                elem_id=f"chat-{letter}",
-                label=f"Answers of {letter.upper()}",
-                show_label=False,
-                height="max(300px, min(50vh, 620px))",
-                latex_delimiters=LATEX,
-                buttons=["copy"],
-                feedback_options=None,
-                placeholder="Ask below, or take one of the examples.",
-                allow_tags=False,
-            )
-            speed = gr.HTML(show.speed_html(None), elem_id=f"speed-{letter}")
-        return head, pane, speed
+        blocks.load(None, None, None, js=widgets.NAMES)
 
     def _view(self, conversation: Conversation, running: bool = False, said: str = "") -> list[Any]:
         """Values of every output that shows the conversation, in the order of `view` above."""
         turn = conversation.turns[-1] if conversation.turns else None
-        can_vote = bool(turn and turn.is_finished and not running and not turn.voted)
-        can_vote = can_vote and all(answer.text for answer in turn.answers.values())
+        is_done = bool(turn and turn.is_finished and not running)
+        can_vote = is_done and not turn.vote and all(answer.text for answer in turn.answers.values())
         return [
-            *(show.chat_messages(conversation, side) for side in conversation.order),
+            *(show.answer_messages(turn, side) for side in conversation.order),
             *(show.head_html(conversation, position, self._models()) for position in (0, 1)),
             *(show.speed_html(turn.answers[side] if turn else None) for side in conversation.order),
             show.agreement_html(turn, running),
-            *(gr.Button(interactive=can_vote) for _ in VOTE_LABELS),
+            *(gr.Button(interactive=can_vote) for _ in widgets.VOTE_LABELS),
             gr.Button(interactive=running),
-            gr.Button(interactive=bool(turn) and not running),
+            gr.Button(interactive=turn is not None),
+            *(gr.Button(interactive=bool(turn) and not running) for _ in ("retry", "share", "save")),
             show.status_html(said),
             gr.Textbox(visible=False),
+            gr.File(visible=False),
+            show.question_html(turn),
+            gr.Accordion(visible=len(conversation.turns) > 1),
+            show.earlier_messages(conversation),
+            gr.Column(visible=turn is None),
+            gr.Column(visible=turn is not None),
         ]
 
     def _models(self) -> dict[str, str]:
@@ -254,6 +202,8 @@ class Page:
         controls = self.service.controls(style, temperature, length, tiles, seed)
         asked = message["text"], message["files"]
         self.service.begin(request.session_hash, conversation, *asked, controls, blind)
+        for sentence in show.shrunk(conversation.turns[-1].images):
+            gr.Info(sentence)
         return [EMPTY, *self._view(conversation, running=True)]
 
     @toasted
@@ -305,6 +255,16 @@ class Page:
         root = str(request.request.url).partition("/gradio_api")[0]
         kept = f"Stored on this server for {self.settings.shared_days:g} days; whoever has the link can read it."
         return gr.Textbox(value=f"{root}/?c={name}", visible=True, info=kept)
+
+    @toasted
+    def _save(self, conversation: Conversation) -> Any:
+        folder = self.service.uploads / f"saved-{secrets.token_hex(8)}"  # cleaned away with the uploads
+        path = write_takeaway(conversation, self._models(), folder)
+        return gr.File(value=str(path), visible=True)
+
+    def _take_example(self, chosen: gr.SelectData) -> tuple[dict[str, Any], str]:
+        example = self.examples[chosen.index]
+        return {"text": example.question, "files": list(example.images)}, example.style
 
     def _open(self, request: gr.Request) -> list[Any]:
         """Show the shared conversation that a page's address names; leave a page without one alone."""
@@ -400,11 +360,7 @@ class Page:
             for letter in "ab":
                 with gr.Column(min_width=320):
                     verdicts.append(gr.HTML(elem_id=f"bench-verdict-{letter}"))
-                    answers.append(
-                        gr.Markdown(
-                            latex_delimiters=LATEX, line_breaks=True, container=True, elem_id=f"bench-answer-{letter}"
-                        )
-                    )
+                    answers.append(widgets.build_answer_of_a_run(letter))
         chosen, shown = [first, second, task, which, number], [number, where, question, *verdicts, *answers]
         for choose in (first.input, second.input, blocks.load):
             choose(self._bench_tasks, [first, second], task, **AT_ONCE).then(self._bench_show, chosen, shown, **AT_ONCE)
@@ -438,12 +394,8 @@ class Page:
         ]
 
 
-def _take_example(example: Example) -> tuple[dict[str, Any], str]:
-    return {"text": example.question, "files": list(example.images)}, example.style
-
-
 def launch(page: Page) -> tuple[gr.Blocks, str]:
-    """Start the server in threads of its own and return the app and its address.
+    """Start the server in threads of its own; return the app and its address.
 
     Raises:
         BadInputError: the port is taken, or MCP is asked for and not installed.
@@ -455,7 +407,7 @@ def launch(page: Page) -> tuple[gr.Blocks, str]:
         Guard,
         uploads=page.service.uploads,
         max_body_bytes=limits.max_images * (limits.max_bytes * 4 // 3 + 4096) + (1 << 20),
-        allow_addresses=settings.allow_image_urls,
+        fetch=functools.partial(fetch_data_uri, limits=limits) if settings.allow_image_urls else None,
         health=page.backend.activity.as_dict,
     )
     try:

@@ -4,6 +4,7 @@ import base64
 import binascii
 import contextlib
 import io
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,17 @@ FORMATS = (
 )  # what browsers show; every decoder more is a risk more
 THUMBNAIL_PIXELS = 480
 EDGE = "#8a94a3"  # of a drawn tile: to be seen on white and on black
+SHRUNK = 4  # a photo of 48 megapixels is common, and nothing is lost: tiles are smaller
+_OPENING = threading.Lock()
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a visitor may send: bytes and pixels of one picture, pictures of one conversation."""
+    """What a visitor may send: bytes and pixels of one picture, pictures of one conversation.
+
+    A picture of more pixels is made smaller, one of more than `SHRUNK` times as many is refused before it is decoded.
+    """
 
     max_bytes: int = 10 << 20
     max_pixels: int = 25_000_000
@@ -35,11 +41,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture held in memory: PNG without any metadata, upright, 8-bit RGB."""
+    """A picture held in memory: PNG without any metadata, upright, 8-bit RGB.
+
+    Attributes:
+        png: the file.
+        width, height: in pixels.
+        sent: width and height it came with, if it was made smaller.
+    """
 
     png: bytes
     width: int
     height: int
+    sent: tuple[int, int] | None = None
 
     def open(self) -> Image.Image:
         """Return the pixels."""
@@ -66,21 +79,41 @@ def read_picture(content: bytes, name: str, limits: Limits) -> Picture:
     """
     if len(content) > limits.max_bytes:
         raise BadInputError(f"{name} has {len(content) / 2**20:.1f} MB; at most {limits.max_bytes / 2**20:g} MB please")
+    most = limits.max_pixels * SHRUNK
+    sent = None
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+        with _unlimited_header(content) as opened:
             width, height = opened.size
-            if width * height > limits.max_pixels:
+            if width * height > most:
                 raise BadInputError(
-                    f"{name} has {width} x {height} pixels; at most {limits.max_pixels / 1e6:g} megapixels please"
+                    f"{name} is too large: {width:,} x {height:,} pixels; at most {most / 1e6:g} megapixels please"
                 )
+            if width * height > limits.max_pixels:
+                sent = (width, height)
+                scale = (limits.max_pixels / (width * height)) ** 0.5
+                smaller = (max(1, int(width * scale)), max(1, int(height * scale)))
+                opened.draft("RGB", smaller)  # a JPEG is decoded at half or a quarter of its size
+                opened.thumbnail(smaller)
             image = to_rgb(opened)
     except BadInputError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInputError(f"{name} is no picture that can be read; PNG, JPEG, WebP, GIF and BMP are") from error
+    if sent and image.width > image.height and sent[0] < sent[1]:
+        sent = sent[::-1]  # turned upright by its EXIF mark
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
-    return Picture(buffer.getvalue(), *image.size)
+    return Picture(buffer.getvalue(), *image.size, sent)
+
+
+def _unlimited_header(content: bytes) -> Image.Image:
+    """Open a picture whose size is then looked at here: Pillow's own limit would not say how large it is."""
+    with _OPENING:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(content), formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def take_uploads(paths: list[str], limits: Limits) -> tuple[Picture, ...]:
@@ -132,15 +165,16 @@ def read_data_uri(text: str, limits: Limits) -> Picture:
     return read_picture(content, "the picture", limits)
 
 
-def fetch_picture(address: str, limits: Limits) -> Picture:
-    """Fetch a picture from a public http(s) address; see `fetch`.
+def fetch_data_uri(address: str, limits: Limits) -> str:
+    """Fetch a picture from a public http(s) address and return it as a data URI; see `fetch`.
 
     Raises:
         BadInputError: nothing acceptable came.
     """
     from internvl_mpo.demo.fetch import fetch
 
-    return read_picture(fetch(address, limits.max_bytes), address, limits)
+    picture = read_picture(fetch(address, limits.max_bytes), address, limits)
+    return f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
 
 
 def data_uri(image: Image.Image) -> str:

@@ -1,21 +1,16 @@
-"""The two models of the demo behind OpenAI-compatible servers."""
+"""The two models of the demo behind OpenAI-compatible servers, asked through `engines.http_engine`."""
 
-import contextlib
-import http.client
-import json
-import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 from internvl_mpo.demo.conversation import SIDES, Answer, Message
+from internvl_mpo.demo.local_models import Lazy
 from internvl_mpo.demo.pictures import Cutter
 from internvl_mpo.demo.streaming import Activity, Names, Pane, VisitorQuestion, follow
-from internvl_mpo.engines.chat_format import data_uri
+from internvl_mpo.engines import Draft, Request
+from internvl_mpo.engines.http_engine import HttpEngine
 from internvl_mpo.errors import BadInputError
-
-SILENCE_SECONDS = 120.0  # a server that says nothing for so long has hung up
 
 
 class Servers:
@@ -25,30 +20,40 @@ class Servers:
         urls: base URL by side.
         models: served names by side; None asks the server.
         api_key: sent as a bearer token.
-
-    Raises:
-        BadInputError: a URL is malformed.
     """
 
     concurrency = 16
 
     def __init__(self, urls: dict[str, str], models: dict[str, str | None], api_key: str | None = None):
         self.activity = Activity()
-        self._servers = {side: _Server(urls[side], models[side], api_key) for side in SIDES}
+        self._urls, self._models = urls, models
+
+        def connect(side: str) -> HttpEngine:
+            # a visitor waits: one attempt, and a sentence where it fails
+            return HttpEngine(urls[side], models[side], concurrency=1, api_key=api_key, max_attempts=1)
+
+        self._engines = {side: Lazy(lambda side=side: connect(side)) for side in SIDES}
 
     def stream(self, question: VisitorQuestion) -> Iterator[tuple[Answer, Answer]]:
         """See `Backend.stream`."""
         stop, changed = threading.Event(), threading.Event()
         panes = [Pane("".join, changed, self.activity) for _ in SIDES]
-        work = [
-            lambda side=side, pane=pane: self._servers[side].answer(question.chats[side], question, pane, stop)
-            for side, pane in zip(SIDES, panes, strict=True)
-        ]
-        yield from follow(panes, work, stop, changed, self.activity)
+        drafts = [_PaneDraft(pane, changed) for pane in panes]
+
+        def job(side: str, pane: Pane, draft: _PaneDraft) -> Callable[[], None]:
+            request = as_request(question.chats[side], question, draft)
+            return lambda: self._answer(self._engines[side], request, pane)
+
+        work = [job(*one) for one in zip(SIDES, panes, drafts, strict=True)]
+        stream = follow(panes, work, stop, changed, self.activity, hang_up=[draft.stop for draft in drafts])
+        yield from stream
 
     def names(self) -> dict[str, Names]:
-        """See `Backend.names`."""
-        return {side: Names(server.model or server.url, None) for side, server in self._servers.items()}
+        """See `Backend.names`; a name nobody gave is known once the server has been asked."""
+        return {
+            side: Names(self._models[side] or (lazy.get().model_id if lazy.is_there else self._urls[side]), None)
+            for side, lazy in self._engines.items()
+        }
 
     def cutter(self) -> Cutter:
         """InternVL2's way; what the server does cannot be asked."""
@@ -58,113 +63,51 @@ class Servers:
         """Ask both servers for their model's name.
 
         Raises:
-            BadInputError: one of them does not answer.
+            BadInputError: one does not answer, or serves another model.
         """
-        for server in self._servers.values():
-            server.find_model()
+        for engine in self._engines.values():
+            engine.get()
 
-
-class _Server:
-    """One base URL."""
-
-    def __init__(self, url: str, model: str | None, api_key: str | None):
-        parts = urlsplit(url if "//" in url else f"http://{url}")
+    def _answer(self, engine: Lazy[HttpEngine], request: Request, pane: Pane) -> None:
         try:
-            self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
-        except ValueError as error:
-            raise BadInputError(f"'{url}' is no base URL ({error}); give one like http://localhost:8000/v1") from error
-        if parts.scheme not in ("http", "https") or not self._host:
-            raise BadInputError(f"'{url}' is no base URL; give one like http://localhost:8000/v1")
-        path = parts.path.rstrip("/")
-        self._path = path if path.endswith("/v1") else f"{path}/v1"
-        self.url, self.model = url, model
-        self._headers = {"Content-Type": "application/json", "User-Agent": "internvl-mpo"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-
-    def find_model(self) -> str:
-        """Return the name of the model, the first the server lists unless one was given."""
-        if self.model is None:
-            try:
-                with contextlib.closing(self._connect()) as connection:
-                    connection.request("GET", f"{self._path}/models", headers=self._headers)
-                    self.model = json.loads(connection.getresponse().read())["data"][0]["id"]
-            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
-                raise BadInputError(f"{self.url} does not answer as a server should ({error})") from error
-        return self.model
-
-    def answer(self, chat: list[Message], question: VisitorQuestion, pane: Pane, stop: threading.Event) -> None:
-        """Fill a pane from a stream of server-sent events; a server that cannot stream is asked for all at once."""
-        try:
-            payload = {
-                "model": self.find_model(),
-                "messages": [_as_json(message) for message in chat],
-                "temperature": question.sampling.temperature,
-                "max_tokens": question.sampling.max_new_tokens,
-                "seed": question.seed,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-            with contextlib.closing(self._connect()) as connection:
-                response = self._post(connection, payload)
-                if response.status == 400 and b"stream" in (body := response.read()):
-                    plain = {key: value for key, value in payload.items() if not key.startswith("stream")}
-                    response = self._post(connection, plain)
-                elif response.status == 400:
-                    raise BadInputError(f"{self.url} answers 400: {body[:200].decode('utf-8', 'replace')}")
-                if response.status != 200:
-                    text = response.read(200).decode("utf-8", "replace")
-                    raise BadInputError(f"{self.url} answers {response.status}: {text}")
-                if "event-stream" in response.headers.get("Content-Type", ""):
-                    self._read_stream(response, pane, stop)
-                else:
-                    whole = json.loads(response.read())
-                    choice = whole["choices"][0]
-                    pane.add(choice["message"]["content"])
-                    count = (whole.get("usage") or {}).get("completion_tokens")
-                    pane.finish(choice.get("finish_reason") or "stop", num_tokens=count)
-        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
-            pane.finish("error", str(error) if isinstance(error, BadInputError) else f"{self.url}: {error}")
-
-    def _post(self, connection: http.client.HTTPConnection, payload: dict[str, Any]) -> http.client.HTTPResponse:
-        connection.request("POST", f"{self._path}/chat/completions", json.dumps(payload).encode(), self._headers)
-        return connection.getresponse()
-
-    def _read_stream(self, response: http.client.HTTPResponse, pane: Pane, stop: threading.Event) -> None:
-        """Take the pieces as they come. Leaving closes the connection, upon which a server stops generating."""
-        reason, count = "", None
-        for line in response:
-            if stop.is_set():
-                pane.finish("stopped")
-                return
-            name, _, data = line.decode("utf-8", "replace").strip().partition(":")
-            if name != "data":
-                continue
-            if data.strip() == "[DONE]":
-                break
-            event = json.loads(data)
-            if "error" in event:
-                raise BadInputError(f"{self.url}: {event['error']}")
-            count = (event.get("usage") or {}).get("completion_tokens", count)
-            for choice in event.get("choices", [])[:1]:
-                if piece := (choice.get("delta") or {}).get("content"):
-                    pane.add(piece)
-                reason = choice.get("finish_reason") or reason
-        if not reason:
-            raise BadInputError(f"{self.url} broke off in the middle of its answer")
-        pane.finish(reason, num_tokens=count)
-
-    def _connect(self) -> http.client.HTTPConnection:
-        if self._secure:
-            context = ssl.create_default_context()
-            return http.client.HTTPSConnection(self._host, self._port, timeout=SILENCE_SECONDS, context=context)
-        return http.client.HTTPConnection(self._host, self._port, timeout=SILENCE_SECONDS)
+            (reply,) = engine.get().generate([request])
+        except BadInputError as error:  # no such server or model; the other side may well answer
+            pane.finish("error", str(error))
+            return
+        if reply.error:
+            pane.finish("error", reply.error)
+            return
+        if not pane.has_begun:  # a server that cannot stream
+            pane.add(reply.text)
+        pane.finish(reply.finish_reason or "stop", num_tokens=reply.num_tokens)
 
 
-def _as_json(message: Message) -> dict[str, Any]:
-    """One message in OpenAI's form, pictures as data URIs before the text."""
-    if not message.images:
-        return {"role": message.role, "content": message.text}
-    pictures = [{"type": "image_url", "image_url": {"url": data_uri(picture.open())}} for picture in message.images]
-    text = message.text.replace("<image>\n", "").replace("<image>", "")
-    return {"role": message.role, "content": [*pictures, {"type": "text", "text": text}]}
+class _PaneDraft(Draft):
+    """Shows every piece in a pane as it comes, and begins again with the engine."""
+
+    def __init__(self, pane: Pane, changed: threading.Event):
+        super().__init__(changed)
+        self._pane = pane
+
+    def begin(self, decode: Callable[[list[Any]], str]) -> None:
+        super().begin(decode)
+        self._pane.restart()
+
+    def add(self, piece: Any) -> None:
+        super().add(piece)
+        self._pane.add(piece)
+
+
+def as_request(chat: list[Message], question: VisitorQuestion, draft: Draft) -> Request:
+    """Return a side's conversation as the engines take it."""
+    *earlier, last = chat
+    questions, answers = earlier[::2], earlier[1::2]
+    return Request(
+        id="answer",
+        question=last.text,
+        images=tuple(picture.open() for message in chat for picture in message.images),
+        history=tuple((one.text, other.text) for one, other in zip(questions, answers, strict=True)),
+        seed=question.seed,
+        sampling=question.sampling,
+        draft=draft,
+    )

@@ -24,7 +24,6 @@ from internvl_mpo.demo.pictures import (
     SUFFIXES,
     Limits,
     Picture,
-    fetch_picture,
     read_data_uri,
     read_upload,
     take_uploads,
@@ -67,7 +66,6 @@ class Service:
         limits: what visitors may send.
         uploads: the folder uploads are in; no other file of a visitor is read.
         max_new_tokens: longest answer anyone may ask for.
-        allow_image_urls: fetch pictures of API calls from public addresses.
     """
 
     def __init__(
@@ -76,10 +74,9 @@ class Service:
         limits: Limits,
         uploads: Path,
         max_new_tokens: int = 1024,
-        allow_image_urls: bool = False,
     ):
         self.backend, self.limits, self.uploads = backend, limits, uploads.resolve()
-        self.max_new_tokens, self.allow_image_urls = max_new_tokens, allow_image_urls
+        self.max_new_tokens = max_new_tokens
         self._sessions: dict[str, Session] = {}
 
     def controls(self, style: Any, temperature: Any, max_new_tokens: Any, max_tiles: Any, seed: Any) -> Controls:
@@ -197,7 +194,7 @@ class Service:
 
         Args:
             question: the text.
-            images: uploads as `{"path": ...}`, data URIs, or addresses where these are allowed.
+            images: uploads as `{"path": ...}`, or data URIs; `Guard` turns addresses into these where they are allowed.
             controls: how it is asked.
 
         Raises:
@@ -284,9 +281,7 @@ class Service:
         if not isinstance(address, str):
             raise BadInputError("a picture is an uploaded file or a data:image/...;base64,... text")
         if address.startswith(("http://", "https://")):
-            if not self.allow_image_urls:
-                raise BadInputError("this demo fetches no addresses; upload the picture")
-            return fetch_picture(address, self.limits)
+            raise BadInputError("this demo fetches no addresses; upload the picture")  # or `Guard` has fetched it
         if isinstance(image, dict):
             return take_uploads([self.upload(address)], self.limits)[0]
         return read_data_uri(address, self.limits)

@@ -20,18 +20,42 @@ TITLES = {"base": "Base", "mpo": "MPO"}
 MARKS = {"same": "✓ same", "different": "≠ different", "unknown": ""}
 
 
-def chat_messages(conversation: Conversation, side: str) -> list[dict[str, Any]]:
-    """Return the messages of one pane: the question with its pictures, thoughts, reasoning, the final answer apart."""
-    return [message for turn in conversation.turns for message in (_asked(turn), *_answered(turn, side))]
+def question_html(turn: Turn | None) -> str:
+    """Return the question that both panes answer, with its pictures; it stands once, above both."""
+    if turn is None:
+        return ""
+    return f"<div class='asked'>{_pictures(turn)}<p>{html.escape(turn.question)}</p></div>"
 
 
-def _asked(turn: Turn) -> dict[str, Any]:
-    pictures = "".join(
+def answer_messages(turn: Turn | None, side: str) -> list[dict[str, Any]]:
+    """Return the messages of one pane: thoughts, reasoning, and the final answer apart."""
+    return [] if turn is None else _answered(turn, side)
+
+
+def earlier_messages(conversation: Conversation) -> list[dict[str, Any]]:
+    """Return all turns but the last as one conversation: the question once, then what each side said."""
+    messages: list[dict[str, Any]] = []
+    for turn in conversation.turns[:-1]:
+        question = safe_markdown(turn.question)
+        pictures = _pictures(turn)
+        messages.append({"role": "user", "content": f"{pictures}\n\n{question}" if pictures else question})
+        for position, side in enumerate(conversation.order):
+            name = _title(conversation, position)
+            messages += [_named(message, name) for message in _answered(turn, side)]
+    return messages
+
+
+def _named(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """Put the side's name before its messages, which stand in one column here."""
+    title = message["metadata"].get("title")
+    return {**message, "metadata": {**message["metadata"], "title": f"{name}: {title}" if title else name}}
+
+
+def _pictures(turn: Turn) -> str:
+    return "".join(
         f'<img class="sent" src="{_thumbnail(picture)}" alt="Picture {number} of the question">'
         for number, picture in enumerate(turn.images, start=1)
     )
-    text = safe_markdown(turn.question)
-    return {"role": "user", "content": f"{pictures}\n\n{text}" if pictures else text}
 
 
 def _answered(turn: Turn, side: str) -> list[dict[str, Any]]:
@@ -67,13 +91,18 @@ def _thumbnail(picture: Picture) -> str:
     return picture.thumbnail()
 
 
+def _title(conversation: Conversation, position: int) -> str:
+    """Return "A", or where names are shown "A · Base"."""
+    letter = "AB"[position]
+    return letter if conversation.hides_names else f"{letter} · {TITLES[conversation.order[position]]}"
+
+
 def head_html(conversation: Conversation, position: int, models: dict[str, str]) -> str:
     """Return the heading of the left (0) or right (1) pane; a blinded one is only called A or B."""
     side = conversation.order[position]
-    letter, where = "AB"[position], ("left", "right")[position]
-    hidden = conversation.hides_names
-    title = letter if hidden else f"{letter} · {TITLES[side]}"
-    model = "hidden until you vote" if hidden else models[side]
+    where = ("left", "right")[position]
+    model = "hidden until you vote" if conversation.hides_names else models[side]
+    title = _title(conversation, position)
     return f"<div class='pane-head pane-{where}'><h2>{title}</h2><span class='muted'>{html.escape(model)}</span></div>"
 
 
@@ -97,6 +126,16 @@ def agreement_html(turn: Turn | None, running: bool) -> str:
 def status_html(text: str) -> str:
     """Return a line a screen reader announces."""
     return f"<p class='muted' role='status' aria-live='polite'>{html.escape(text)}</p>"
+
+
+def shrunk(pictures: Sequence[Picture]) -> list[str]:
+    """Return a sentence for every picture that was made smaller."""
+    return [
+        f"Picture {number} had {picture.sent[0]:,} × {picture.sent[1]:,} pixels and was made smaller "
+        f"({picture.width:,} × {picture.height:,}); the models look at tiles, which need no more."
+        for number, picture in enumerate(pictures, start=1)
+        if picture.sent
+    ]
 
 
 def tiles_html(cutter: Cutter, pictures: Sequence[Picture], max_tiles: int) -> str:

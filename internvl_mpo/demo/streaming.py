@@ -121,6 +121,15 @@ class Pane:
         self._pieces.append(piece)
         self._activity.add_token()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a piece has come."""
+        return bool(self._pieces)
+
+    def restart(self) -> None:
+        """Forget the pieces: the answer is written anew."""
+        self._pieces.clear()
+
     def finish(self, reason: str, error: str = "", num_tokens: int | None = None) -> None:
         """End the answer; only the first end counts."""
         if not self.finish_reason:
@@ -150,10 +159,12 @@ def follow(
     stop: threading.Event,
     changed: threading.Event,
     activity: Activity,
+    hang_up: Sequence[Callable[[], None]] = (),
 ) -> Iterator[tuple[Answer, ...]]:
     """Run `work` in threads and yield the panes' answers until all of it is done.
 
-    However the iteration ends, `stop` is set and every thread has returned before this function does.
+    However the iteration ends, `stop` is set, `hang_up` is called, and every thread has returned before this function
+    does.
     """
 
     def run(one: Callable[[], None]) -> None:
@@ -180,6 +191,8 @@ def follow(
         completed = True
     finally:
         stop.set()
+        for end in hang_up:
+            end()
         for thread in threads:
             thread.join()
         activity.end(stopped=not completed)

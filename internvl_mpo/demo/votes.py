@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internvl_mpo.demo.conversation import SIDES, Conversation, transcript
+from internvl_mpo.demo.pictures import Picture
 from internvl_mpo.demo.streaming import Names
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.records import PreferencePair
@@ -68,7 +69,7 @@ class VoteBox:
         if not conversation.turns or not conversation.turns[-1].is_finished:
             raise BadInputError("There is nothing to vote on yet; ask a question and wait for both answers.")
         turn = conversation.turns[-1]
-        if turn.voted:
+        if turn.vote:
             raise BadInputError("Your vote on these answers is stored already; ask another question to vote again.")
         texts = {side: turn.answers[side].text for side in SIDES}
         if not all(texts.values()):
@@ -89,7 +90,7 @@ class VoteBox:
             "shown_left": left,
             "time": int(time.time()),
         }
-        images = tuple(f"images/{hashlib.sha256(picture.png).hexdigest()[:20]}.png" for picture in turn.images)
+        images = tuple(map(picture_name, turn.images))
         is_follow_up = len(conversation.turns) > 1
         if winner and not is_follow_up and texts["base"] != texts["mpo"]:
             loser = "base" if winner == "mpo" else "mpo"
@@ -108,7 +109,7 @@ class VoteBox:
             pictures = [picture for one in conversation.turns for picture in one.images]
             row = {
                 "id": uuid.uuid4().hex[:16],
-                "images": [f"images/{hashlib.sha256(picture.png).hexdigest()[:20]}.png" for picture in pictures],
+                "images": [picture_name(picture) for picture in pictures],
                 "verdict": winner or verdict,
                 "why_no_pair": "follow_up" if is_follow_up else "same_text" if winner else verdict,
                 "conversations": {side: transcript(conversation.turns, side) for side in SIDES},
@@ -122,7 +123,7 @@ class VoteBox:
             self._write_pictures(conversation)
             with open(path, "a", encoding="utf-8") as out:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            turn.voted = True
+            turn.vote = row
         return said
 
     def flush(self) -> None:
@@ -134,6 +135,11 @@ class VoteBox:
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         for turn in conversation.turns:
             for picture in turn.images:
-                path = self.folder / "images" / f"{hashlib.sha256(picture.png).hexdigest()[:20]}.png"
+                path = self.folder / picture_name(picture)
                 if not path.exists():
                     path.write_bytes(picture.png)
+
+
+def picture_name(picture: Picture) -> str:
+    """Return where a picture lies beside the rows that show it; the same picture has the same name."""
+    return f"images/{hashlib.sha256(picture.png).hexdigest()[:20]}.png"
