@@ -48,7 +48,7 @@ from internvl_mpo.mmpr.reading import iter_pairs
 from modeling_internvl_mpo.image_processing_internvl_mpo import dynamic_preprocess
 from tests.demo_world import ScriptedBackend, finish, make_page, settings_for, wait_until
 from tests.hostile_markup import hostile_answers
-from tests.tiny_world import make_model_folder
+from tests.tiny_world import WIDE_ENOUGH_FOR_4_BITS, make_model_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = Limits(max_bytes=200_000, max_pixels=1_000_000, max_images=3)
@@ -589,8 +589,9 @@ def test_uploads_go_with_a_terminated_process(model_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_bit_weights_are_those_of_the_language_model(model_folder):
+def test_four_bit_weights_are_those_of_the_language_model(tmp_path):
     pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
+    model_folder = str(make_model_folder(tmp_path, **WIDE_ENOUGH_FOR_4_BITS))
     backend = LocalModels(model_folder, model_folder, four_bit=True)
     assert finish(backend.stream(ask_question(images=[picture()])))["mpo"].num_tokens > 0
     model = backend._models.get()[0].model

@@ -392,7 +392,7 @@ def test_each_pane_and_button_has_a_name_of_its_own_and_stop_keeps_the_focus(pag
     assert names == ["Answer of A", "Answer of B"]
     page.wait_for_selector("#chat-b button[aria-label^='Copy']")
     labels = page.evaluate(
-        """[...document.querySelectorAll("button")].filter(e => e.offsetParent)
+        """[...document.querySelectorAll("button:not([role=tab])")].filter(e => e.offsetParent)
         .map(e => e.ariaLabel || e.innerText.trim() || e.title)"""
     )
     assert "" not in labels

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train_mpo import losses, train, world  # noqa: F401 - world is a fixture
 from tiny import tiny_model
+from tiny_world import WIDE_ENOUGH_FOR_4_BITS, make_model_folder, make_training_pairs
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.training.live_reference import MovingReference
@@ -187,17 +188,20 @@ def test_settings_that_cannot_work_together_are_refused(world, tmp_path, capsys,
 
 
 @pytest.mark.slow
-def test_qlora_trains_on_a_4_bit_language_model_and_saves_what_it_trained(world, tmp_path, capsys):  # noqa: F811
+def test_qlora_trains_on_a_4_bit_language_model_and_saves_what_it_trained(tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModel
 
-    assert train(world, tmp_path / "run", *LORA, "--load_in_4bit", "true", "--save_adapter", "true") == 0
+    wide = tmp_path / "world"
+    make_model_folder(wide / "start", **WIDE_ENOUGH_FOR_4_BITS)
+    make_training_pairs(wide)
+    assert train(wide, tmp_path / "run", *LORA, "--load_in_4bit", "true", "--save_adapter", "true") == 0
     assert len(losses(tmp_path / "run")) == 2
     log = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert abs(log["rewards/chosen"]) < 1e-3  # the cached reference is the 4-bit model, not the wide one
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert "quantization_config" not in config
-    before = load_file(world / "start" / "model.safetensors")
+    before = load_file(wide / "start" / "model.safetensors")
     after = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert moved_parts(before, after) == {"language_model"}
     name = "language_model.model.layers.0.mlp.up_proj.weight"

@@ -70,7 +70,14 @@ def load_model(source: str, dtype: torch.dtype, *, in_4bit: bool = False) -> nn.
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(family.keep_wide),
         )
-    return family.load_model(source, **options)
+    model = family.load_model(source, **options)
+    if in_4bit:
+        # On CPUs with bfloat16 instructions bitsandbytes repacks the weights at the first pass without gradients (the
+        # reference's), and its repacked layers cannot be trained.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def freeze(
