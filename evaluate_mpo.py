@@ -38,7 +38,7 @@ from internvl_mpo.benchmarks.common import Benchmark, Picture, Rule, Score, open
 from internvl_mpo.engines import Engine, Request, Sampling
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.evaluation.comparison import compare_runs
-from internvl_mpo.evaluation.judge import Judged, judge_tasks
+from internvl_mpo.evaluation.judge import JudgeReplies, judge_tasks
 from internvl_mpo.evaluation.model_card import add_to_card
 from internvl_mpo.evaluation.report import MAX_QUESTIONS, report_html
 from internvl_mpo.evaluation.run_files import KeyedLog
@@ -194,7 +194,7 @@ def for_engine(image: Picture, engine: Engine) -> Any:
 
 
 def score_tasks(
-    tasks: Sequence[EvalTask], answers: KeyedLog, judged: Judged, rule: Rule
+    tasks: Sequence[EvalTask], answers: KeyedLog, judged: JudgeReplies, rule: Rule
 ) -> list[tuple[EvalTask, list[Score]]]:
     """Return the verdict on every question; a question without an answer is unscored."""
     verdicts = []
@@ -214,7 +214,10 @@ def score_tasks(
 
 
 def write_scores(
-    verdicts: Sequence[tuple[EvalTask, list[Score]]], answers: KeyedLog, judged: Judged, settings: EvaluateSettings
+    verdicts: Sequence[tuple[EvalTask, list[Score]]],
+    answers: KeyedLog,
+    judged: JudgeReplies,
+    settings: EvaluateSettings,
 ) -> dict[str, Any]:
     """Write scores.json (the numbers) and verdicts.jsonl (question, answer, verdict, reason); return the numbers."""
     output = Path(settings.output)

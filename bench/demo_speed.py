@@ -147,7 +147,6 @@ def make_backend(settings: Settings, folder: Path) -> "LocalModels":
 
 def fix_length(model: Any, prefill: float) -> None:
     """Let every answer have the same length, whatever the model says, and the prompt last `prefill` seconds longer."""
-    model._stops = set()
     model.suppressed = model.suppressed.clone()
     model.suppressed[model.stop_ids] = True
     if prefill:

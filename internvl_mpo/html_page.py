@@ -28,14 +28,14 @@ def render_page(template: str, **values: Any) -> str:
     return _TEMPLATES.get_template(template).render(values).encode("utf-8", "replace").decode("utf-8")
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     """Return a share that is in per cent as a reader sees it; the filter `percent` of templates."""
     return "-" if share is None else f"{share:.1f} %"
 
 
-_TEMPLATES.filters["percent"] = percent
+_TEMPLATES.filters["percent"] = format_percent
 
 
-def data_uri(content: bytes, kind: str) -> str:
+def embedded(content: bytes, kind: str) -> str:
     """Return the `src` of an embedded picture; `kind` is png or jpeg."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 import evaluate_mpo
 from internvl_mpo.convert import convert
 from internvl_mpo.engines import Request, Sampling
-from internvl_mpo.engines.any_family_engine import AnyFamilyEngine
+from internvl_mpo.engines.image_text_engine import ImageTextEngine
 from internvl_mpo.engines.loading import load_model_engine
 from internvl_mpo.errors import BadInputError
 
@@ -44,7 +44,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_vl", "native"])
-def engine(request, folders) -> AnyFamilyEngine:
+def engine(request, folders) -> ImageTextEngine:
     return load_model_engine(str(folders[request.param]))
 
 

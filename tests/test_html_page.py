@@ -6,7 +6,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from internvl_mpo.html_page import data_uri, render_page
+from internvl_mpo.html_page import embedded, render_page
 
 PACKAGE = Path(__file__).resolve().parents[1] / "internvl_mpo"
 PAGES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.glob("*/*report.html"))
@@ -43,4 +43,4 @@ def test_there_are_three_reports():
 
 
 def test_pictures_are_embedded():
-    assert data_uri(b"\x89PNG", "png") == "data:image/png;base64,iVBORw=="
+    assert embedded(b"\x89PNG", "png") == "data:image/png;base64,iVBORw=="

@@ -55,7 +55,7 @@ def load_model_engine(model: str, **settings: Any) -> Engine:
 
     Args:
         model: model folder or Hub id.
-        **settings: device, dtype, batch_size, max_tiles, trust_remote_code of `InternVLEngine` and `AnyFamilyEngine`.
+        **settings: device, dtype, batch_size, max_tiles, trust_remote_code of `InternVLEngine` and `ImageTextEngine`.
     """
     from transformers import PretrainedConfig
 
@@ -67,6 +67,6 @@ def load_model_engine(model: str, **settings: Any) -> Engine:
         from internvl_mpo.engines.internvl_engine import InternVLEngine
 
         return InternVLEngine(model, **settings)
-    from internvl_mpo.engines.any_family_engine import AnyFamilyEngine
+    from internvl_mpo.engines.image_text_engine import ImageTextEngine
 
-    return AnyFamilyEngine(model, **settings)
+    return ImageTextEngine(model, **settings)

@@ -14,21 +14,21 @@ from internvl_mpo.evaluation.settings import EvalTask, EvaluateSettings, answer_
 from internvl_mpo.records import IMAGE_PLACEHOLDER, content_id
 
 
-class Judged(NamedTuple):
+class JudgeReplies(NamedTuple):
     """A judge's replies by answer, one per run, and who gave them."""
 
     replies: dict[str, list[str]]
     identity: dict[str, Any]
 
 
-def judge_tasks(tasks: Sequence[EvalTask], answers: KeyedLog, settings: EvaluateSettings) -> Judged:
+def judge_tasks(tasks: Sequence[EvalTask], answers: KeyedLog, settings: EvaluateSettings) -> JudgeReplies:
     """Ask the judge for every reply that is missing, keep it, and return the replies of all runs.
 
     A reply is kept under the judge's model, the whole prompt (which holds the answer) and the run, so that a new judge,
     prompt or answer is asked anew and nothing is paid twice.
     """
     if settings.judge is None:
-        return Judged({}, {})
+        return JudgeReplies({}, {})
     questions: dict[str, list[tuple[str, str, int]]] = {}
     for task in tasks:
         template = judge_template(task, settings)
@@ -60,7 +60,7 @@ def judge_tasks(tasks: Sequence[EvalTask], answers: KeyedLog, settings: Evaluate
         kept = [
             judgements.rows[key] for entries in questions.values() for key, _, _ in entries if key in judgements.rows
         ]
-    return Judged(replies, {**identity, "served": sorted({row["served"] for row in kept})})
+    return JudgeReplies(replies, {**identity, "served": sorted({row["served"] for row in kept})})
 
 
 def judge_template(task: EvalTask, settings: EvaluateSettings) -> str | None:

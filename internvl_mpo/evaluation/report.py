@@ -13,7 +13,7 @@ from internvl_mpo.benchmarks import load_benchmark
 from internvl_mpo.benchmarks.common import open_image
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.evaluation.paper_table import COLUMNS, PROTOCOLS, column
-from internvl_mpo.html_page import data_uri, render_page
+from internvl_mpo.html_page import embedded, render_page
 from internvl_mpo.jsonl import iter_jsonl
 
 MAX_QUESTIONS = 120  # per benchmark and mode; a file of some MB stays quick to open
@@ -155,7 +155,7 @@ def _thumbnail(image: str) -> str | None:
     picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
-    return data_uri(buffer.getvalue(), "jpeg")
+    return embedded(buffer.getvalue(), "jpeg")
 
 
 def _number(value: Any) -> str:

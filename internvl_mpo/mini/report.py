@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.files import atomic_writer
-from internvl_mpo.html_page import data_uri, render_page
+from internvl_mpo.html_page import embedded, render_page
 from internvl_mpo.jsonl import iter_jsonl, read_whole_lines
 from internvl_mpo.records import Question, read_rows
 
@@ -73,7 +73,7 @@ def _plots(folder: Path, methods: list[str]) -> list[tuple[str, str, str]]:
         image = io.BytesIO()
         figure.savefig(image, format="png")
         pyplot.close(figure)
-        plots.append((key, caption, data_uri(image.getvalue(), "png")))
+        plots.append((key, caption, embedded(image.getvalue(), "png")))
     return plots
 
 
@@ -89,7 +89,7 @@ def _cards(folder: Path) -> list[dict[str, Any]]:
     order = sorted((key for key in before if key in after), key=lambda key: (before[key][1] == after[key][1], key))
     return [
         {
-            "image": data_uri((folder / "world" / questions[key].images[0]).read_bytes(), "png"),
+            "image": embedded((folder / "world" / questions[key].images[0]).read_bytes(), "png"),
             "question": questions[key].question,
             "gold": questions[key].answer or "",
             "answers": [("start model", *before[key]), ("MPO", *after[key])],

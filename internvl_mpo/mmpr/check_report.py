@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.files import atomic_writer
-from internvl_mpo.html_page import data_uri, render_page
+from internvl_mpo.html_page import embedded, render_page
 from internvl_mpo.mmpr.card import draw_lengths, length_row
 from internvl_mpo.mmpr.findings import KINDS, Report
 from internvl_mpo.mmpr.release import split_subset_name
@@ -193,7 +193,7 @@ def _plot(report: Report) -> str:
         return ""
     image = io.BytesIO()
     draw_lengths(report.statistics.lengths, "words", image)
-    return data_uri(image.getvalue(), "png")
+    return embedded(image.getvalue(), "png")
 
 
 def _findings(report: Report) -> list[dict[str, Any]]:
@@ -211,5 +211,5 @@ def _card(report: Report, example: int, where: str, picture: bytes) -> dict[str,
     benchmark, id = report.index.examples[example]
     question = report.index.questions[example][:200]
     return {
-        "picture": data_uri(picture, "jpeg"), "where": where, "benchmark": benchmark, "id": id, "question": question,
+        "picture": embedded(picture, "jpeg"), "where": where, "benchmark": benchmark, "id": id, "question": question,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from internvl_mpo.files import link, read_json, replaced_folder
 from internvl_mpo.publish.hub import Pushed, files_of
 from internvl_mpo.publish.hygiene import check_nothing_private
 from internvl_mpo.publish.picture_names import shorten, shorten_names
-from internvl_mpo.publish.proof import clean_environment
+from internvl_mpo.publish.proof import clean_environment, last_words
 from internvl_mpo.publish.settings import Built, HubSettings
 from internvl_mpo.settings import setting
 
@@ -107,8 +107,7 @@ def read_back(source: str, folder: Path, num_rows: int, *, revision: str | None 
             text=True,
         )
         if ran.returncode != 0:
-            reason = ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else f"exit code {ran.returncode}"
-            raise BadInputError(f"load_dataset does not read {source} ({reason[:300]})")
+            raise BadInputError(f"load_dataset does not read {source} ({last_words(ran)})")
         return json.loads(result.read_text(encoding="utf-8"))
 
 

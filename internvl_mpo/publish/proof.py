@@ -53,8 +53,7 @@ def prove_model(
             text=True,
         )
         if ran.returncode != 0:
-            reason = ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else f"exit code {ran.returncode}"
-            raise BadInputError(f"{folder} does not load in a clean process ({reason[:300]}); it is not published")
+            raise BadInputError(f"{folder} does not load in a clean process ({last_words(ran)}); it is not published")
         found = load_file(result)
         expected = _ask_here(source, base, picture, device)
     return compare(found, expected, folder, source)
@@ -88,6 +87,11 @@ def compare(found: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"], fol
         f"loaded in a clean process: {found['input_ids'].shape[1]} prompt tokens, logits within {worst:.1e} of the "
         f"source's ({kind}), {len(found['generated'])} tokens generated"
     )
+
+
+def last_words(ran: "subprocess.CompletedProcess[str]") -> str:
+    """Return why a process failed: the last line it wrote, or its exit code."""
+    return (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1][:300]
 
 
 def clean_environment(home: Path, *, online: bool = False) -> dict[str, str]:

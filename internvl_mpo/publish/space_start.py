@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.publish.proof import clean_environment
+from internvl_mpo.publish.proof import clean_environment, last_words
 
 _TOO_BUSY = "localhost is not accessible"  # Gradio gives its own page three seconds; a busy computer needs more
 
@@ -70,8 +70,7 @@ def _make_environment(folder: Path, requirements: Path, clean: bool) -> Path:
         words = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(requirements)]
         ran = subprocess.run(words, capture_output=True, text=True)
         if ran.returncode != 0:
-            reason = ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else f"exit code {ran.returncode}"
-            raise BadInputError(f"{requirements.name} cannot be installed in a clean environment: {reason[:300]}")
+            raise BadInputError(f"{requirements.name} cannot be installed in a clean environment: {last_words(ran)}")
         return python
     # A folder named in a .pth file is searched for packages, but the .pth files in it are not read: an editable
     # installation of this project does not come along.

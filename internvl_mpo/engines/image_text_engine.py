@@ -47,7 +47,7 @@ from internvl_mpo.engines.local import (
 from internvl_mpo.errors import BadInputError
 
 
-class AnyFamilyEngine:
+class ImageTextEngine:
     """Answers requests with any image-text model of transformers.
 
     Args:
