@@ -88,16 +88,7 @@ class MPOArguments(TrainingArguments):
         check_speed_settings(self)
         if self.beta <= 0:
             raise BadInputError(f"beta is {self.beta}, expected more than 0")
-        if self.preference == self.quality == self.generation == "none":
-            raise BadInputError("preference, quality and generation are all 'none', so there is nothing to train on")
-        kinds = (self.preference, self.quality, self.generation)
-        if not all(0 <= weight < math.inf for weight in self.weights) or not any(
-            weight for kind, weight in zip(kinds, self.weights, strict=True) if kind != "none"
-        ):
-            raise BadInputError(
-                "preference_weight, quality_weight and generation_weight are {}, {} and {}, expected 0 or more, and "
-                "above 0 for a term that is not none".format(*self.weights)
-            )
+        self._check_weights()
         self._check_terms()
         if not 0 <= self.reward_shift_momentum < 1:
             raise BadInputError(
@@ -110,6 +101,31 @@ class MPOArguments(TrainingArguments):
             )
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"  # whoever says how often wants it
+        self._check_moving_reference()
+        self._choose_metric()
+        self.remove_unused_columns = False  # packs are not columns
+        self.logging_nan_inf_filter = False  # a non-finite loss stops the run instead of being averaged away
+        self.per_device_train_batch_size = 1  # a batch is a pack
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise BadInputError(f"the training settings do not fit together: {error}") from error
+
+    def _check_weights(self) -> None:
+        """Refuse weights of the three terms that leave nothing to train on."""
+        if self.preference == self.quality == self.generation == "none":
+            raise BadInputError("preference, quality and generation are all 'none', so there is nothing to train on")
+        kinds = (self.preference, self.quality, self.generation)
+        if not all(0 <= weight < math.inf for weight in self.weights) or not any(
+            weight for kind, weight in zip(kinds, self.weights, strict=True) if kind != "none"
+        ):
+            raise BadInputError(
+                "preference_weight, quality_weight and generation_weight are {}, {} and {}, expected 0 or more, and "
+                "above 0 for a term that is not none".format(*self.weights)
+            )
+
+    def _check_moving_reference(self) -> None:
+        """Refuse a reference that cannot move, or that nothing looks at."""
         if self.reference_sync_steps < 0 or not 0 < self.reference_mixup_alpha <= 1:
             raise BadInputError(
                 f"reference_sync_steps is {self.reference_sync_steps} and reference_mixup_alpha "
@@ -120,14 +136,6 @@ class MPOArguments(TrainingArguments):
                 f"reference_sync_steps moves a reference that preference '{self.preference}' with quality "
                 f"'{self.quality}' does not use; leave it out"
             )
-        self._choose_metric()
-        self.remove_unused_columns = False  # packs are not columns
-        self.logging_nan_inf_filter = False  # a non-finite loss stops the run instead of being averaged away
-        self.per_device_train_batch_size = 1  # a batch is a pack
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            raise BadInputError(f"the training settings do not fit together: {error}") from error
 
     def _check_terms(self) -> None:
         """Refuse settings of the preference term that cannot work or would have no effect."""
