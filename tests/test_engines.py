@@ -8,7 +8,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_tokenizer
 from tiny_world import make_model_folder, make_pictures
 
 from internvl_mpo.engines import Draft, Reply, Request, Sampling
@@ -257,29 +256,35 @@ def test_seeds_differ_by_question_and_sample_and_fit_31_bits():
     assert sample_seed(1, "q0", 0) not in seeds
 
 
-def test_vllm_is_asked_as_its_interface_wants(monkeypatch, tmp_path):
-    """A stand-in for the module; the real one needs CUDA."""
-    calls = []
+@pytest.fixture
+def vllm(monkeypatch):
+    """A stand-in for the module, which has an environment of its own; `bench/vllm_check.py` asks the real one."""
+    started, calls = [], []
 
     class LLM:
-        def __init__(self, **kwargs):
-            self.settings = kwargs
-
-        def get_tokenizer(self):
-            return tiny_tokenizer()
+        def __init__(self, **settings):
+            started.append(settings)
 
         def chat(self, conversations, params, **kwargs):
-            calls.append((conversations, params, kwargs))
-            reasons = ["stop", "abort", "stop"]
+            texts = [conversation[-1]["content"] for conversation in conversations]
+            calls.append((texts, params, kwargs))
+            if any("too long" in text for text in texts):
+                raise ValueError("The decoder prompt (length 5000) is longer than the maximum model length of 1024.")
+            reasons = ["abort" if "B?" in text else "stop" for text in texts]
             return [
-                SimpleNamespace(outputs=[SimpleNamespace(text=" hi", finish_reason=reason, token_ids=[1, 2])])
-                for reason, _ in zip(reasons, conversations, strict=False)
+                SimpleNamespace(outputs=[SimpleNamespace(text=" hi", finish_reason=r, token_ids=[1])]) for r in reasons
             ]
 
     module = ModuleType("vllm")
-    module.LLM, module.SamplingParams = LLM, lambda **kwargs: kwargs
+    module.LLM, module.SamplingParams, module.CompletionOutput = LLM, lambda **kwargs: kwargs, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", module)
-    engine = load_engine(EngineSettings(model=str(tmp_path), engine="vllm", max_tiles=6))
+    monkeypatch.delitem(sys.modules, "internvl_mpo.engines.vllm_engine", raising=False)
+    return SimpleNamespace(started=started, calls=calls)
+
+
+def test_vllm_is_asked_as_its_interface_wants(vllm, model_folder, pictures):
+    engine = load_engine(EngineSettings(model=str(model_folder), engine="vllm", max_tiles=6))
+    assert not vllm.started
     replies = ask(
         engine,
         [
@@ -287,16 +292,38 @@ def test_vllm_is_asked_as_its_interface_wants(monkeypatch, tmp_path):
             Request(id="b", question="B?", sampling=DRAWN),
             Request(id="c", question="C?", prefix="So", sampling=DRAWN),
             Request(id="d", question="D?", images=("none.png",), sampling=DRAWN),
+            Request(id="e", question="<image> <image>", images=tuple(pictures[:2]), sampling=DRAWN),
         ],
     )
-    assert (replies["a"].text, replies["c"].text) == ("hi", " hi")
+    assert (replies["a"].text, replies["c"].text, replies["e"].text) == ("hi", " hi", "hi")
     assert replies["b"].error == "vLLM ended with 'abort'"
     assert "none.png" in replies["d"].error
-    (_, params, plain), (conversations, _, continued) = calls
-    assert params[0] == {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "max_tokens": 8, "seed": 3}
-    assert (plain["add_generation_prompt"], plain["continue_final_message"]) == (True, False)
-    assert (continued["add_generation_prompt"], continued["continue_final_message"]) == (False, True)
-    assert conversations[0][-1] == {"role": "assistant", "content": "So"}
+    assert [one["limit_mm_per_prompt"] for one in vllm.started] == [{"image": 2}]
+    plain, continued, two = vllm.calls
+    assert plain[1][0] == {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "max_tokens": 8, "seed": 3}
+    assert (plain[2]["add_generation_prompt"], plain[2]["continue_final_message"]) == (True, False)
+    assert (continued[2]["add_generation_prompt"], continued[2]["continue_final_message"]) == (False, True)
+    assert continued[0] == ["So"]
+    assert [one[2]["mm_processor_kwargs"] for one in vllm.calls] == [None, None, {"max_dynamic_patch": 3}]
+    assert len(two[0]) == 1
+
+
+def test_a_prompt_that_vllm_refuses_costs_only_itself(vllm, model_folder):
+    engine = load_engine(EngineSettings(model=str(model_folder), engine="vllm"))
+    questions = {str(number): "too long" if number in (3, 40) else f"q{number}" for number in range(64)}
+    replies = ask(engine, [Request(id=id, question=text, sampling=DRAWN) for id, text in questions.items()])
+    assert {id for id, reply in replies.items() if reply.error} == {"3", "40"}
+    assert "longer than the maximum model length" in replies["3"].error
+    assert len(vllm.calls) < 30
+
+
+def test_vllm_is_started_anew_for_more_pictures(vllm, model_folder, pictures, monkeypatch):
+    engine = load_engine(EngineSettings(model=str(model_folder), engine="vllm"))
+    monkeypatch.setattr("internvl_mpo.engines.vllm_engine.WINDOW", 2)
+    counts = [0, 1, 1, 0, 3, 1]
+    requests = [Request(id=str(n), question="?", images=(pictures[0],) * count) for n, count in enumerate(counts)]
+    assert not any(reply.error for reply in ask(engine, requests).values())
+    assert [one["limit_mm_per_prompt"]["image"] for one in vllm.started] == [1, 3]
 
 
 def test_a_seed_gives_its_numbers_however_many_are_drawn_together():

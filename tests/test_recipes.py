@@ -101,6 +101,7 @@ def test_one_node_trains_on_two_ranks(world, tmp_path):  # noqa: F811
 
 def test_a_slurm_job_has_a_log_on_a_fresh_clone_and_all_its_cores():
     text = (ROOT / "runs/many_nodes.slurm").read_text()
+    assert "#SBATCH --open-mode=append" in text  # a requeued job writes on, and its first log is what tells why
     log = re.search(r"^#SBATCH --output=(.*)", text, re.MULTILINE).group(1)
     assert "/" not in log  # Slurm makes no folder, and outputs/ is not in the repository
     assert "export SRUN_CPUS_PER_TASK=" in text.partition("\nsrun ")[0]

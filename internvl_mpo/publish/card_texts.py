@@ -48,14 +48,19 @@ VLLM = """\
 vLLM, SGLang and LMDeploy know this layout (`InternVLChatModel`); not run for this checkpoint:
 
 ```bash
-vllm serve {name} --trust-remote-code
-```"""
+vllm serve {name} --trust-remote-code --chat-template-content-format openai --limit-mm-per-prompt '{{"image": 4}}'
+```
+
+`openai` keeps pictures where they stand between texts; the limit is the most pictures of a prompt. vLLM cuts each
+picture into up to `max_dynamic_patch` tiles, while training and evaluation here shared them among the pictures of a
+prompt: for the same tiles give several pictures `"mm_processor_kwargs": {{"max_dynamic_patch": N}}` in the request."""
 
 VLLM_ADAPTER = """\
 vLLM (not run for this checkpoint):
 
 ```bash
-vllm serve {base} --trust-remote-code --enable-lora --lora-modules mpo={name}
+vllm serve {base} --trust-remote-code --enable-lora --lora-modules mpo={name} \\
+    --chat-template-content-format openai --limit-mm-per-prompt '{{"image": 4}}'
 ```"""
 
 SMALLER = """\
