@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.files import check_replaceable, replaced_folder
 from internvl_mpo.mmpr.pairs import PairRow
-from internvl_mpo.mmpr.reading import iter_pairs
+from internvl_mpo.mmpr.reading import forms_found, iter_pairs
 from internvl_mpo.records import RowError, content_id
 from internvl_mpo.settings import show_settings, write_settings
 from internvl_mpo.training.checkpoint import SETTINGS_FILE, check_run_folder, read_state
@@ -110,6 +110,8 @@ def read_pairs(settings: "TrainSettings") -> tuple[list[PairRow], list[RowError]
     rows, rejects = [], []
     with tqdm(desc="reading pairs", unit="pair", delay=1, disable=settings.process_index != 0) as bar:
         for path in settings.data:
+            if settings.process_index == 0:
+                print(forms_found(path, settings.image_root), flush=True)
             for row in iter_pairs(path, settings.image_root):
                 (rejects if isinstance(row, RowError) else rows).append(row)
                 bar.update()

@@ -22,7 +22,7 @@ from internvl_mpo.files import atomic_writer
 from internvl_mpo.mmpr.check import check
 from internvl_mpo.mmpr.check_report import report_json, text_table, write_report
 from internvl_mpo.mmpr.contamination import build_index
-from internvl_mpo.mmpr.reading import iter_pairs
+from internvl_mpo.mmpr.reading import forms_found, iter_pairs
 from internvl_mpo.settings import parse_settings, setting, show_settings
 
 
@@ -30,7 +30,9 @@ from internvl_mpo.settings import parse_settings, setting, show_settings
 class Settings:
     """Settings of the program; `--help` prints them."""
 
-    data: str = setting(help="release (folder, meta.json, JSONL) or converted folder; may be given without --data")
+    data: str = setting(
+        help="release, file of rows (forms in docs/data.md) or converted folder; --data may be left out"
+    )
     output: str = setting("mmpr_check", help="folder for report.html, report.json and rejects.jsonl")
     image_root: str | None = setting(None, help="another folder to look for images and zip archives in")
     benchmarks: list[str] = setting([], help="NAME=FOLDER of each benchmark to look for, with commas between")
@@ -59,6 +61,7 @@ def main(argv: list[str]) -> int:
 
         rows = iter_pairs(settings.data, settings.image_root)
         gaps = likelihood_gaps(rows, settings.model, num_pairs=settings.model_pairs, device=settings.device)
+    print(forms_found(settings.data, settings.image_root))
     output = Path(settings.output)
     with atomic_writer(output / "rejects.jsonl") as rejects:
         report = check(

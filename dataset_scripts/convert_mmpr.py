@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mmpr.card import write_card
 from internvl_mpo.mmpr.convert import convert
+from internvl_mpo.mmpr.reading import forms_found
 from internvl_mpo.mmpr.restore import restore
 from internvl_mpo.mmpr.shard_plan import MEGABYTE, Options
 from internvl_mpo.settings import parse_settings, setting, show_settings
@@ -30,7 +31,9 @@ from internvl_mpo.settings import parse_settings, setting, show_settings
 class Settings:
     """Settings of the program; `--help` prints them."""
 
-    raw: str = setting(help="release: its folder, its meta.json, or a JSONL file; may be given without --raw")
+    raw: str = setting(
+        help="release (folder, meta.json) or file of rows (forms in docs/data.md); --raw may be left out"
+    )
     output: str = setting(help="folder to make")
     image_root: str | None = setting(None, help="another folder to look for images and zip archives in")
     workers: int = setting(1, help="processes; each needs about 400 MB")
@@ -62,6 +65,7 @@ def main(argv: list[str]) -> int:
     options = Options(
         settings.raw, settings.image_root, settings.shard_mb * MEGABYTE, settings.decode, settings.tokenizer
     )
+    print(forms_found(settings.raw, settings.image_root))
     rejects = output.with_name(f"{output.name}.rejects.jsonl")
     result = convert(options, output, workers=settings.workers, rejects=rejects)
     write_card(output, name=settings.name, title=settings.title)

@@ -28,9 +28,11 @@ import datasets
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
 
 from internvl_mpo.errors import BadInputError, RowError
-from internvl_mpo.mmpr.files import Member, check_picture, read_lines
+from internvl_mpo.mmpr.files import check_picture
+from internvl_mpo.mmpr.lines import Member, read_lines
 from internvl_mpo.mmpr.parquet import FEATURES, to_columns
 from internvl_mpo.mmpr.release import Subset, parse_line, read_subsets
+from internvl_mpo.mmpr.tables import TableRows
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,9 @@ class MMPR(datasets.GeneratorBasedBuilder):
                 log.warning("left out %s: %s", where, error.reason)
 
 
-def _facts(subset: Subset) -> list[int]:
-    """Size and time of the annotations."""
+def _facts(subset: Subset) -> list[Any]:
+    """Size and time of the annotations, or what tells a table from others."""
+    if isinstance(subset.annotation, TableRows):
+        return [subset.annotation.version]
     files = subset.annotation.archive.parts if isinstance(subset.annotation, Member) else [subset.annotation]
     return [number for path in files for number in (path.stat().st_size, path.stat().st_mtime_ns)]

@@ -15,7 +15,7 @@ rows in the order of the questions. A killed run goes on where it stopped and en
 import hashlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +25,13 @@ from internvl_mpo.engines import Engine, Reply, Request, Sampling
 from internvl_mpo.engines.journal import Journal, collect_replies, report_missing, sample_seed
 from internvl_mpo.engines.loading import load_engine
 from internvl_mpo.engines.settings import EngineSettings
-from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.errors import BadInputError, RowError, run_program
 from internvl_mpo.files import atomic_path
+from internvl_mpo.formats import to_own_form
+from internvl_mpo.mmpr.reading import forms_found, iter_questions
+from internvl_mpo.mmpr.tables import TablePictures
 from internvl_mpo.prompts import STYLES, ask, language_of, style_for
-from internvl_mpo.records import Question, Response, content_id, read_rows, truth_of
+from internvl_mpo.records import Question, Response, content_id
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 
 
@@ -37,7 +40,7 @@ class Settings(EngineSettings):
     """Settings of the program; `--help` prints them."""
 
     questions: list[str] = setting(
-        help="JSONL files with image, question, answer, separated by commas; hub:OWNER/NAME[:SPLIT] for a Hub dataset"
+        help="files of questions (JSONL, JSON, Parquet; forms in docs/data.md) with commas, or hub:OWNER/NAME[:SPLIT]"
     )
     output: str = setting(help="JSONL file of Response rows to write")
     image_root: str = setting("", help="folder the image paths of the questions are relative to")
@@ -81,9 +84,10 @@ def load_questions(settings: Settings) -> list[Question]:
     rows: dict[str, Question] = {}
     num_read = 0
     for path in settings.questions:
-        local = not path.startswith("hub:")
-        found = read_rows(path, Question, source=Path(path).stem) if local else hub_questions(path, settings)
-        for row in found:
+        is_local = not path.startswith("hub:")
+        if is_local:
+            print(forms_found(path, settings.image_root or None, is_pair=False))
+        for row in file_questions(path, settings) if is_local else hub_questions(path, settings):
             num_read += 1
             rows.setdefault(row.id, row)
     if not rows:
@@ -93,13 +97,27 @@ def load_questions(settings: Settings) -> list[Question]:
     return list(rows.values())[: settings.limit]
 
 
+def file_questions(path: str, settings: Settings) -> Iterator[Question]:
+    """Read the questions of a file; pictures inside a table are saved under `image_root` by their content."""
+    for question, pictures in iter_questions(path, settings.image_root or None):
+        if not isinstance(pictures, TablePictures):
+            yield question
+            continue
+        for name in question.images:
+            target = Path(settings.image_root, "hub", name)
+            if not target.exists():
+                with atomic_path(target) as partial:
+                    partial.write_bytes(pictures.read(name))
+        yield replace(question, images=tuple(f"hub/{name}" for name in question.images))
+
+
 def hub_questions(name: str, settings: Settings) -> Iterator[Question]:
-    """Stream questions from a Hub dataset with columns question, answer and image (or images).
+    """Stream questions from a Hub dataset: columns of any form in `formats`, image or images for the pictures.
 
     Pictures are saved under `image_root` by the hash of their content, where all later stages find them.
 
     Raises:
-        BadInputError: the dataset cannot be loaded or lacks a question column.
+        BadInputError: the dataset cannot be loaded, or a row is in no form that is read.
     """
     import datasets
 
@@ -110,21 +128,22 @@ def hub_questions(name: str, settings: Settings) -> Iterator[Question]:
         raise BadInputError(
             f"cannot load {name}: {str(error).splitlines()[0]}; expected hub:OWNER/NAME:SPLIT"
         ) from error
-    columns = table.column_names or []
-    if "question" not in columns:
-        raise BadInputError(f"{name} has the columns {', '.join(columns)}; a 'question' column is needed")
-    pictures = [column for column in ("image", "images") if column in columns]
     root = Path(settings.image_root)
     for number, row in enumerate(table):
         if number == settings.limit:
             break
-        found = [image for column in pictures for image in _as_list(row[column])]
-        yield Question(
-            images=[image if isinstance(image, str) else save_picture(image, root) for image in found],
-            question=row["question"],
-            answer=truth_of(row),
-            source=repository.rpartition("/")[2],
-        )
+        where = f"{name}, row {number}"
+        pictures = {key: _saved(row[key], root) for key in ("image", "images") if row.get(key) is not None}
+        try:
+            own = to_own_form({**row, **pictures}, is_pair=False)[1]
+        except RowError as error:
+            raise RowError(error.reason, where) from error
+        yield Question.from_json(own, source=repository.rpartition("/")[2], where=where)
+
+
+def _saved(value: Any, root: Path) -> list[str]:
+    images = value if isinstance(value, list) else [value]
+    return [image if isinstance(image, str) else save_picture(image, root) for image in images]
 
 
 def save_picture(image: Any, root: Path) -> str:
@@ -135,12 +154,6 @@ def save_picture(image: Any, root: Path) -> str:
         with atomic_path(path) as partial:
             image.save(partial, "PNG")
     return name
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
 
 
 class Plan:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from internvl_mpo.mini.release import MMPRSettings, make_release
 from internvl_mpo.mmpr.card import write_card
 from internvl_mpo.mmpr.convert import convert
-from internvl_mpo.mmpr.files import read_lines
+from internvl_mpo.mmpr.lines import read_lines
 from internvl_mpo.mmpr.release import read_subsets
 from internvl_mpo.mmpr.shard_plan import Options
 

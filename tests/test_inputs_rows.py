@@ -19,7 +19,7 @@ from internvl_mpo.answers.comparing import Outcome, compare_answers
 from internvl_mpo.encoding import encode_group, measure_group
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.jsonl import iter_jsonl
-from internvl_mpo.mmpr import files as mmpr_files
+from internvl_mpo.mmpr import lines as mmpr_lines
 from internvl_mpo.mmpr.check import check
 from internvl_mpo.mmpr.convert import convert
 from internvl_mpo.mmpr.reading import iter_pairs
@@ -383,7 +383,7 @@ def test_a_byte_order_mark_is_passed_over(folder):
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_an_endless_line_is_refused_in_little_memory_and_the_rest_is_read(folder, monkeypatch, zipped):
-    monkeypatch.setattr(mmpr_files, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(mmpr_lines, "MAX_LINE_BYTES", 1 << 20)
     from internvl_mpo.mmpr import release
 
     monkeypatch.setattr(release, "MAX_LINE_BYTES", 1 << 20)

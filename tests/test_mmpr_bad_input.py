@@ -12,7 +12,7 @@ from PIL import Image
 
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.convert import convert
-from internvl_mpo.mmpr.files import read_lines
+from internvl_mpo.mmpr.lines import read_lines
 from internvl_mpo.mmpr.release import parse_line
 from internvl_mpo.mmpr.shard_plan import Options
 
@@ -177,10 +177,10 @@ def test_a_decompression_bomb_in_a_zip_is_not_unpacked(world, tmp_path):
 
 
 def test_a_line_that_is_far_too_long_is_refused(monkeypatch, tmp_path):
-    from internvl_mpo.mmpr import files as mmpr_files
+    from internvl_mpo.mmpr import lines as mmpr_lines
     from internvl_mpo.mmpr import release as mmpr
 
-    monkeypatch.setattr(mmpr_files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(mmpr_lines, "MAX_LINE_BYTES", 100)
     monkeypatch.setattr(mmpr, "MAX_LINE_BYTES", 100)
     (tmp_path / "x.jsonl").write_bytes(b"a" * 1000 + b"\n{}\n")
     (_, length, long), (offset, _, short) = read_lines(tmp_path / "x.jsonl")

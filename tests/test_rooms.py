@@ -31,6 +31,7 @@ ROOMS = {
     "settings": set(),
     "records": set(),
     "text_checks": set(),
+    "formats": set(),
     "prompts": set(),
     "packing": {"torch"},
     "token_weights": set(),

@@ -125,7 +125,7 @@ def test_a_missing_picture_is_named_and_asked_for_again(world, tmp_path, capsys)
     [
         ({"style": "chain"}, "unknown style 'chain'"),
         ({"temperature": 0}, "temperature 0 gives equal samples"),
-        ({"questions": "none.jsonl"}, "cannot read"),
+        ({"questions": "none.jsonl"}, "'none.jsonl' does not exist"),
         ({"num_sample": 3}, "did you mean 'num_samples'"),
     ],
 )

@@ -20,8 +20,9 @@ from internvl_mpo.jsonl import json_line
 from internvl_mpo.mmpr.contamination import BenchmarkIndex
 from internvl_mpo.mmpr.copies import find_copies, similarity_hash
 from internvl_mpo.mmpr.differences import compare
-from internvl_mpo.mmpr.files import Member, check_picture, read_lines
+from internvl_mpo.mmpr.files import check_picture
 from internvl_mpo.mmpr.findings import MAX_EXAMPLES, MAX_SHOWN, CheckTask, Finding, Part, Report
+from internvl_mpo.mmpr.lines import cuts, read_lines
 from internvl_mpo.mmpr.manifest import MANIFEST, file_facts, read_manifest
 from internvl_mpo.mmpr.parquet import REQUIRED, to_pair
 from internvl_mpo.mmpr.reading import is_parquet
@@ -109,12 +110,8 @@ def check(
 
 def _raw_tasks(subsets: Sequence[Subset]) -> Iterator[CheckTask]:
     for number, subset in enumerate(subsets):
-        if isinstance(subset.annotation, Member):
-            yield CheckTask(number, 0, None)
-            continue
-        size = subset.annotation.stat().st_size
-        for cut in range(0, max(1, size), INDEX_BYTES):
-            yield CheckTask(number, cut, min(cut + INDEX_BYTES, size))
+        for start, stop in cuts(subset.annotation, INDEX_BYTES):
+            yield CheckTask(number, start, stop)
 
 
 def _parquet_tasks(data: str, report: Report, note: Any) -> Iterator[CheckTask]:

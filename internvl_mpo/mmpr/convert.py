@@ -16,7 +16,8 @@ from typing import Any
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_path, atomic_writer
-from internvl_mpo.mmpr.files import Member, relative
+from internvl_mpo.mmpr.files import relative
+from internvl_mpo.mmpr.lines import Annotation, Member
 from internvl_mpo.mmpr.manifest import MANIFEST, file_facts, read_manifest
 from internvl_mpo.mmpr.parquet import arrow_schema
 from internvl_mpo.mmpr.release import Subset
@@ -109,10 +110,14 @@ def _fingerprint(options: Options, subsets: Sequence[Subset]) -> str:
     """Hash of the settings, meta.json and annotations: what decides the bytes, pictures apart."""
     facts: list[Any] = [{key: value for key, value in asdict(options).items() if key not in ("raw", "image_root")}]
     for subset in subsets:
-        text = subset.annotation
-        content = text.entry.crc if isinstance(text, Member) else file_facts(text)["sha256"]
-        facts.append([subset.name, dict(subset.entry), content])
+        facts.append([subset.name, dict(subset.entry), _content_mark(subset.annotation)])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content_mark(text: Annotation) -> Any:
+    if isinstance(text, Member):
+        return text.entry.crc
+    return file_facts(text)["sha256"] if isinstance(text, Path) else text.version
 
 
 def _finished(output: Path, fingerprint: str) -> Result | None:

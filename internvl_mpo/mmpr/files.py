@@ -11,7 +11,6 @@ A name that could be two files is refused with both, and so is a file, or a link
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from typing import Any
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.archives import Archive, Entry, leaves_folder
 from internvl_mpo.mmpr.joined_parts import find_archives
+from internvl_mpo.mmpr.lines import Annotation, Member
 from internvl_mpo.pictures import check_encodable
 
 MAX_FILE_BYTES = 256 << 20  # of one picture; the largest files of MMPR are a few MB
 MAX_PIXELS = 178_956_970  # Pillow refuses larger pictures as decompression bombs, and so do all readers of the data set
-MAX_LINE_BYTES = 64 << 20
 _GIVE_ROOT = "so nothing of it is read; give the folder it lies in as --image_root"
 
 
@@ -47,17 +46,6 @@ def relative(name: str) -> str:
 def is_absolute(name: str) -> bool:
     """Return whether a path, an address, or a path of another system says where it starts."""
     return name.startswith(("/", "\\")) or "://" in name
-
-
-@dataclass(frozen=True)
-class Member:
-    """A text file inside an archive."""
-
-    archive: Archive
-    entry: Entry
-
-    def __str__(self) -> str:
-        return f"{self.archive.parts[0]}/{self.entry.name}"
 
 
 class ReleaseFiles:
@@ -170,7 +158,7 @@ class PictureFolder:
     def __init__(self, files: ReleaseFiles, root: str):
         """Find the folder when the first picture is asked for."""
         self.files, self.root = files, root
-        self.annotations: list[Path | Member] = []
+        self.annotations: list[Annotation] = []
         self.claims: dict[str, set[str]] = {}
 
     def __reduce__(self) -> tuple:
@@ -288,62 +276,6 @@ class PictureFolder:
             entry = archive.find(f"{prefix}/{name}".lstrip("/"))
             if entry is not None:
                 yield archive, entry
-
-
-def read_lines(text: Path | Member, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (byte offset, number of bytes, line) of a JSONL file from byte `start`, the begin of a line, to `stop`.
-
-    Lines over `MAX_LINE_BYTES` are cut to one byte more than that; their rest is passed over.
-
-    Raises:
-        BadInputError: the file cannot be read.
-    """
-    try:
-        with _open(text, start) as file:
-            offset = start
-            while stop is None or offset < stop:
-                line = file.readline(MAX_LINE_BYTES + 1)
-                if not line:
-                    return
-                length = len(line)
-                while len(line) > MAX_LINE_BYTES and (rest := file.readline(MAX_LINE_BYTES)):
-                    length += len(rest)
-                    if rest.endswith(b"\n"):
-                        break
-                yield offset, length, line
-                offset += length
-    except OSError as error:
-        raise BadInputError(f"cannot read {text}: {error.strerror}") from error
-
-
-def _open(text: Path | Member, start: int) -> Any:
-    if isinstance(text, Path):
-        file = open(text, "rb", buffering=1 << 20)  # noqa: SIM115 (the caller closes it)
-        file.seek(start)
-        return file
-    return io.BufferedReader(_Unpacked(text.archive.stream(text.entry), start), 1 << 20)
-
-
-class _Unpacked(io.RawIOBase):
-    """A stream of pieces as a file, its first `skip` bytes left out."""
-
-    def __init__(self, pieces: Iterator[bytes], skip: int):
-        self.pieces, self.skip, self.rest = pieces, skip, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self.rest:
-            piece = next(self.pieces, None)
-            if piece is None:
-                return 0
-            self.rest = memoryview(piece)[min(self.skip, len(piece)) :]
-            self.skip -= min(self.skip, len(piece))
-        count = min(len(buffer), len(self.rest))
-        buffer[:count] = self.rest[:count]
-        self.rest = self.rest[count:]
-        return count
 
 
 def check_picture(content: bytes, name: str, *, decode: bool) -> tuple[int, int, str]:

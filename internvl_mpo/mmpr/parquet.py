@@ -28,9 +28,9 @@ from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.files import relative
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.release import Subset
+from internvl_mpo.mmpr.tables import load_table
 from internvl_mpo.records import IMAGE_PLACEHOLDER, PreferencePair
 
-HUB_PREFIX = "hub:"
 _TEXT, _NUMBER, _COUNT = ({"dtype": name, "_type": "Value"} for name in ("string", "float64", "int32"))
 _ANSWER = [{"role": _TEXT, "content": _TEXT}]
 FEATURES = {
@@ -221,22 +221,7 @@ def open_dataset(data: str | Path, *, streaming: bool = False) -> Any:
     Raises:
         BadInputError: nothing there, or it has other columns.
     """
-    import datasets
-
-    name, revision, config = str(data), None, None
-    if name.startswith(HUB_PREFIX):
-        name, _, config = name.removeprefix(HUB_PREFIX).partition(":")
-        name, _, revision = name.partition("@")
-    try:
-        shards = sorted(map(str, Path(name).glob("data/*/train-*.parquet")))
-        if shards or name.endswith(".parquet"):
-            found = datasets.load_dataset("parquet", data_files=shards or name, split="train", streaming=streaming)
-        else:
-            found = datasets.load_dataset(
-                name, config or None, split="train", revision=revision or None, streaming=streaming
-            )
-    except Exception as error:  # the Hub client raises dozens of types
-        raise BadInputError(f"cannot load {data}: {error}") from error
+    found = load_table(str(data), streaming=streaming)
     missing = [column for column in REQUIRED if column not in (found.features or {})]
     if missing:
         raise BadInputError(

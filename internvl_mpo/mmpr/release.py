@@ -10,6 +10,7 @@ Official releases are read as they are published: absolute cluster paths, annota
 every row twice and a seeded half of the rows a third time.
 """
 
+import codecs
 import json
 import os
 import re
@@ -21,7 +22,10 @@ from typing import Any
 
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.files import atomic_writer
-from internvl_mpo.mmpr.files import MAX_LINE_BYTES, Member, PictureFolder, ReleaseFiles, is_absolute, read_lines
+from internvl_mpo.formats import to_own_form
+from internvl_mpo.mmpr.files import PictureFolder, ReleaseFiles, is_absolute
+from internvl_mpo.mmpr.lines import MAX_LINE_BYTES, Annotation, is_array, read_lines
+from internvl_mpo.mmpr.tables import HUB_PREFIX, TablePictures, TableRows, is_table
 from internvl_mpo.records import PreferencePair, content_id, images_of
 
 # Name suffixes of the official subsets and the rule they stand for.
@@ -41,7 +45,7 @@ class Subset:
     Attributes:
         name: key in meta.json.
         pictures: folder that image paths are relative to: on disk, or in the archives of the release.
-        annotation: JSONL file of preference rows, on disk or in an archive.
+        annotation: preference rows: JSONL or a JSON array, on disk or in an archive, or a table.
         repeat_time: how often its rows are seen per epoch, >= 0.
         max_tiles: cap on the tiles per image, or None for that of the run.
         entry: the entry as it stands in meta.json; empty for a JSONL file without one.
@@ -49,7 +53,7 @@ class Subset:
 
     name: str
     pictures: PictureFolder
-    annotation: Path | Member
+    annotation: Annotation
     repeat_time: float = 1.0
     max_tiles: int | None = None
     entry: Mapping[str, Any] = field(default_factory=dict)
@@ -67,12 +71,16 @@ class Subset:
     def pair(self, row: Mapping[str, Any], where: str) -> PreferencePair:
         """Return the pair of a row of the annotation file.
 
-        A row without an id gets one from its content, with the name of the image folder in it: two folders may both
-        hold a `1.png`.
+        The row may be in any form of `formats`. One without an id gets one from its content, with the name of the image
+        folder in it: two folders may both hold a `1.png`.
 
         Raises:
             RowError: see `PreferencePair.from_json`.
         """
+        try:
+            row = to_own_form(row)[1]
+        except RowError as error:
+            raise RowError(error.reason, where) from error
         source, rule = split_subset_name(self.name)
         added = {} if row.get("rule") else {"rule": rule}
         if not row.get("id") and self.entry:
@@ -105,10 +113,11 @@ class Subset:
         return self.pictures.claims
 
 
-def _absolute_names(text: Path | Member) -> Iterator[str]:
+def _absolute_names(text: Annotation) -> Iterator[str]:
     for _, _, line in read_lines(text):
         with suppress(RowError):
-            yield from filter(is_absolute, images_of({} if line.isspace() else parse_line(line, "")))
+            if not line.isspace():
+                yield from filter(is_absolute, images_of(to_own_form(parse_line(line, ""))[1]))
 
 
 def split_subset_name(name: str) -> tuple[str, str]:
@@ -186,22 +195,45 @@ def _subset(path: Path, name: str, entry: object, files: ReleaseFiles) -> Subset
 
 
 def read_subsets(data: str | Path, image_root: str | Path | None = None) -> list[Subset]:
-    """Return the subsets of a release's folder, of its meta.json, or of one JSONL file (one subset named after it).
+    """Return the subsets of a release's folder, of its meta.json, or of one file or table of rows, named after it.
 
     Raises:
         BadInputError: see `read_meta`; a folder holds no meta.json.
     """
+    if is_table(data):
+        return [_table_subset(str(data), image_root)]
     data = Path(data)
     if data.is_dir():
         found = [path for path in (data / "meta.json", *sorted(data.glob("*/meta.json"))) if path.is_file()]
         if not found:
             raise BadInputError(f"{data} holds no meta.json, so it is no MMPR release")
         data = found[0]
-    if data.suffix == ".json":
+    if data.suffix == ".json" and not (data.is_file() and _holds_rows(data)):
         return read_meta(data, image_root)
     if not data.is_file():
         raise BadInputError(f"data file '{data}' does not exist")
     return [Subset(data.stem, ReleaseFiles(image_root or data.parent).pictures("."), data)]
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a `.json` file holds rows, as an array or line by line, instead of subsets."""
+    if is_array(path):
+        return True
+    first = next((line for _, _, line in read_lines(path) if not line.isspace()), b"")
+    try:
+        row = parse_line(first.removeprefix(codecs.BOM_UTF8), "")
+    except RowError:
+        return False
+    return not any(isinstance(entry, dict) and "root" in entry for entry in row.values())
+
+
+def _table_subset(data: str, image_root: str | Path | None) -> Subset:
+    rows = TableRows(data)
+    name = Path(data.removeprefix(HUB_PREFIX)).stem
+    here = Path("." if data.startswith(HUB_PREFIX) else data)
+    root = image_root or (here.parent if here.suffix == ".parquet" else here)
+    files = TablePictures(rows, str(root)) if rows.picture_columns else ReleaseFiles(root).pictures(".")
+    return Subset(name, files, rows)
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from internvl_mpo.files import atomic_writer
 from internvl_mpo.jsonl import json_line
 from internvl_mpo.mmpr.files import relative
 from internvl_mpo.mmpr.manifest import MANIFEST
-from internvl_mpo.mmpr.parquet import HUB_PREFIX, open_dataset, to_raw
+from internvl_mpo.mmpr.parquet import open_dataset, to_raw
+from internvl_mpo.mmpr.tables import HUB_PREFIX
 
 
 def restore(data: str, output: Path) -> tuple[int, int]:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from internvl_mpo.errors import BadInputError, RowError
-from internvl_mpo.mmpr.files import Member, read_lines
+from internvl_mpo.mmpr.lines import Annotation, cuts, read_lines
 from internvl_mpo.mmpr.manifest import safe_name
 from internvl_mpo.mmpr.release import Subset, parse_line, read_subsets
 
@@ -110,9 +109,7 @@ def plan(options: Options, subsets: Sequence[Subset], workers: int) -> list[Shar
     """Return the shards of a release, in order of its sources."""
     tasks = []
     for number, subset in enumerate(subsets):
-        size = None if isinstance(subset.annotation, Member) else subset.annotation.stat().st_size
-        cuts = [0] if size is None else list(range(0, max(1, size), INDEX_BYTES))
-        tasks += [(number, cut, None if size is None else min(cut + INDEX_BYTES, size)) for cut in cuts]
+        tasks += [(number, start, stop) for start, stop in cuts(subset.annotation, INDEX_BYTES)]
     parts = progress_bar(
         map_in_processes(partial(index_part, options=options), tasks, workers),
         total=len(tasks),
@@ -172,9 +169,9 @@ def index_part(task: tuple[int, int, int | None], options: Options) -> Index:
     return part
 
 
-def line_start(text: Path | Member, position: int) -> int:
+def line_start(text: Annotation, position: int) -> int:
     """The begin of the first line at or after a byte."""
-    if position == 0 or isinstance(text, Member):
+    if position == 0:
         return position
     for offset, length, _ in read_lines(text, position - 1):
         return offset + length

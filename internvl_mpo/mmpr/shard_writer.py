@@ -12,7 +12,8 @@ from typing import IO, Any
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.files import atomic_writer, sync_to_disk
 from internvl_mpo.jsonl import json_line
-from internvl_mpo.mmpr.files import Member, check_picture, read_lines
+from internvl_mpo.mmpr.files import check_picture
+from internvl_mpo.mmpr.lines import Member, read_lines
 from internvl_mpo.mmpr.manifest import file_facts
 from internvl_mpo.mmpr.parquet import arrow_schema, to_columns
 from internvl_mpo.mmpr.release import Subset, parse_line

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError, RowError
-from internvl_mpo.mmpr.reading import is_parquet, iter_pairs
+from internvl_mpo.mmpr.reading import iter_pairs
+from internvl_mpo.mmpr.tables import is_table
 from internvl_mpo.programs import run_file
 from internvl_mpo.settings import check_keys, coerce, given_values
 
@@ -83,14 +84,14 @@ def first_bad_row(
 ) -> RowError | None:
     """Return the first row that cannot be read or whose picture is not there, as far as a look of `seconds` goes.
 
-    Parquet is passed over: what wrote it has checked its rows.
+    Parquet is passed over: it takes longer to open.
 
     Raises:
         BadInputError: a file of the data is missing.
     """
     until = time.monotonic() + seconds
     for path in data:
-        if is_parquet(path):
+        if is_table(path):
             continue
         for row in iter_pairs(path, image_root):
             bad = row if isinstance(row, RowError) else _missing_picture(row.image_root, row.pair.images, row.where)
