@@ -34,7 +34,7 @@ PROGRAM = "train_mpo.py"
 # Found by `plan`, so that a saved run does not give it back.
 FOUND = ("gradient_accumulation_steps",)
 # What a result folder of version 0.2 holds, which did not mark it otherwise; its settings were written last.
-RESULT_FILES = (*(RESULT_SETTINGS, "*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "merges.txt", "README.md"),)
+RESULT_FILES = (RESULT_SETTINGS, "*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "merges.txt", "README.md")
 
 
 def main(argv: list[str]) -> int:
