@@ -25,9 +25,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.families.registry import family_of_type
 from internvl_mpo.programs import run_file
 from internvl_mpo.settings import parse_settings, read_yaml, setting
-from internvl_mpo.training.fake_pass import FakePolicy, Setup, fused_attention, look_at_policy
+from internvl_mpo.training.fake_pass import FakePolicy, Setup, config_of, fused_attention, look_at_policy
 from internvl_mpo.training.policy import Part
 from modeling_internvl_mpo import InternVLChatConfig
 
@@ -55,6 +56,40 @@ SHAPES: dict[str, tuple[dict[str, Any], str, tuple[int, int, int, int, int, int]
     "26b": (_VISION_6B, "InternLM2ForCausalLM", (6144, 48, 48, 8, 16384, 92553)),
     "40b": (_VISION_6B, "LlamaForCausalLM", (7168, 60, 56, 8, 20480, 64009)),
     "76b": (_VISION_6B, "LlamaForCausalLM", (8192, 80, 64, 8, 28672, 128265)),
+}
+
+_NATIVE_300M = {
+    **{"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    **{"norm_type": "layer_norm", "use_qk_norm": False, "attention_bias": True, "image_size": [448, 448]},
+}
+_QWEN25_7B = {
+    **{"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    **{"intermediate_size": 18944, "tie_word_embeddings": False},
+}
+_QWEN3_8B = {
+    **{"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
+    **{"intermediate_size": 12288, "head_dim": 128, "tie_word_embeddings": False},
+}
+# config.json, as far as memory depends on it, of the checkpoints in configs/ that are in transformers' own layout.
+NATIVE_SHAPES: dict[str, dict[str, Any]] = {
+    "internvl3-8b-hf": {
+        "model_type": "internvl",
+        "vision_config": _NATIVE_300M,
+        "text_config": {"model_type": "qwen2", "vocab_size": 151674, **_QWEN25_7B},
+        "tie_word_embeddings": False,
+    },
+    "internvl3_5-8b-hf": {
+        "model_type": "internvl",
+        "vision_config": _NATIVE_300M,
+        "text_config": {"model_type": "qwen3", "vocab_size": 151936, **_QWEN3_8B},
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5-vl-7b-instruct": {
+        "model_type": "qwen2_5_vl",
+        "vision_config": {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584, "intermediate_size": 3420},
+        "text_config": {"vocab_size": 152064, **_QWEN25_7B},
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -92,7 +127,7 @@ class Estimate:
         return self.weights + self.gradients + self.optimizer + max(self.activations, self.step) + self.reserve
 
 
-def estimate_memory(config: InternVLChatConfig, setup: Setup) -> Estimate:
+def estimate_memory(config: Any, setup: Setup) -> Estimate:
     """Return what one device needs.
 
     Args:
@@ -101,10 +136,8 @@ def estimate_memory(config: InternVLChatConfig, setup: Setup) -> Estimate:
 
     Raises:
         BadInputError: nothing is left to train.
-        ValueError: another family than InternVL chat.
+        ValueError: the family has no estimate.
     """
-    if config.model_type != "internvl_chat":
-        raise ValueError(f"memory is calculated for InternVL chat models, not yet for '{config.model_type}'")
     # The pass does not depend on how many devices there are, so that variants of one setup are cheap.
     alone = replace(setup, num_gpus=1, zero=0, offload_optimizer=False, offload_weights=False, optim="")
     policy = look_at_policy(json.dumps(config.to_dict(), sort_keys=True, default=str), alone)
@@ -177,7 +210,7 @@ def show_estimate(estimate: Estimate, setup: Setup, device_bytes: int | None = N
     return "\n".join(lines)
 
 
-def advise(config: InternVLChatConfig, setup: Setup, device_bytes: int, longest_pair: int = 2048) -> str | None:
+def advise(config: Any, setup: Setup, device_bytes: int, longest_pair: int = 2048) -> str | None:
     """Return None if a run fits, else a sentence that says what to change, found by trying.
 
     Args:
@@ -252,8 +285,9 @@ def device_bytes() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-AttentionInterface.register("fused_for_estimate", fused_attention)
-AttentionMaskInterface.register("fused_for_estimate", sdpa_mask)
+for _name in ("fused_for_estimate", "flash_for_estimate"):
+    AttentionInterface.register(_name, fused_attention)
+    AttentionMaskInterface.register(_name, sdpa_mask)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -350,11 +384,11 @@ def _read_engine(engine: str | Mapping[str, Any]) -> Mapping[str, Any]:
         raise BadInputError(f"cannot read the DeepSpeed file '{engine}': {error}") from error
 
 
-def read_shape(source: str) -> InternVLChatConfig:
+def read_shape(source: str) -> Any:
     """Return the configuration of a size ("8b", "OpenGVLab/InternVL2-8B"), a model folder or a config.json.
 
     Raises:
-        BadInputError: there is none, or it is not of InternVL.
+        BadInputError: there is none, or no family takes it.
     """
     path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
     if path.is_file():
@@ -362,12 +396,16 @@ def read_shape(source: str) -> InternVLChatConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BadInputError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict) or values.get("model_type") != "internvl_chat":
-            raise BadInputError(f"{path} is not a configuration of InternVL (model_type internvl_chat)")
-        return InternVLChatConfig(**values)
+        if not isinstance(values, dict):
+            raise BadInputError(f"{path} is not valid JSON: no object")
+        family_of_type(values.get("model_type"), str(path)).check_config(values)
+        return config_of(values)
+    if (known := source.lower().rpartition("/")[2]) in NATIVE_SHAPES:
+        return config_of(NATIVE_SHAPES[known])
     found = re.search(r"(?:^|internvl2-(?:llama3-)?)(\d+b)(?:-mpo)?$", source.lower())
     if not found or found.group(1) not in SHAPES:
-        raise BadInputError(f"'{source}' is no config.json, no model folder and none of the sizes {', '.join(SHAPES)}")
+        known = ", ".join((*SHAPES, *NATIVE_SHAPES))
+        raise BadInputError(f"'{source}' is no config.json, no model folder and none of {known}")
     vision, architecture, (width, layers, heads, key_heads, inner, vocabulary) = SHAPES[found.group(1)]
     language = {
         **{"architectures": [architecture], "hidden_size": width, "num_hidden_layers": layers},

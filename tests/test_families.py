@@ -22,9 +22,11 @@ from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.registry import FAMILIES as KNOWN
 from internvl_mpo.families.registry import family_of_model, family_of_processor, family_of_source
 from internvl_mpo.logps import attach_scoring, response_logps, twin_logps
+from internvl_mpo.memory_estimate import estimate_memory
 from internvl_mpo.packing import pack_groups, unpack_groups
 from internvl_mpo.records import PreferencePair, RowError
 from internvl_mpo.training import throughput
+from internvl_mpo.training.fake_pass import Setup, fake_pack, peak_of_a_pass
 from internvl_mpo.training.throughput import FlopModel
 
 BUILDERS = {
@@ -206,6 +208,43 @@ def test_counted_arithmetic_is_that_of_the_matrix_products(folder, processor, ro
         setattr(flops, name, throughput._Part(part.num_weights, part.num_trained, 0))
     logits_again = 2 * len(pack.target_ids_S) * flops.head.num_weights  # which the method does not need
     assert flops.of(pack) == pytest.approx(matrices - logits_again, rel=0.05)  # routers, line breaks, padding
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_memory_estimate_is_what_a_real_pass_takes(name, tmp_path):
+    folder = FAMILIES[name](tmp_path / "model")
+    config = family_of_source(str(folder)).load_config(str(folder))
+    small = {"max_tokens_per_pack": 900, "response_tokens": 40, "optim": "adamw_torch", "gradient_checkpointing": False}
+    setup = Setup(dtype="float32", attention="segments", **small)
+    expected = estimate_memory(config, setup)
+    model = attach_scoring(load(folder, torch.float32), attention="segments").train()
+    assert expected.num_weights == sum(p.numel() for p in model.parameters())
+    assert peak_of_a_pass(model, fake_pack(config, setup), setup) == pytest.approx(expected.activations, rel=0.06)
+
+
+def test_layers_that_see_a_part_of_the_context_are_not_packed_without_a_word(tmp_path, root):
+    folder = FAMILIES["qwen2_5_vl"](tmp_path / "model")
+    processor = family_of_source(str(folder)).load_processor(str(folder))
+    model = attach_scoring(load(folder, torch.float32))
+    model.model.language_model.layers[1].self_attn.sliding_window = 8
+    with pytest.raises(ValueError, match="knows no sliding_window"):
+        response_logps(model, pack_groups([encode_group(processor, questions()[0], root)]))
+
+
+def test_a_template_without_a_mark_after_answers_gets_the_end_of_text_token(tmp_path, root):
+    folder = FAMILIES["llava"](tmp_path / "model")
+    family = family_of_source(str(folder))
+    processor = family.load_processor(str(folder))
+    processor.chat_template = (  # as LLaVA 1.5's
+        "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"
+        "{{ '<image>\n' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    assert family.turn(processor) == (" ", processor.tokenizer.eos_token_id)
+    pair = PreferencePair(images=("b.png",), question="Which?", chosen="this", rejected="that")
+    group = encode_group(processor, [pair], root)
+    whole = processor.tokenizer.decode(group.prompt_ids + group.responses[0])
+    assert whole.endswith(f"Which? ASSISTANT: this{processor.tokenizer.eos_token}")
 
 
 def test_every_family_has_a_tiny_model_here():

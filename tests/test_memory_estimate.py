@@ -194,14 +194,14 @@ def test_the_advice_is_no_combination_that_the_program_refuses(zero):
     ("arguments", "words"),
     [
         (["--zero", "1"], "give --model"),
-        (["--model", "9b"], "none of the sizes 1b, 2b"),
+        (["--model", "9b"], "none of 1b, 2b"),
         (["--model", "1b", "--zero", "4"], "zero 4"),
         (["--model", "1b", "--max_tokens_per_pack", "many"], "expected a whole number"),
-        (["--model", "{other}"], "is not a configuration of InternVL"),
+        (["--model", "{other}"], "expected one of 'internvl_chat'"),
     ],
 )
 def test_bad_questions_get_one_sentence(arguments, words, tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
     arguments = [word.replace("{other}", str(tmp_path)) for word in arguments]
     assert run_program(module.main, arguments) == 2
     assert words in capsys.readouterr().err

@@ -20,13 +20,15 @@ from internvl_mpo import memory_estimate
 from internvl_mpo.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "configs").glob("internvl2_*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "mini")
 SHELL = sorted((ROOT / "runs").iterdir())
 
 
 def test_there_is_a_recipe_for_every_size():
     sizes = {path.stem.removeprefix("internvl2_") for path in RECIPES}
     assert sizes >= set(memory_estimate.SHAPES)
+    models = {yaml.safe_load(path.read_text())["model"].rpartition("/")[2].lower() for path in RECIPES}
+    assert models >= set(memory_estimate.NATIVE_SHAPES)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

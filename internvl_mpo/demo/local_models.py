@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 from internvl_mpo.demo.conversation import SIDES, Answer, Message
 from internvl_mpo.demo.pictures import Cutter
 from internvl_mpo.demo.streaming import Activity, Names, Pane, VisitorQuestion, follow
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.families.registry import family_of_source
 
 T = TypeVar("T")
 
@@ -74,11 +76,21 @@ class LocalModels:
         mpo: the same for the other side; None with an adapter.
         adapter: LoRA folder or Hub id.
         options: `device`, `dtype`, `four_bit` of `ChatModel`.
+
+    Raises:
+        BadInputError: a folder holds a model of another family.
     """
 
     concurrency = 1
 
     def __init__(self, base: str, mpo: str | None = None, *, adapter: str | None = None, **options: Any):
+        for source in filter(None, (base, mpo)):
+            config = Path(source) / "config.json"
+            if config.is_file() and family_of_source(source).name != "internvl_chat":
+                raise BadInputError(
+                    f"{config} is of another family than the InternVL chat models that the demo runs by itself; put it "
+                    "behind a server (vllm serve, transformers serve) and give its address as base_url or mpo_url"
+                )
         self.activity = Activity()
         self._base, self._mpo, self._adapter, self._options = base, mpo, adapter, options
         self._models = Lazy(self._load)

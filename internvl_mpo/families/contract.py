@@ -167,6 +167,26 @@ class Family(ABC):
         """Return the model of a folder or Hub id; options are those of `from_pretrained`."""
 
     @abstractmethod
+    def build(self, config: Any) -> nn.Module:
+        """Return a model of a configuration, with weights as torch makes them."""
+
+    def sample_pictures(self, config: Any, num_rows: int | None, num_tokens: int) -> tuple[Prompt, int]:
+        """Return blank pictures for a memory estimate, and how many picture tokens they make.
+
+        Args:
+            config: of the model.
+            num_rows: rows of pixels wanted; None fills the tokens.
+            num_tokens: picture tokens there may be.
+
+        Returns:
+            A prompt without ids, and its picture tokens.
+
+        Raises:
+            ValueError: the family has no estimate.
+        """
+        raise ValueError(f"memory is not calculated for {self.name} models yet")
+
+    @abstractmethod
     def decoder(self, model: nn.Module) -> nn.Module:
         """Return the decoder layers with their final norm: `layers`, called with `inputs_embeds`."""
 

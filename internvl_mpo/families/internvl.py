@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from internvl_mpo.families.contract import PictureCost
+import torch
+
+from internvl_mpo.families.contract import PictureCost, Prompt
 from internvl_mpo.families.native import NativeFamily
 
 
@@ -21,3 +23,8 @@ class InternVL(NativeFamily):
         num_tiles = processor.image_processor.get_number_of_image_patches(height, width, options)
         text = processor.start_image_token + processor.image_token + processor.end_image_token
         return PictureCost(text, num_tiles * processor.image_seq_length - 1, num_tiles)
+
+    def sample_pictures(self, config: Any, num_rows: int | None, num_tokens: int) -> tuple[Prompt, int]:
+        count = num_tokens // config.image_seq_length
+        count = count if num_rows is None else min(num_rows, count)
+        return Prompt([], torch.zeros(count, 3, *config.vision_config.image_size)), count * config.image_seq_length

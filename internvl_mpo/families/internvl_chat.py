@@ -72,6 +72,17 @@ class InternVLChat(Family):
 
         return AutoModel.from_pretrained(source, trust_remote_code=True, **options)
 
+    def build(self, config: Any) -> nn.Module:
+        from modeling_internvl_mpo import InternVLChatModel
+
+        return InternVLChatModel(config)
+
+    def sample_pictures(self, config: Any, num_rows: int | None, num_tokens: int) -> tuple[Prompt, int]:
+        count = num_tokens // config.num_image_token
+        count = count if num_rows is None else min(num_rows, count)
+        side = config.force_image_size
+        return Prompt([], torch.zeros(count, 3, side, side) if count else None), count * config.num_image_token
+
     def decoder(self, model: nn.Module) -> nn.Module:
         return model.language_model.model
 

@@ -43,12 +43,32 @@ class Qwen2VL(NativeFamily):
         positions = rotary_positions(ids, processor.image_token_id, (grids // torch.tensor([1, side, side])).tolist())
         return Prompt(ids, features["pixel_values"], {"image_grid_thw": grids}, positions)
 
+    def sample_pictures(self, config: Any, num_rows: int | None, num_tokens: int) -> tuple[Prompt, int]:
+        vision = config.vision_config
+        merged = vision.spatial_merge_size**2
+        num_rows = min(num_rows or num_tokens * merged, num_tokens * merged)
+        side = 448 // vision.patch_size // vision.spatial_merge_size * vision.spatial_merge_size
+        rows, _ = self._blank(config, side)
+        count = num_rows // len(rows)
+        grids = torch.tensor([[1, side, side]]).repeat(count, 1)
+        inputs = {"image_grid_thw": grids}
+        if hasattr(vision, "fullatt_block_indexes"):  # found here, since finding them needs numbers
+            from transformers.vision_utils import get_vision_window_index
+
+            windows = get_vision_window_index(grids, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+            inputs |= dict(zip(("window_index", "cu_window_seqlens"), windows, strict=True))
+        return Prompt([], rows.repeat(count, 1), inputs), count * len(rows) // merged
+
     def vision_tower(self, model: nn.Module) -> nn.Module:
         return model.model.visual
 
     def blank(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-        vision = model.config.vision_config
-        side = vision.spatial_merge_size
+        return self._blank(model.config, model.config.vision_config.spatial_merge_size)
+
+    @staticmethod
+    def _blank(config: Any, side: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """One square picture without content; `side` in patches."""
+        vision = config.vision_config
         channels = getattr(vision, "in_channels", 3)
         width = channels * vision.temporal_patch_size * vision.patch_size**2
         return torch.zeros(side * side, width), {"image_grid_thw": torch.tensor([[1, side, side]])}

@@ -35,6 +35,9 @@ from internvl_mpo.packing import Layout, Segment
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+# Arguments of attention functions that change the result and that no back end here computes.
+_UNSERVED = ("sliding_window", "softcap", "s_aux")
+
 PackedAttention = Literal["auto", "segments", "flex", "varlen"]
 
 # What one more SDPA call costs, in query x key cells; measured on a CPU with 4 heads of 16 and with 8 heads of 64.
@@ -342,6 +345,9 @@ def _packed_attention(
         )
     if dropout:
         raise ValueError("attention dropout must be 0 where log-probs are compared; set attention_dropout to 0")
+    for name in _UNSERVED:  # without a word they would be left out
+        if kwargs.get(name) is not None:
+            raise ValueError(f"packed attention knows no {name}, which this model's layers ask for; use plain_twin")
     if backend == "auto":
         backend = "segments"
         if query.is_cuda:

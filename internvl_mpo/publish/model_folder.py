@@ -89,8 +89,9 @@ def build_model_folder(
     raw = read_json(source / "config.json")
     if raw.get("model_type") != "internvl_chat":
         raise BadInputError(
-            f"{source / 'config.json'} has model_type {raw.get('model_type')!r}; expected an InternVL chat model "
-            "('internvl_chat'); folders in the -hf layout go through internvl_mpo.convert first"
+            f"{source / 'config.json'} has model_type {raw.get('model_type')!r}; publish builds folders of InternVL "
+            "chat models ('internvl_chat'); a folder of another family needs no code and goes up as it is, with "
+            "`hf upload OWNER/NAME FOLDER`; an InternVL in the -hf layout can go through internvl_mpo.convert first"
         )
     try:
         config = InternVLChatConfig(**raw)

@@ -4,24 +4,25 @@ import contextlib
 import functools
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.families.registry import family_of_model, family_of_type
 from internvl_mpo.kernels.packed_attention import segment_attention
 from internvl_mpo.kernels.scoring_head import CPU_TILE_BYTES, MIN_CHUNK, TILE_BYTES
 from internvl_mpo.logps import attach_scoring, response_logps
 from internvl_mpo.packing import Group, Pack, pack_groups
 from internvl_mpo.training.policy import Part, add_adapters, freeze
 from internvl_mpo.training.speed import checkpoint_parts
-from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel
 
 NF4_BYTES = 0.5 + 4 / 64  # 4 bits, and a float32 scale for every 64 weights
 
@@ -95,7 +96,7 @@ class FakePolicy:
 @functools.lru_cache(maxsize=64)
 def look_at_policy(config: str, setup: Setup) -> FakePolicy:
     """Build the policy of a config.json text out of fake tensors, run one pass, and count."""
-    shape = InternVLChatConfig(**json.loads(config))
+    shape = config_of(json.loads(config))
     pack = fake_pack(shape, setup)
     with fake_policy(shape, setup) as model:
         quantised = quantised_weights(model) if setup.load_in_4bit else set()
@@ -115,18 +116,31 @@ def look_at_policy(config: str, setup: Setup) -> FakePolicy:
             ),
             trained_bytes=sum(p.numel() * p.element_size() for p in trained),
             activations=activations,
-            logits=4 * len(pack.target_ids_S) * min(shape.llm_config.vocab_size, chunk_size_of(pack, setup)),
+            logits=4 * len(pack.target_ids_S) * min(head_words(model), chunk_size_of(pack, setup)),
         )
 
 
+def config_of(values: Mapping[str, Any]) -> Any:
+    """Return the configuration that config.json holds, of any family."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**values)
+
+
+def head_words(model: nn.Module) -> int:
+    """Return the words the output head knows."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_output_embeddings().out_features
+
+
 @contextlib.contextmanager
-def fake_policy(config: InternVLChatConfig, setup: Setup) -> Iterator[nn.Module]:
+def fake_policy(config: Any, setup: Setup) -> Iterator[nn.Module]:
     """The policy as it is trained, made of fake tensors; torch acts on fake tensors inside the block."""
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(getattr(torch, setup.dtype))
         with torch.device("meta"):
-            model = InternVLChatModel(config)
+            model = family_of_type(config.model_type, "the model").build(config)
     finally:
         torch.set_default_dtype(before)
     freeze(
@@ -138,7 +152,10 @@ def fake_policy(config: InternVLChatConfig, setup: Setup) -> Iterator[nn.Module]
     )
     attach_scoring(model, attention="segments")
     if setup.attention == "fused":
-        model.language_model.set_attn_implementation("fused_for_estimate")
+        family = family_of_model(model)
+        family.decoder(model).set_attn_implementation("fused_for_estimate")
+        if family.name != "internvl_chat":  # a name with flash: else Qwen's towers would make a call for every window
+            family.vision_tower(model).config._attn_implementation = "flash_for_estimate"
     both = setup.gradient_checkpointing
     checkpoint_parts(model, vision=both or setup.checkpoint_vision, language=both or setup.checkpoint_language)
     policy = model
@@ -147,7 +164,10 @@ def fake_policy(config: InternVLChatConfig, setup: Setup) -> Iterator[nn.Module]
         if both:
             model.enable_input_require_grads()
     policy.train()
-    with FakeTensorMode(allow_non_fake_inputs=True):  # peft cannot move fake tensors, so they come last
+    with (
+        _known_shapes(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):  # peft cannot move fake tensors, so they come last
         made: dict[Tensor, Tensor] = {}
         for module in policy.modules():
             for name, parameter in module._parameters.items():
@@ -160,20 +180,33 @@ def fake_policy(config: InternVLChatConfig, setup: Setup) -> Iterator[nn.Module]
         yield policy
 
 
+@contextlib.contextmanager
+def _known_shapes() -> Iterator[None]:
+    """Let fake tensors that were made from numbers keep them: vision towers read shapes of pictures from tensors."""
+    before = fake_tensor.CONSTANT_NUMEL_LIMIT
+    fake_tensor.CONSTANT_NUMEL_LIMIT = 2**24
+    try:
+        yield
+    finally:
+        fake_tensor.CONSTANT_NUMEL_LIMIT = before
+
+
 def quantised_weights(model: nn.Module) -> set[Tensor]:
     """The weights that bitsandbytes would hold in 4 bits: linear layers of the language model, the head apart."""
-    return {
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "language_model.model." in name and "lora_" not in name
-    }
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = family_of_model(base).decoder(base).named_modules()
+    return {module.weight for name, module in layers if isinstance(module, nn.Linear) and "lora_" not in name}
 
 
 def peak_of_a_pass(model: nn.Module, pack: Pack, setup: Setup) -> int:
     """Bytes that a forward and a backward pass add to weights and gradients at the worst moment."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.config.image_token_id = 1
-    base.embed = lambda input_ids, pixel_values=None, *_: _embed(base, input_ids, pixel_values)
+    if base.config.model_type == "internvl_chat":
+        base.config.image_token_id = 1
+        base.embed = lambda input_ids, pixel_values=None, *_: _embed(base, input_ids, pixel_values)
+    # made here, so that a fake mode knows their numbers
+    inputs = {name: torch.tensor(rows.tolist(), dtype=rows.dtype) for name, rows in pack.image_inputs.items()}
+    pack = replace(pack, image_inputs=inputs)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)  # there from the first pack of a step on
@@ -201,27 +234,37 @@ def _embed(model: nn.Module, input_ids: Tensor, pixel_values: Tensor | None) -> 
     return embeds.masked_scatter((input_ids == 1)[..., None], features.to(embeds.dtype))
 
 
-def fake_pack(config: InternVLChatConfig, setup: Setup) -> Pack:
-    """A pack of pairs with equal lengths that holds the tokens and tiles asked for; only shapes matter."""
-    tokens, per_tile = setup.max_tokens_per_pack, config.num_image_token
+def fake_pack(config: Any, setup: Setup) -> Pack:
+    """A pack of pairs with equal lengths that holds the tokens and tiles asked for; only shapes matter.
+
+    Raises:
+        ValueError: the family has no estimate.
+    """
+    tokens, family = setup.max_tokens_per_pack, family_of_type(config.model_type, "the model")
     num_groups = max(1, tokens // 4096)
     response = max(2, min(setup.response_tokens, tokens // num_groups // 4))
     prompt = max(1, tokens // num_groups - 2 * (response - 1))
-    groups = [Group([2] * prompt, [[3] * response, [4] * response], [(0, 1)], [str(i)]) for i in range(num_groups)]
-    num_tiles = tokens * 4 // 5 // per_tile if setup.num_tiles is None else setup.num_tiles
-    num_tiles = min(num_tiles, prompt * num_groups // per_tile)
+    most = min(tokens * 4 // 5, prompt * num_groups) if setup.num_tiles is None else prompt * num_groups
+    pictures, num_picture_tokens = family.sample_pictures(config, setup.num_tiles, most)
+    groups = []
+    for number in range(num_groups):
+        count = min(prompt, num_picture_tokens)
+        num_picture_tokens -= count
+        ids = [config.image_token_id or 1] * count + [2] * (prompt - count)
+        groups.append(Group(ids, [[3] * response, [4] * response], [(0, 1)], [str(number)]))
     pack = pack_groups(groups)
     if setup.attention == "segments":  # the plan of a layout needs numbers, which fake tensors do not have
         row = torch.zeros(1, 1, pack.num_tokens, 1)
         for scored_only in (False, True):
             segment_attention(pack.layout, row, row, row, None, scored_only=scored_only)
-    side = config.force_image_size
-    return replace(pack, pixel_values=torch.zeros(num_tiles, 3, side, side)) if num_tiles else pack
+    if pictures.tiles is None or not len(pictures.tiles):
+        return pack
+    return replace(pack, pixel_values=pictures.tiles, image_inputs=pictures.image_inputs)
 
 
 def fused_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
+    scaling: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """One causal call over the whole pack: what FlexAttention and flash attention keep is the same."""
     query, key = query.to(value.dtype), key.to(value.dtype)
