@@ -32,6 +32,7 @@ ROOMS = {
     "records": set(),
     "text_checks": set(),
     "formats": set(),
+    "stages": set(),
     "prompts": set(),
     "packing": {"torch"},
     "token_weights": set(),
@@ -73,6 +74,7 @@ ROOMS = {
     "memory_estimate": {"modeling_internvl_mpo", "torch", "transformers"},
     "replay": {"modeling_internvl_mpo", "peft", "torch", "transformers"},
     "quickstart": set(),
+    "ablation": {"matplotlib", "numpy"},
     "__main__": set(),
 }
 # room -> rooms it never imports although they lie below it
