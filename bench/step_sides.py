@@ -83,7 +83,9 @@ def with_lora(model: Any, settings: Settings) -> Any:
 
 
 def our_processor(world: World) -> Any:
-    """Return our processor with a template that renders the prompts TRL gets."""
+    """Return our processor with a template that renders the prompts TRL gets; Qwen's is the same on both sides."""
+    if world.family == "qwen2_5_vl":
+        return qwen_processor(world)
     from modeling_internvl_mpo import InternVLChatProcessor, InternVLImageProcessor
 
     side = world.shape.tile_side
@@ -158,7 +160,9 @@ def trl_step(world: World, settings: Settings) -> Callable[[], float]:
 
 
 def trl_processor(world: World) -> Any:
-    """Return transformers' InternVL processor; its video part is left out, as it alone needs torchvision."""
+    """Return transformers' own processor; its video part is left out, as it alone needs torchvision."""
+    if world.family == "qwen2_5_vl":
+        return qwen_processor(world)
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.internvl.processing_internvl import InternVLProcessor
 
@@ -171,3 +175,24 @@ def trl_processor(world: World) -> Any:
         crop_to_patches=True, min_patches=1, max_patches=12, size={"height": side, "width": side}
     )
     return ImagesOnly(image_processor=images, tokenizer=world.tokenizer, image_seq_length=world.image_tokens)
+
+
+def qwen_processor(world: World) -> Any:
+    """Return transformers' Qwen2.5-VL processor with a template that renders the prompts TRL gets."""
+    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class ImagesOnly(Qwen2_5_VLProcessor):
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+            return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+
+    template = (
+        "{% for message in messages %}{% if message.role == 'user' %}<|im_start|> {% endif %}"
+        "{% for part in message.content %}"
+        "{{ '<IMG_CONTEXT>\n' if part.type == 'image' else part.text }}{% endfor %}"
+        "{{ ' <|im_end|> <|im_start|>' if message.role == 'user' else ' <|im_end|>' }}{% endfor %}"
+    )
+    most = {"shortest_edge": 28 * 28, "longest_edge": 12 * 448 * 448}
+    return ImagesOnly(
+        image_processor=Qwen2VLImageProcessorPil(size=most), tokenizer=world.tokenizer, chat_template=template
+    )

@@ -59,6 +59,7 @@ PRESETS = {
 class Settings:
     """Options of the benchmark."""
 
+    family: Literal["internvl", "qwen2_5_vl"] = setting("internvl", help="whose model and processor are trained")
     preset: str = setting("proportional", help=f"shapes: {' '.join(PRESETS)}")
     json: str | None = setting(None, help="also write the result to this file")
     rounds: int = setting(5, help="timed steps of each side")
@@ -104,7 +105,9 @@ class World:
         self.shape, self.folder = shape, folder
         self.image_tokens = (shape.tile_side // 28) ** 2
         self.tokenizer = build_tokenizer(shape.vocab)
-        self.model = build_model(shape, settings, self.tokenizer, self.image_tokens)
+        self.family = settings.family
+        build = build_model if settings.family == "internvl" else build_qwen
+        self.model = build(shape, settings, self.tokenizer, self.image_tokens)
         rng = random.Random(settings.seed)
 
         def words(count: float) -> list[str]:
@@ -142,6 +145,7 @@ def build_tokenizer(vocab: int) -> Any:
             "start_image_token": "<img>",
             "end_image_token": "</img>",
             "context_image_token": "<IMG_CONTEXT>",
+            "image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         },
     )
@@ -187,6 +191,33 @@ def build_model(shape: Shape, settings: Settings, tokenizer: Any, image_tokens: 
     torch.manual_seed(settings.seed)
     with torch.device(settings.device):
         return InternVLForConditionalGeneration._from_config(config, dtype=getattr(torch, settings.dtype))
+
+
+def build_qwen(shape: Shape, settings: Settings, tokenizer: Any, image_tokens: int) -> Any:
+    """Return Qwen2.5-VL with random weights and the preset's widths; a picture has no thumbnail's tokens here."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    half = shape.hidden // shape.heads // 2
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}
+    vision = {
+        **{"depth": shape.vit_layers, "hidden_size": shape.vit_hidden, "out_hidden_size": shape.hidden},
+        **{"intermediate_size": shape.vit_ffn, "num_heads": shape.vit_heads},
+        "fullatt_block_indexes": [shape.vit_layers - 1],
+    }
+    text = {
+        **{"hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads},
+        **{"num_key_value_heads": shape.kv_heads, "intermediate_size": shape.ffn, "vocab_size": shape.vocab},
+        **{"rope_parameters": rope, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id},
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    image, video = tokenizer.convert_tokens_to_ids(["<IMG_CONTEXT>", "<video>"])
+    config = Qwen2_5_VLConfig(
+        vision_config=vision, text_config=text, image_token_id=image, video_token_id=video, tie_word_embeddings=False
+    )
+    torch.manual_seed(settings.seed)
+    with torch.device(settings.device):
+        return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, settings.dtype))
 
 
 def save_image(path: Path, tiles: int, side: int, seed: int) -> None:

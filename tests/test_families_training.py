@@ -15,6 +15,8 @@ from tiny_families import FAMILIES
 from tiny_world import make_training_pairs
 
 import train_mpo
+from internvl_mpo.engines import Request, Sampling
+from internvl_mpo.engines.loading import load_model_engine
 from internvl_mpo.errors import run_program
 from internvl_mpo.families.registry import family_of_source
 
@@ -120,6 +122,9 @@ def test_the_trained_folder_is_one_of_transformers_own(world, unbroken, tmp_path
     assert name == type(model).__name__
     with torch.no_grad():
         assert torch.equal(model(input_ids=torch.arange(40, 60)[None]).logits, logits)
+    engine = load_model_engine(str(unbroken / "model"))  # sampling and evaluation ask it as it is
+    asked = Request(id="1", question="Which?", images=(str(world / "1.png"),), sampling=Sampling(max_new_tokens=3))
+    assert [reply.error for reply in engine.generate([asked])] == [None]
     start, trained = (family.load_processor(str(folder)) for folder in (world / "start", unbroken / "model"))
     assert trained.chat_template == start.chat_template
     assert trained.image_processor.to_dict() == start.image_processor.to_dict()

@@ -40,6 +40,18 @@ def test_trl_computes_the_same_loss(tmp_path):
     assert result["trl"]["loss_of_first_step"] == pytest.approx(result["ours"]["live"]["loss_of_first_step"], rel=2e-4)
 
 
+def test_qwen_computes_trls_loss_with_less_arithmetic(tmp_path):
+    pytest.importorskip("trl")
+    path = tmp_path / "result.json"
+    argv = ["--family", "qwen2_5_vl", "--preset", "tiny", "--rounds", "1", "--memory_runs", "0"]
+    assert step_speed.main([*argv, "--sides", "ours_live,ours_cached,trl", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    live, cached, trl = result["ours"]["live"], result["ours"]["cached"], result["trl"]
+    # the same processor on both sides, so closer than for InternVL
+    assert trl["loss_of_first_step"] == pytest.approx(live["loss_of_first_step"], rel=2e-5)
+    assert cached["gflop"] < live["gflop"] < trl["gflop"]
+
+
 @pytest.mark.parametrize(("side", "limit"), [("ours_live", 172.2), ("ours_cached", 130.6), ("twin", 391.2)])
 def test_flop_of_a_step_stay_where_they_are(tmp_path, side, limit):
     settings = Settings(preset="proportional")
