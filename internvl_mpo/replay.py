@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.families.registry import family_of_source
 from internvl_mpo.logps import attach_scoring, score_pairs
 from internvl_mpo.objective import mpo_loss, wpo_weights
 from internvl_mpo.packing import pack_groups
@@ -171,14 +172,11 @@ def _watched(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
 
 def load_policy(source: str | Path, base: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """Return a model and its processor from a model folder, or from a checkpoint that holds adapters of `base`."""
-    from transformers import AutoModel, AutoProcessor
-
-    import modeling_internvl_mpo  # noqa: F401 - registers the classes
-
     adapters = (Path(source) / "adapter_config.json").is_file()
+    folder = base if adapters else str(source)
     try:
-        model = AutoModel.from_pretrained(base if adapters else source, trust_remote_code=True, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(base if adapters else source, trust_remote_code=True)
+        family = family_of_source(folder)
+        model, processor = family.load_model(folder, dtype=dtype), family.load_processor(folder)
     except (OSError, ValueError) as error:
         raise BadInputError(f"cannot load weights from '{source}': {' '.join(str(error).split())}") from error
     if adapters:

@@ -16,7 +16,10 @@ VISION_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 class InternVLChat(Family):
-    """Tiles of one size, one run of picture tokens a picture, positions that count tokens."""
+    """Tiles of one size, one run of picture tokens a picture, positions that count tokens.
+
+    Loaded by the classes of `modeling_internvl_mpo`: code inside a folder (`auto_map`) is never run.
+    """
 
     name = "internvl_chat"
     model_types = ("internvl_chat",)
@@ -29,11 +32,9 @@ class InternVLChat(Family):
     keep_wide = ("vision_model", "mlp1", "language_model.output", "lm_head")
 
     def load_processor(self, source: str) -> Any:
-        from transformers import AutoProcessor
+        from modeling_internvl_mpo import InternVLChatProcessor
 
-        import modeling_internvl_mpo  # noqa: F401 - registers the classes: official folders need no remote code
-
-        return AutoProcessor.from_pretrained(source, trust_remote_code=True)
+        return InternVLChatProcessor.from_pretrained(source, trust_remote_code=False)
 
     def placeholder(self, processor: Any) -> str:
         return processor.image_token
@@ -63,14 +64,14 @@ class InternVLChat(Family):
         return processor.num_image_token, processor.image_processor.to_json_string()
 
     def load_config(self, source: str) -> Any:
-        from transformers import AutoConfig
+        from modeling_internvl_mpo import InternVLChatConfig
 
-        return AutoConfig.from_pretrained(source, trust_remote_code=True)
+        return InternVLChatConfig.from_pretrained(source)
 
     def load_model(self, source: str, **options: Any) -> nn.Module:
-        from transformers import AutoModel
+        from modeling_internvl_mpo import InternVLChatModel
 
-        return AutoModel.from_pretrained(source, trust_remote_code=True, **options)
+        return InternVLChatModel.from_pretrained(source, **options)
 
     def build(self, config: Any) -> nn.Module:
         from modeling_internvl_mpo import InternVLChatModel

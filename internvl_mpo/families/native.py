@@ -125,12 +125,12 @@ class NativeFamily(Family):
     def load_config(self, source: str) -> Any:
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
     def load_model(self, source: str, **options: Any) -> nn.Module:
         from transformers import AutoModelForImageTextToText
 
-        return AutoModelForImageTextToText.from_pretrained(source, **options)
+        return AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, **options)
 
     def build(self, config: Any) -> nn.Module:
         from transformers import AutoModelForImageTextToText
@@ -252,9 +252,9 @@ def load_native_processor(source: str) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
 
-    wanted = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source)), None)
+    wanted = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source, trust_remote_code=False)), None)
     if is_torchvision_available() or wanted is None or "video_processor" not in wanted.get_attributes():
-        return AutoProcessor.from_pretrained(source)
+        return AutoProcessor.from_pretrained(source, trust_remote_code=False)
     attributes = [name for name in wanted.get_attributes() if name != "video_processor"]
     video_settings = _video_settings(source)
 
@@ -270,7 +270,7 @@ def load_native_processor(source: str) -> Any:
             return written
 
     Stills.__name__ = Stills.__qualname__ = wanted.__name__
-    return Stills.from_pretrained(source)
+    return Stills.from_pretrained(source, trust_remote_code=False)
 
 
 def _video_settings(source: str) -> dict[str, Any] | None:
