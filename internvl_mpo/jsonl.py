@@ -15,7 +15,22 @@ from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.files import atomic_writer
 
 MAX_LINE = 64 << 20  # characters of a line; the longest of MMPR has some ten thousand
-_decode = json.JSONDecoder().scan_once
+
+
+class _RepeatedKeyError(ValueError):
+    """A key stands twice in one object, of which Python would silently take the last."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in row if names.count(name) > 1)
+        raise _RepeatedKeyError(f"key '{twice[:80]}' stands there twice; keep one of them")
+    return row
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def iter_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -40,7 +55,7 @@ def iter_json_lines(path: str | Path) -> Iterator[tuple[str, str, dict[str, Any]
                     where = f"{name}:{number}"
                     if len(line) > MAX_LINE:
                         raise RowError(f"the line has over {MAX_LINE:,} characters", where)
-                    yield where, line, _object(line, where)
+                    yield where, line, parse_object(line, where)
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -59,7 +74,7 @@ def read_whole_lines(path: str | Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror}") from error
     lines = content.split(b"\n")[:-1]  # splitlines would also cut at U+2028 inside a text
-    return [_object(line.decode("utf-8", "surrogatepass"), f"{path}:{i}") for i, line in enumerate(lines, start=1)]
+    return [parse_object(line.decode("utf-8", "surrogatepass"), f"{path}:{i}") for i, line in enumerate(lines, start=1)]
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -119,7 +134,7 @@ class AppendLog:
         """
         offset = self._file.seek(0)
         for number, line in enumerate(self._file, start=1):
-            yield offset, _object(line.decode("utf-8", "surrogatepass"), f"{self.path}:{number}")
+            yield offset, parse_object(line.decode("utf-8", "surrogatepass"), f"{self.path}:{number}")
             offset += len(line)
 
     def read(self, offset: int) -> dict[str, Any]:
@@ -152,11 +167,26 @@ class AppendLog:
             end = start
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """Return the JSON object in a line.
+
+    Args:
+        line: the text.
+        where: `file:line` for messages.
+
+    Raises:
+        RowError: it is something else, or holds a key twice.
+    """
     try:
         row = _loads(line)
     except json.JSONDecodeError as error:
         raise RowError(f"not valid JSON ({error.msg} at column {error.colno})", where) from error
+    except _RepeatedKeyError as error:
+        raise RowError(str(error), where) from error
+    except RecursionError as error:
+        raise RowError("not valid JSON (nested too deep)", where) from error
+    except ValueError as error:  # Python's own limit
+        raise RowError("not valid JSON (a number of over 4,300 digits)", where) from error
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object, found {type(row).__name__}", where)
     return row
@@ -165,7 +195,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 def _loads(line: str) -> Any:
     """`json.loads` of a line, without its search for white space at both ends, which takes half as long again."""
     try:
-        value, end = _decode(line, 0)
+        value, end = _decoder.scan_once(line, 0)
     except (StopIteration, json.JSONDecodeError):  # no value begins here, or it breaks off
         end = 0
-    return value if end and end >= len(line) - line.endswith("\n") else json.loads(line.rstrip())
+    return value if end and end >= len(line) - line.endswith("\n") else _decoder.decode(line.rstrip())

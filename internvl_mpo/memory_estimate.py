@@ -380,7 +380,7 @@ def _read_engine(engine: str | Mapping[str, Any]) -> Mapping[str, Any]:
         return engine
     try:
         return json.loads(run_file(engine).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(f"cannot read the DeepSpeed file '{engine}': {error}") from error
 
 
@@ -394,7 +394,7 @@ def read_shape(source: str) -> Any:
     if path.is_file():
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInputError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise BadInputError(f"{path} is not valid JSON: no object")

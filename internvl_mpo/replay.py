@@ -77,7 +77,7 @@ def read_dump(path: str | Path) -> dict[str, Any]:
         missing = {"model", "pairs", "beta", "weights", "reward_shift", "max_tiles", "max_length"} - dump.keys()
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, RecursionError) as error:
         raise BadInputError(f"{path} is not a dump of a training run: it is no JSON object") from error
     if missing:
         raise BadInputError(f"{path} is not a dump of a training run: key '{min(missing)}' is missing")

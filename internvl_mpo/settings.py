@@ -17,7 +17,10 @@ import argparse
 import dataclasses
 import difflib
 import enum
+import itertools
 import os
+import re
+import reprlib
 import sys
 import types
 import typing
@@ -34,6 +37,10 @@ from internvl_mpo.programs import run_file, spelled
 T = TypeVar("T")
 
 _OWN = "internvl_mpo"  # marks the fields a program declares itself, apart from those it inherits
+MAX_CONFIG_DEPTH = 100  # brackets, or dashes of lists in lists; the reader would take minutes for many more
+MAX_CONFIG_VALUES = 100_000  # of a config file, aliases counted as often as they are used
+# user:password@host of a URL; the second form is a password with a slash in it
+_PASSWORD = re.compile(r"//[^/?#\s]*@|//[^/?#\s:]+:(?!\d+(?:[/?#,]|$))\S*@")
 
 
 def setting(default: Any = dataclasses.MISSING, *, help: str) -> Any:
@@ -108,9 +115,9 @@ def check_keys(values: Mapping[str, Any], keys: Mapping[str, bool], where: str) 
     """
     unknown = [key for key in values if key not in keys]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], keys, n=1)
+        close = difflib.get_close_matches(str(unknown[0])[:80], keys, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else "; --help lists the keys"
-        raise BadInputError(f"unknown setting '{unknown[0]}' ({where}){hint}")
+        raise BadInputError(f"unknown setting {quoted(unknown[0])} ({where}){hint}")
     missing = [name for name, required in keys.items() if required and values.get(name) is None]
     if missing:
         names = ", ".join(f"'{name}'" for name in missing)
@@ -135,6 +142,11 @@ def coerce(value: Any, hint: Any, key: str, where: str) -> Any:
 
     `none`, `null` and an empty text mean None where None is allowed and no other choice is spelled that way.
     """
+    if holds_password(value, is_url=key.endswith("url")):
+        raise BadInputError(
+            f"setting '{key}' ({where}) holds a password in its address, which would be shown and saved; take it out "
+            "and give the key in the environment variable that --api_key_env names"
+        )
     options = _union(hint)
     choices = [option for option in options if option is not type(None)]
     nothing = value is None or (isinstance(value, str) and value.lower() in ("none", "null", ""))
@@ -144,7 +156,34 @@ def coerce(value: Any, hint: Any, key: str, where: str) -> Any:
         converted, ok = _convert(value, choice)
         if ok and not (nothing and choice is str):
             return converted
-    raise BadInputError(f"setting '{key}' is {value!r} ({where}); expected {_spell(hint)}")
+    raise BadInputError(f"setting '{key}' is {quoted(value)} ({where}); expected {_spell(hint)}")
+
+
+def holds_password(value: Any, *, is_url: bool = False) -> bool:
+    """Tell whether a text, or one of a list of texts, is an address with user and password before its host.
+
+    Args:
+        value: of a setting.
+        is_url: it is an address even where it has no `http://` in front.
+    """
+    if isinstance(value, (list, tuple)):
+        return any(holds_password(item, is_url=is_url) for item in value)
+    if not isinstance(value, str):
+        return False
+    urls = [url.strip() for url in value.split(",")] if is_url else []
+    return bool(_PASSWORD.search(value)) or any(_PASSWORD.search(f"//{url}") for url in urls if "//" not in url)
+
+
+def quoted(value: Any) -> str:
+    """Return a value as a message quotes it: `repr`, cut in the middle where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no number of over 4,300 digits
+        return (
+            f"a number of {value.bit_length() * 3 // 10:,} digits" if isinstance(value, int) else type(value).__name__
+        )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -154,18 +193,78 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         BadInputError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        text = run_file(path).read_text(encoding="utf-8")
+        text = run_file(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise BadInputError(f"cannot read config file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     try:
-        loaded = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise BadInputError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}") from error
+        loaded = parse_yaml(text) or {}
+    except BadInputError as error:
+        raise BadInputError(f"{path}{error}") from error
     if not isinstance(loaded, dict):
         raise BadInputError(f"{path} must hold 'key: value' lines, found a {type(loaded).__name__}")
     return loaded
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would silently take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"key '{key.value[:80]}' stands there twice"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        BadInputError: the text is not YAML, names a key twice, or is too deep or too large; the message goes on after
+            the name of a file.
+    """
+    try:
+        if _bracket_depth(text) > MAX_CONFIG_DEPTH or "- " * MAX_CONFIG_DEPTH in text:
+            raise RecursionError
+        loaded = yaml.load(text, _Loader)  # a SafeLoader
+        if _num_values(loaded, {}) > MAX_CONFIG_VALUES:
+            raise BadInputError(f" holds over {MAX_CONFIG_VALUES:,} values with its aliases; write what is needed")
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise BadInputError(f"{line} is not valid YAML: {problem}") from error
+    except RecursionError as error:
+        raise BadInputError(" is nested too deep, or within itself; settings are 'key: value' lines") from error
+    except ValueError as error:  # a number of over 4,300 digits, the 31st of June
+        if isinstance(error, BadInputError):
+            raise
+        raise BadInputError(f" is not valid YAML: {str(error).partition(';')[0]}") from error
+    return loaded
+
+
+def _bracket_depth(text: str) -> int:
+    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
+    return max(itertools.accumulate(steps), default=0)
+
+
+def _num_values(value: Any, known: dict[int, int]) -> int:
+    """Values inside a value, those of an alias every time it is used; RecursionError where it holds itself."""
+    if not isinstance(value, (list, dict)):
+        return 1
+    if known.get(id(value)) == 0:
+        raise RecursionError
+    if id(value) not in known:
+        known[id(value)] = 0
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_num_values(part, known) for part in parts)
+    return known[id(value)]
 
 
 def write_settings(settings: Any, path: str | Path, leave_out: Collection[str] = ()) -> None:
@@ -254,7 +353,8 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
     while position < len(rest):
         word = rest[position]
         if not word.startswith("--"):
-            raise BadInputError(f"unexpected argument '{word}'; settings are given as --key value")
+            shown = "with a password" if holds_password(word, is_url=True) else quoted(word)
+            raise BadInputError(f"unexpected argument {shown}; settings are given as --key value")
         key, equals, value = word[2:].partition("=")
         if not equals:
             following = rest[position + 1] if position + 1 < len(rest) else None
@@ -295,9 +395,11 @@ def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
     if hint in (int, float):
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             return None, False
+        if hint is int and isinstance(value, int):
+            return value, True
         try:  # YAML reads 5e-6 as a string; float() takes both spellings
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None, False
         if hint is int:
             return (int(number), True) if number.is_integer() else (None, False)
@@ -313,8 +415,8 @@ def _convert_collection(value: Any, hint: Any, kind: Any) -> tuple[Any, bool]:
     if isinstance(value, str):
         if kind is dict or value.lstrip().startswith(("[", "{")):
             try:
-                value = yaml.safe_load(value)
-            except yaml.YAMLError:
+                value = parse_yaml(value)
+            except BadInputError:
                 return None, False
         else:
             value = [part.strip() for part in value.split(",") if part.strip()]

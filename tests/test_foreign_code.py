@@ -25,7 +25,7 @@ CLASSES = (
 def plant(folder: Path, mark: Path) -> None:
     """Let every file of a model folder that may name code name one that leaves a mark."""
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'a').write('ran')\nclass Evil: pass\n", encoding="utf-8")
-    auto_map = {name: "evil.Evil" for name in CLASSES} | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    auto_map = dict.fromkeys(CLASSES, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     for name in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
         path = folder / name
         if path.exists():

@@ -6,7 +6,8 @@ from multiprocessing import get_context
 import pytest
 
 from internvl_mpo.errors import BadInputError, RowError
-from internvl_mpo.jsonl import AppendLog, iter_jsonl, read_whole_lines, write_jsonl
+from internvl_mpo.jsonl import AppendLog, iter_jsonl, parse_object, read_whole_lines, write_jsonl
+from internvl_mpo.mmpr.release import parse_line
 
 ODD = [{"text": "half \ud83d"}, {"text": "line\u2028separator\u0085"}, {"text": "\ufeff bom, ü, \\ud83d"}]
 
@@ -103,3 +104,20 @@ def _hold_and_die(path):
 
     AppendLog(path).append({"n": 1})
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"question": "a", "question": "b"}', "x:1: key 'question' stands there twice; keep one of them"),
+        ('{"a": {"b": 1, "b": 1}}', "key 'b' stands there twice"),
+        ('{"a": ' + "[" * 1_000_000, "not valid JSON .nested too deep."),
+        ('{"a": ' + '{"a": ' * 1_000_000, "not valid JSON .nested too deep."),
+        ('{"a": ' + "9" * 5000 + "}", "a number of over 4,300 digits"),
+    ],
+)
+def test_a_row_that_cannot_be_meant_gives_one_short_sentence(line, words):
+    for read, text in ((parse_object, line), (parse_line, line.encode())):
+        with pytest.raises(RowError, match=words) as refused:
+            read(text, "x:1")
+        assert len(str(refused.value)) < 200

@@ -33,7 +33,8 @@ def world(tmp_path_factory) -> Path:
         (lambda line: b"[" * 100_000, "not valid JSON"),
         (lambda line: line.replace(b"00000.png", b"../../../etc/passwd"), "leads out of its folder"),
         (lambda line: line.replace(b"00000.png", b"nowhere.png"), "'nowhere.png' is not in"),
-        (lambda line: line.replace(b'"answer_gt"', b'"image": {"a": 1}, "answer_gt"'), "must be text or a list"),
+        (lambda line: json.dumps(json.loads(line) | {"image": {"a": 1}}).encode(), "must be text or a list"),
+        (lambda line: line.replace(b'"answer_gt"', b'"question": "?", "answer_gt"'), "'question' stands there twice"),
         (lambda line: line.replace(b"Final answer:", b"\\ud800", 1), "half a surrogate pair (U+D800)"),
     ],
 )

@@ -129,3 +129,84 @@ def test_the_table_shows_every_value():
     table = show_settings(parse("--model", "m"), "title")
     assert table.splitlines()[0] == "title"
     assert "  limit  -" in table
+
+
+# --- files and values of strangers: one short sentence ----------------------------------------------------------------
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("model: ü\n".encode("utf-16"), "is not UTF-8 text"),
+        ("model: m\n".encode("utf-16-le"), "is not valid YAML"),
+        ("model: ü\n".encode("latin-1"), "is not UTF-8 text .byte 7.; save it as UTF-8"),
+        (b"model: " + b"[" * 1_000_000, "is nested too deep"),
+        (b"model: " + b"{a: " * 1_000_000, "is nested too deep"),
+        (b"- " * 100_000, "is nested too deep"),
+        (b"model: &m [*m]", "within itself"),
+        (b"steps: " + b"9" * 5000, "is not valid YAML: Exceeds the limit"),
+        (b"model: m\nsteps: 0x" + b"f" * 5000, "'steps' is a number of 6,000 digits"),
+        (b"model: 2026-06-31", "is not valid YAML"),
+        (b"model: m\nsteps: 1\nmodel: n", "line 3 is not valid YAML: key 'model' stands there twice"),
+        (b"model: m\nnames: {b: 1, b: 2}", "line 2 is not valid YAML: key 'b' stands there twice"),
+        (BOMB.encode(), "holds over 100,000 values with its aliases"),
+    ],
+)
+def test_a_config_file_that_cannot_be_meant_gives_one_short_sentence(tmp_path, content, words):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(BadInputError, match=words) as refused:
+        parse("--config", str(path))
+    assert len(str(refused.value)) < 400
+    assert "\n" not in str(refused.value)
+
+
+def test_aliases_and_a_byte_order_mark_are_read(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: &m m\ntitle: *m\nnames: [*m, *m]", encoding="utf-8-sig")
+    settings = parse("--config", str(path))
+    assert (settings.model, settings.title, settings.names) == ("m", "m", ["m", "m"])
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "x" * 10_000_000, "[" * 100_000, "1e999", "nan"])
+def test_a_refused_value_is_quoted_short(value):
+    with pytest.raises(BadInputError, match="'steps' is") as refused:
+        parse("--model", "m", "--steps", value)
+    assert len(str(refused.value)) < 400
+
+
+def test_a_large_whole_number_of_a_file_is_not_rounded(config):
+    assert parse("--config", config(f"model: m\nsteps: {2**60 + 1}")).steps == 2**60 + 1
+
+
+@dataclasses.dataclass
+class Asking:
+    base_url: list[str] = setting([], help="servers")
+    data: str = setting("", help="file")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--base_url", "http://me:hunter2@host:8000/v1"],
+        ["--base_url", "http://host:8000,https://hunter2@host"],
+        ["--base_url", "me:hunter2@host:8000"],
+        ["--base_url", "http://me:hunter2/with?slash@host"],
+        ["--base_url", "http://me:hunter2,comma@host"],
+        ["--data", "https://me:hunter2@host/file"],
+        ["http://me:hunter2@host:8000/v1"],
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_shown(argv):
+    with pytest.raises(BadInputError, match="a password") as refused:
+        parse_settings(Asking, argv, program="program.py", about="About.")
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["http://host:8000/v1", "host:8000", "http://a:1/v1,http://b:2", "http://host:80/@x"])
+def test_an_address_without_a_password_is_taken(url):
+    assert build_settings(Asking, {"base_url": url}).base_url == url.split(",")

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from internvl_mpo.engines import StopSign
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.settings import holds_password
 
 FAULTS = (OSError, http.client.HTTPException, ValueError, KeyError, IndexError)
 MAX_ANSWER_BYTES = 64 << 20
@@ -50,15 +51,15 @@ class ServerPool:
     """One base URL, how busy it is, and its connections that are free."""
 
     def __init__(self, url: str):
-        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if holds_password(url, is_url=True):  # it would be printed, and saved with the settings
+            raise BadInputError("the base URL holds a password; take it out and give it by --api_key_env instead")
         try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError("no http(s) host")
             self.host, self.port = parts.hostname, parts.port
         except ValueError as error:
             raise BadInputError(f"'{url}' is no base URL ({error}); give one like http://localhost:8000/v1") from error
-        if parts.username or parts.password:  # it would be printed, and saved with the settings
-            raise BadInputError(f"the base URL of {self.host} holds a password; give it by --api_key_env instead")
         self.url = url
         self.streams = True  # until it says otherwise
         self.secure = parts.scheme == "https"

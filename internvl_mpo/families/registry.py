@@ -112,7 +112,7 @@ def _hub_config(source: str) -> Mapping[str, Any]:
 def _parsed(path: Path, where: str) -> Mapping[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise BadInputError(f"{where} is not valid JSON: no object")

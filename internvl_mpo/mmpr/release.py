@@ -23,6 +23,7 @@ from typing import Any
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.files import atomic_writer
 from internvl_mpo.formats import to_own_form
+from internvl_mpo.jsonl import parse_object
 from internvl_mpo.mmpr.files import PictureFolder, ReleaseFiles, is_absolute
 from internvl_mpo.mmpr.lines import MAX_LINE_BYTES, Annotation, is_array, read_lines
 from internvl_mpo.mmpr.tables import HUB_PREFIX, TablePictures, TableRows, is_table
@@ -145,7 +146,7 @@ def read_meta(path: str | Path, image_root: str | Path | None = None) -> list[Su
         meta = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(meta, dict) or not meta:
         raise BadInputError(f"{path} must be an object of subsets, each with 'root', 'annotation' and 'repeat_time'")
@@ -247,16 +248,10 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
     if b"\0" in line:
         raise RowError(f"the line holds a NUL byte at column {line.index(0) + 1}", where)
     try:
-        row = json.loads(line)
+        text = line.decode("utf-8-sig", "surrogatepass")
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 text (byte {error.start + 1} of the line)", where) from error
-    except json.JSONDecodeError as error:
-        raise RowError(f"not valid JSON ({error.msg} at column {error.colno})", where) from error
-    except RecursionError as error:
-        raise RowError("not valid JSON (nested too deep)", where) from error
-    if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object, found {type(row).__name__}", where)
-    return row
+    return parse_object(text, where)
 
 
 # ---------------------------------------------------------------------------------------------------- MMPR layout

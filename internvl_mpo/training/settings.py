@@ -145,7 +145,9 @@ def check_trackers(names: Sequence[str]) -> None:
                 + ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             )
         try:
-            INTEGRATION_TO_CALLBACK[name]()
+            callback = INTEGRATION_TO_CALLBACK[name]
+            # without its __del__, which MLflow's fails in if it never began, with a traceback of its own
+            type(callback.__name__, (callback,), {"__del__": lambda self: None})()
         except (ImportError, RuntimeError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             way_out = "" if "pip install" in reason else f"; pip install {name}"
