@@ -396,7 +396,7 @@ def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             return None, False
         if hint is int and isinstance(value, int):
-            return value, True
+            return (value, True) if abs(value) < 2**63 else (None, False)
         try:  # YAML reads 5e-6 as a string; float() takes both spellings
             number = float(value)
         except (ValueError, OverflowError):
