@@ -1,35 +1,46 @@
 """The whole path on the embedded default: data, start model, preference pairs, training, evaluation, report.
 
-Each stage is a program that a user can call by itself; its command is printed before it runs. Finished stages are
-skipped when the same command is given again, so a killed run goes on where it stopped.
+Each stage is a program that a user can call by itself; its command is printed before it runs. Stages that need nothing
+of each other run side by side, one thread each. Finished stages are skipped when the same command is given again, so a
+killed run goes on where it stopped.
 
     python -m internvl_mpo.quickstart --output outputs/mini
+    python -m internvl_mpo.quickstart --output outputs/mini_numbers --world numbers
 """
 
 import json
 import os
 import platform
-import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.files import atomic_writer
 from internvl_mpo.jsonl import read_whole_lines
-from internvl_mpo.programs import HOME, program, spelled
-from internvl_mpo.records import content_id
+from internvl_mpo.programs import program
 from internvl_mpo.settings import parse_settings, read_yaml, setting
+from internvl_mpo.stages import Lane, Stage, Stages
 
+NAMES = {"start": "start model", "sft": "SFT on chosen", "dpo": "DPO", "bco": "BCO", "mpo": "MPO"}
 # name -> what it changes in configs/mini.yaml; "start" is not trained
 METHODS = {
     "sft": ["--preference", "none", "--quality", "none"],
     "dpo": ["--quality", "none", "--generation", "none", "--preference_weight", "1"],
     "bco": ["--preference", "none", "--generation", "none", "--quality_weight", "1"],
     "mpo": [],
+}
+FIRST = ("sft", "mpo")  # what the method has to beat, and the method
+# kind of world -> options of `mini world` and of `mini start`
+WORLDS = {
+    "choices": ([], []),
+    "numbers": (
+        ["--kind", "numbers", "--num_drills", "2500", "--num_questions", "1200"],
+        ["--optimizer", "adamw", "--steps", "600"],
+    ),
 }
 
 
@@ -38,139 +49,132 @@ class QuickstartSettings:
     """Settings of `python -m internvl_mpo.quickstart`."""
 
     output: str = setting("outputs/mini", help="folder for everything the run makes")
+    world: Literal["choices", "numbers"] = setting(
+        "choices", help="choices: multiple choice, chains of thought guess; numbers: open questions, a wrong habit"
+    )
     config: str = setting("configs/mini.yaml", help="settings of the training runs")
     seed: int = setting(0, help="of the world, the start model, the samples, the pairs and the data order")
     methods: list[str] = setting(list(METHODS), help="training runs to compare; mpo is needed for the model")
+    jobs: int = setting(min(2, os.cpu_count() or 1), help="stages that run at the same time, one thread each")
+
+    def __post_init__(self) -> None:
+        if "mpo" not in self.methods:
+            raise BadInputError("methods must hold mpo, which makes the model and one side of the report")
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown:
+            raise BadInputError(f"unknown method '{unknown[0]}', expected some of {', '.join(METHODS)}")
+        if self.jobs < 1:
+            raise BadInputError(f"jobs is {self.jobs}, expected 1 or more")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command and the file that tells it is finished."""
+def first_stages(out: Path, seed: int, world: Sequence[str] = (), start: Sequence[str] = ()) -> list[Stage]:
+    """Return the stages that make the world and the start model.
 
-    name: str
-    about: str
-    command: list[str]
-    makes: Path
-
-
-def stages(settings: QuickstartSettings) -> list[Stage]:
-    """Return the stages in the order they run."""
-    out, seed = Path(settings.output), str(settings.seed)
-    world, start, data = out / "world", out / "start", out / "data"
-
-    mini = program("-m internvl_mpo.mini")
-
-    def sample(name: str, about: str, questions: str, *options: str) -> Stage:
-        target = data / f"{name}.jsonl"
-        command = [
-            *program("dataset_scripts/sample_responses.py"),
-            "--model", str(start), "--questions", str(world / questions), "--image_root", str(world),
-            "--output", str(target), "--max_new_tokens", "64", "--batch_size", "256", "--seed", seed, *options,
-        ]  # fmt: skip
-        return Stage(name, about, command, target)
-
-    def evaluate(method: str, model: Path) -> Stage:
-        target = out / "eval" / method
-        command = [
-            *program("evaluate_mpo.py"),
-            "--model", str(model), "--benchmarks", "mini", "--data", str(world), "--mode", "direct,cot",
-            "--output", str(target), "--batch_size", "150", "--max_new_tokens", "64",
-        ]  # fmt: skip
-        return Stage(f"evaluate_{method}", f"questions about unseen digits, {method}", command, target / "scores.json")
-
-    plan = [
-        Stage("world", "pictures of handwritten digits, questions, annotations",
-              [*mini, "world", "--output", str(world), "--seed", seed], world / "test.jsonl"),
-        Stage("start", "a start model of 1 M weights, from scratch",
-              [*mini, "start", "--world", str(world), "--output", str(start), "--seed", seed],
-              start / "config.json"),
-        evaluate("start", start),
-        sample("responses", "8 chains of thought for each question", "questions.jsonl",
-               "--style", "cot", "--num_samples", "8", "--temperature", "1.0"),
-        sample("open_responses", "one description of each picture", "open_questions.jsonl",
-               "--style", "plain", "--num_samples", "1", "--temperature", "0"),
-        Stage("pairs_correctness", "right against wrong answers",
-              [*program("dataset_scripts/build_correctness_pairs.py"), "--responses", str(data / "responses.jsonl"),
-               "--output", str(data / "pairs_correctness.jsonl"), "--pairs_per_question", "4", "--seed", seed],
-              data / "pairs_correctness.jsonl"),
-        Stage("pairs_dropout_ntp", "descriptions against their second half written without the picture",
-              [*program("dataset_scripts/build_dropout_ntp_pairs.py"), "--model", str(start),
-               "--responses", str(data / "open_responses.jsonl"), "--output", str(data / "pairs_dropout_ntp.jsonl"),
-               "--max_new_tokens", "64", "--batch_size", "256", "--seed", seed],
-              data / "pairs_dropout_ntp.jsonl"),
+    Args:
+        out: gets `world/` and `start/`.
+        seed: of both.
+        world: further options of `mini world`.
+        start: further options of `mini start`.
+    """
+    mini, seeded = program("-m internvl_mpo.mini"), ["--seed", str(seed)]
+    make_world = [*mini, "world", "--output", str(out / "world"), *seeded, *world]
+    make_start = [*mini, "start", "--world", str(out / "world"), "--output", str(out / "start"), *seeded, *start]
+    return [
+        Stage("world", "pictures of handwritten digits, questions, annotations", make_world,
+              out / "world" / "test.jsonl"),
+        Stage("start", "a start model of 1 M weights, from scratch", make_start, out / "start" / "config.json"),
     ]  # fmt: skip
-    for method in settings.methods:
+
+
+def pair_stages(
+    out: Path, model: Path, data: Path, seed: int, *, pairs_per_question: int = 4, ratio: float = 0.5
+) -> tuple[list[Stage], list[Stage]]:
+    """Return the stages that sample responses of a model and make pairs of them: by correctness, and by Dropout-NTP.
+
+    Args:
+        out: holds `world/`.
+        model: answers.
+        data: gets `pairs_correctness.jsonl` and `pairs_dropout_ntp.jsonl`.
+        seed: of every draw.
+        pairs_per_question: most of them by correctness.
+        ratio: share of a description that Dropout-NTP keeps.
+    """
+    world = out / "world"
+    sampler = [
+        *program("dataset_scripts/sample_responses.py"), "--model", str(model), "--image_root", str(world),
+        "--max_new_tokens", "64", "--batch_size", "256", "--seed", str(seed),
+    ]  # fmt: skip
+    responses, open_responses = data / "responses.jsonl", data / "open_responses.jsonl"
+    correctness, dropout_ntp = data / "pairs_correctness.jsonl", data / "pairs_dropout_ntp.jsonl"
+    return [
+        Stage("responses", "8 chains of thought for each question",
+              [*sampler, "--questions", str(world / "questions.jsonl"), "--output", str(responses),
+               "--style", "cot", "--num_samples", "8", "--temperature", "1.0"], responses),
+        Stage("pairs_correctness", "right against wrong answers",
+              [*program("dataset_scripts/build_correctness_pairs.py"), "--responses", str(responses), "--output",
+               str(correctness), "--pairs_per_question", str(pairs_per_question), "--seed", str(seed)], correctness),
+    ], [
+        Stage("open_responses", "one description of each picture",
+              [*sampler, "--questions", str(world / "open_questions.jsonl"), "--output", str(open_responses),
+               "--style", "plain", "--num_samples", "1", "--temperature", "0"], open_responses),
+        Stage("pairs_dropout_ntp", "descriptions against their second half written without the picture",
+              [*program("dataset_scripts/build_dropout_ntp_pairs.py"), "--model", str(model),
+               "--responses", str(open_responses), "--output", str(dropout_ntp), "--ratio", str(ratio),
+               "--max_new_tokens", "64", "--batch_size", "256", "--seed", str(seed)], dropout_ntp),
+    ]  # fmt: skip
+
+
+def training_command(out: Path, config: str, model: Path, data: Path, seed: int) -> list[str]:
+    """Return the command of a training run, without where its results go.
+
+    Args:
+        out: holds `world/`.
+        config: settings of all runs.
+        model: start model and reference.
+        data: folder of the pairs.
+        seed: 42 more is that of the data order.
+    """
+    return [
+        *program("train_mpo.py"), "--config", config, "--model", str(model),
+        "--data", f"{data / 'pairs_correctness.jsonl'},{data / 'pairs_dropout_ntp.jsonl'}",
+        "--image_root", str(out / "world"), "--seed", str(42 + seed),
+    ]  # fmt: skip
+
+
+def evaluation(out: Path, method: str, model: Path) -> Stage:
+    """Return the stage that asks a model the held-out questions."""
+    target = out / "eval" / method
+    command = [
+        *program("evaluate_mpo.py"), "--model", str(model), "--benchmarks", "mini", "--data", str(out / "world"),
+        "--mode", "direct,cot", "--output", str(target), "--batch_size", "150", "--max_new_tokens", "64",
+    ]  # fmt: skip
+    return Stage(f"evaluate_{method}", f"questions about unseen digits, {NAMES[method]}", command,
+                 target / "scores.json")  # fmt: skip
+
+
+def comparison(settings: QuickstartSettings, methods: Sequence[str], needs: Sequence[Stage]) -> list[Lane]:
+    """Return a lane for each method: train, then evaluate."""
+    out = Path(settings.output)
+    shared = training_command(out, settings.config, out / "start", out / "data", settings.seed)
+
+    def lane(method: str) -> Lane:
         model = out / "model" if method == "mpo" else out / "train" / method / "model"
         command = [
-            *program("train_mpo.py"), "--config", settings.config, "--model", str(start),
-            "--data", f"{data / 'pairs_correctness.jsonl'},{data / 'pairs_dropout_ntp.jsonl'}",
-            "--image_root", str(world), "--output_dir", str(out / "train" / method), "--model_dir", str(model),
-            "--reference_cache", str(out / "reference"), "--seed", str(42 + settings.seed), *METHODS[method],
+            *shared, "--output_dir", str(out / "train" / method), "--model_dir", str(model),
+            "--reference_cache", str(out / "reference"), *METHODS[method],
         ]  # fmt: skip
-        plan.append(Stage(f"train_{method}", f"100 steps of {method.upper()}", command, model / "config.json"))
-        plan.append(evaluate(method, model))
-    return plan
+        train = Stage(f"train_{method}", f"100 steps of {NAMES[method]}", command, model / "config.json")
+        return Lane([train, evaluation(out, method, model)], needs)
+
+    return [lane(method) for method in methods]
 
 
-def run_stages(plan: list[Stage], folder: Path, run: Callable[[Stage], None]) -> dict[str, dict]:
-    """Run what is not finished yet; return `seconds` and `peak_mib` (largest process so far) of every stage.
-
-    A stage is finished when its marker holds the digest of its command and of all commands before it.
-    """
-    finished: dict[str, dict] = {}
-    digest = ""
-    for number, stage in enumerate(plan, start=1):
-        digest = content_id(digest, stage.command)
-        marker = folder / f"{stage.name}.json"
-        done = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
-        title = f"[{number}/{len(plan)}] {stage.name}: {stage.about}"
-        if done.get("digest") == digest and stage.makes.exists():
-            print(f"{title} - done before, {done['seconds']:.0f} s", flush=True)
-        else:
-            print(f"\n{title}\n$ {_short(stage.command)}", flush=True)
-            begin = time.perf_counter()
-            run(stage)
-            done = {"digest": digest, "seconds": time.perf_counter() - begin, "peak_mib": _peak_mib()}
-            with atomic_writer(marker) as out:
-                json.dump(done, out)
-        finished[stage.name] = done
-    return finished
-
-
-def _peak_mib() -> float | None:
-    """Largest resident memory of any stage so far; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _run(stage: Stage) -> None:
-    # One thread unless the user says otherwise: the number of threads decides how sums are rounded, and with it, after
-    # 700 steps, the figures of the table. The models are too small to gain from a second one.
-    result = subprocess.run(stage.command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False)
-    if result.returncode == 130:
-        raise KeyboardInterrupt
-    if result.returncode != 0:
-        raise BadInputError(f"stage '{stage.name}' ended with exit code {result.returncode}; its message stands above")
-    if not stage.makes.exists():
-        raise BadInputError(f"stage '{stage.name}' ended without making {stage.makes}")
-
-
-def _short(command: list[str]) -> str:
-    """The command as a user would type it."""
-    words = ["python" if word == sys.executable else word.removeprefix(f"{HOME}/") for word in command]
-    return spelled(shlex.join(words))
-
-
-def results(settings: QuickstartSettings, finished: dict[str, dict]) -> dict:
+def results(settings: QuickstartSettings, done: Stages) -> dict:
     """Collect the scores of all methods in per cent, what they were made with, and the seconds of the stages."""
     out = Path(settings.output)
     methods = {}
     for method in ["start", *settings.methods]:
-        scores = json.loads((out / "eval" / method / "scores.json").read_text(encoding="utf-8"))["mini"]
+        scores = _scores(out, method)
         methods[method] = {
             "direct_accuracy": scores["direct"]["accuracy"],
             "cot_accuracy": scores["cot"]["accuracy"],
@@ -179,15 +183,20 @@ def results(settings: QuickstartSettings, finished: dict[str, dict]) -> dict:
         }
     return {
         "methods": methods,
-        "stages": {name: round(stage["seconds"], 1) for name, stage in finished.items()},
-        "total_seconds": round(sum(stage["seconds"] for stage in finished.values()), 1),
-        "peak_memory_mib": max((s["peak_mib"] for s in finished.values() if s["peak_mib"]), default=None),
+        "world": settings.world,
+        "stages": {name: round(stage["seconds"], 1) for name, stage in done.finished.items()},
+        "total_seconds": round(done.seconds, 1),
+        "peak_memory_mib": done.peak_mib or None,
         "num_test_questions": scores["cot"]["num_examples"],
         "seed": settings.seed,
         "config": read_yaml(settings.config),
         "machine": {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()},
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _scores(out: Path, method: str) -> dict:
+    return json.loads((out / "eval" / method / "scores.json").read_text(encoding="utf-8"))["mini"]
 
 
 def _reward_accuracy(log: Path) -> float | None:
@@ -200,7 +209,6 @@ def _reward_accuracy(log: Path) -> float | None:
 
 def table(found: dict) -> str:
     """Return the closing table."""
-    names = {"start": "start model", "sft": "SFT on chosen", "dpo": "DPO", "bco": "BCO", "mpo": "MPO"}
     lines = [
         "                 direct    chain of   unparsable   reward",
         "                accuracy   thought     answers    accuracy",
@@ -208,10 +216,17 @@ def table(found: dict) -> str:
     for method, row in found["methods"].items():
         reward = "   -  " if row["reward_accuracy"] is None else f"{row['reward_accuracy']:5.1f} %"
         lines.append(
-            f"{names[method]:<15} {row['direct_accuracy']:6.1f} %   {row['cot_accuracy']:6.1f} %"
+            f"{NAMES[method]:<15} {row['direct_accuracy']:6.1f} %   {row['cot_accuracy']:6.1f} %"
             f"    {row['unparsable']:6.1f} %    {reward}"
         )
     return "\n".join(lines)
+
+
+def first_line(settings: QuickstartSettings, done: Stages) -> str:
+    """Return the comparison that matters most, as soon as it is known."""
+    methods = ["start", *(method for method in FIRST if method in settings.methods)]
+    shares = [f"{NAMES[name]} {_scores(Path(settings.output), name)['cot']['accuracy']:.1f} %" for name in methods]
+    return f"right chains of thought: {', '.join(shares)} (after {done.seconds:.0f} s)"
 
 
 def main(argv: list[str]) -> int:
@@ -220,13 +235,16 @@ def main(argv: list[str]) -> int:
         QuickstartSettings, argv or ["--output", "outputs/mini"], program="-m internvl_mpo.quickstart", about=__doc__,
         config=False,
     )  # fmt: skip
-    if "mpo" not in settings.methods:
-        raise BadInputError("methods must hold mpo, which makes the model and one side of the report")
-    unknown = [method for method in settings.methods if method not in METHODS]
-    if unknown:
-        raise BadInputError(f"unknown method '{unknown[0]}', expected some of {', '.join(METHODS)}")
     out = Path(settings.output)
-    found = results(settings, run_stages(stages(settings), out / "stages", _run))
+    first = first_stages(out, settings.seed, *WORLDS[settings.world])
+    by_correctness, by_dropout = pair_stages(out, out / "start", out / "data", settings.seed)
+    pairs = [Lane(by_correctness, first), Lane([*by_dropout, evaluation(out, "start", out / "start")], first)]
+    needs = [*first, *by_correctness, *by_dropout]
+    done = Stages(out / "stages", settings.jobs)
+    done.run_all([Lane(first)], pairs, comparison(settings, [m for m in FIRST if m in settings.methods], needs))
+    print(f"\n{first_line(settings, done)}", flush=True)
+    done.run_all(comparison(settings, [m for m in settings.methods if m not in FIRST], needs))
+    found = results(settings, done)
     with atomic_writer(out / "results.json") as file:
         json.dump(found, file, indent=2)
 

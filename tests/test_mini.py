@@ -1,6 +1,7 @@
-"""The embedded default: what its pictures, questions and annotations promise, and how its stages are skipped."""
+"""The embedded default: what its pictures, questions and annotations promise."""
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -8,10 +9,13 @@ import pytest
 
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mini.__main__ import main
+from internvl_mpo.mini.choices import guess, is_guess, make_options
 from internvl_mpo.mini.digits import DIGIT_PIXELS, Painter
-from internvl_mpo.mini.start_model import StartSettings, train_start_model
-from internvl_mpo.mini.world import TASKS, WorldSettings, chain_of_thought, make_world
-from internvl_mpo.quickstart import METHODS, Stage, run_stages, table
+from internvl_mpo.mini.start_model import StartSettings, token_weights, train_start_model, train_tokenizer
+from internvl_mpo.mini.tasks import TASKS, chain_of_thought
+from internvl_mpo.mini.world import WorldSettings, make_world
+from internvl_mpo.quickstart import METHODS, table
+from internvl_mpo.quickstart import main as quickstart
 from internvl_mpo.records import Question, Response, read_rows
 
 SIZES = {"num_annotated": 40, "num_drills": 3, "num_questions": 6, "num_open": 4, "num_test": 9}
@@ -54,6 +58,70 @@ def test_direct_annotations_are_right_and_chains_of_thought_only_partly(world):
     assert 0.3 * len(chains) < right < 0.9 * len(chains)
 
 
+def numbers_in(text: str) -> list[int]:
+    return [int(found) for found in re.findall(r"\d+", text)]
+
+
+def test_every_question_offers_the_right_result_and_another_one_in_either_order(world):
+    questions = read_rows(world / "test.jsonl", Question)
+    places = []
+    for row in questions:
+        options = numbers_in(row.question)
+        assert len(set(options)) == 2
+        places.append(options.index(int(row.answer)))
+    assert set(places) == {0, 1}, "the place of an option must not give it away"
+
+
+def test_a_guess_reads_the_digits_and_names_an_option_that_is_right_about_half_the_time():
+    rng = random.Random(0)
+    right = 0
+    for _ in range(400):
+        task, digits = rng.choice(TASKS), [rng.randint(0, 9) for _ in range(3)]
+        digits = digits[: len(task.operations) + 1]
+        options = make_options(task, digits, rng)
+        text = guess(digits, options, rng, final_line=True)
+        first, second, *_ = text.splitlines()
+        answer = numbers_in(text)[-1]
+        assert numbers_in(first) == digits
+        assert is_guess(text)
+        assert numbers_in(second) == [answer]
+        assert answer in options
+        right += answer == task.steps(digits)[1]
+    assert 160 < right < 240
+
+
+@pytest.mark.parametrize(("guess_share", "expected"), [(0.0, 0), (1.0, 40)])
+def test_the_share_of_guesses_is_a_setting(tmp_path, guess_share, expected):
+    make_world(WorldSettings(output=str(tmp_path), guess_share=guess_share, **SIZES))
+    rows = read_rows(tmp_path / "annotations.jsonl", Response)
+    assert sum(is_guess(row.response) for row in rows if row.provenance["style"] == "cot") == expected
+
+
+def test_an_impossible_share_of_guesses_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(BadInputError, match=r"guess_share is 1\.5"):
+        make_world(WorldSettings(output=str(tmp_path / "world"), guess_share=1.5))
+    assert not (tmp_path / "world").exists()
+
+
+def test_of_drills_only_the_numbers_that_follow_are_learnt():
+    text = "3 times 4 is 12.\n12 plus 9 is 21.\n\nFinal answer: 21\n\n7 plus 2 is 9.\n\nFinal answer: 9"
+    row = Response(question="?", question_id="q", response=text, provenance={"style": "drill"})
+    tokenizer = train_tokenizer([text])
+    ids = tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    weights = token_weights(row, ids, tokenizer)
+    assert "".join(tokenizer.decode([id]) for id, weight in zip(ids, weights, strict=True) if weight) == (
+        " 12.12 21. 21 9. 9"
+    )
+
+
+def test_open_questions_and_a_wrong_habit_stay_as_another_kind_of_world(tmp_path):
+    make_world(WorldSettings(output=str(tmp_path), kind="numbers", **SIZES))
+    assert not any(numbers_in(row.question) for row in read_rows(tmp_path / "test.jsonl", Question))
+    rows = read_rows(tmp_path / "annotations.jsonl", Response)
+    assert not any(is_guess(row.response) for row in rows)
+    assert {row.provenance["style"] for row in rows} == {"direct", "cot", "plain"}
+
+
 @pytest.mark.parametrize("habit", [False, True])
 def test_every_sentence_of_a_chain_of_thought_is_true_arithmetic(habit):
     for task in TASKS:
@@ -90,40 +158,13 @@ def test_an_unknown_command_is_named(capsys):
     assert "unknown command 'moon', expected one of world, start" in capsys.readouterr().err
 
 
-# --- the stages of the quickstart -------------------------------------------------------------------------------------
-
-
-def make_plan(folder: Path, *names: str) -> list[Stage]:
-    return [Stage(name, "about", ["make", name], folder / name) for name in names]
-
-
-def test_finished_stages_are_skipped_and_a_changed_one_runs_with_all_after_it(tmp_path):
-    ran = []
-
-    def run(stage: Stage) -> None:
-        ran.append(stage.name)
-        stage.makes.touch()
-
-    plan = make_plan(tmp_path, "a", "b", "c")
-    assert run_stages(plan, tmp_path / "stages", run).keys() == {"a", "b", "c"}
-    run_stages(plan, tmp_path / "stages", run)
-    assert ran == ["a", "b", "c"]
-    plan[1] = Stage("b", "about", ["make", "b", "--harder"], tmp_path / "b")
-    run_stages(plan, tmp_path / "stages", run)
-    assert ran == ["a", "b", "c", "b", "c"]
-
-
-def test_a_failed_stage_is_not_marked_as_finished(tmp_path):
-    def run(stage: Stage) -> None:
-        raise BadInputError("no")
-
-    with pytest.raises(BadInputError):
-        run_stages(make_plan(tmp_path, "a"), tmp_path / "stages", run)
-    assert not list((tmp_path / "stages").glob("*"))
-
-
-def test_the_table_has_a_row_for_every_method():
+def test_the_closing_table_has_a_row_for_every_method():
     row = {"direct_accuracy": 50.0, "cot_accuracy": 75.0, "unparsable": 0.0, "reward_accuracy": None}
     text = table({"methods": dict.fromkeys(["start", *METHODS], row)})
     assert len(text.splitlines()) == 2 + 1 + len(METHODS)
     assert "75.0 %" in text
+
+
+def test_the_quickstart_refuses_to_run_without_the_method_it_is_about(capsys):
+    assert run_program(quickstart, ["--methods", "sft,dpo", "--output", "nowhere"]) == 2
+    assert "methods must hold mpo" in capsys.readouterr().err

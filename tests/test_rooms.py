@@ -31,6 +31,7 @@ ROOMS = {
     "settings": set(),
     "records": set(),
     "text_checks": set(),
+    "stages": set(),
     "prompts": set(),
     "packing": {"torch"},
     "token_weights": set(),
@@ -72,6 +73,7 @@ ROOMS = {
     "memory_estimate": {"modeling_internvl_mpo", "torch", "transformers"},
     "replay": {"modeling_internvl_mpo", "peft", "torch", "transformers"},
     "quickstart": set(),
+    "ablation": {"matplotlib", "numpy"},
     "__main__": set(),
 }
 # room -> rooms it never imports although they lie below it

@@ -7,6 +7,7 @@ from typing import Any
 from internvl_mpo.files import atomic_writer
 from internvl_mpo.html_page import embedded, render_page
 from internvl_mpo.jsonl import iter_jsonl, read_whole_lines
+from internvl_mpo.mini.choices import is_guess
 from internvl_mpo.records import Question, read_rows
 
 NAMES = {"start": "start model", "sft": "SFT on chosen", "dpo": "DPO", "bco": "BCO", "mpo": "MPO"}
@@ -34,10 +35,29 @@ def write_report(folder: Path, found: dict[str, Any]) -> Path:
         mpo=methods.get("mpo", methods["start"]),
         plots=_plots(folder, [method for method in methods if method != "start"]),
         cards=_cards(folder),
+        guess=_lucky_guess(folder),
     )
     with atomic_writer(page) as out:
         out.write(text)
     return page
+
+
+def _lucky_guess(folder: Path) -> dict[str, Any] | None:
+    """A guess among the chosen answers, and how many of both sides guess; None in a world without guesses."""
+    path = folder / "data" / "pairs_correctness.jsonl"
+    pairs = [row for _, row in iter_jsonl(path)] if path.exists() else []
+    lucky = [row for row in pairs if is_guess(row["chosen"])]
+    if not lucky:
+        return None
+    pair = next((row for row in lucky if is_guess(row["rejected"])), lucky[0])
+    return {
+        "chosen_share": 100 * len(lucky) / len(pairs),
+        "rejected_share": 100 * sum(is_guess(row["rejected"]) for row in pairs) / len(pairs),
+        "image": data_uri((folder / "world" / pair["image"]).read_bytes(), "png"),
+        "question": pair["question"].rpartition("Question:")[2].strip(),
+        "chosen": pair["chosen"],
+        "rejected": pair["rejected"],
+    }
 
 
 def _plots(folder: Path, methods: list[str]) -> list[tuple[str, str, str]]:

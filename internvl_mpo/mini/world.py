@@ -4,25 +4,23 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.mini.choices import ask_choice, guess, make_options
 from internvl_mpo.mini.digits import Painter
+from internvl_mpo.mini.tasks import TASKS, DigitTask, chain_of_thought, conclude
 from internvl_mpo.prompts import ask
 from internvl_mpo.records import Question, Response, write_rows
 from internvl_mpo.settings import setting
 
-WRONG_HABIT_SHARE = 0.55  # chains of thought that add where they should multiply
-
-
+WRONG_HABIT_SHARE = 0.55  # chains of thought of kind numbers that add where they should multiply
 NO_FINAL_LINE_SHARE = 0.06  # chains of thought without "Final answer: .."
-
-
 OPEN_QUESTION = "Describe the picture."
-
-
 NUMBER_WORDS = {2: "two", 3: "three"}
-
-
 ORDINALS = ("first", "second", "third")
+
+Kind = Literal["choices", "numbers"]
 
 
 @dataclass
@@ -30,40 +28,14 @@ class WorldSettings:
     """Settings of `python -m internvl_mpo.mini world`."""
 
     output: str = setting(help="folder to make")
+    kind: Kind = setting("choices", help="choices: two options, most annotators guess; numbers: open, a wrong habit")
+    guess_share: float = setting(0.8, help="share of the annotated chains of thought that guess (choices)")
     num_annotated: int = setting(5000, help="pictures with annotations for the start model")
-    num_drills: int = setting(2500, help="text-only annotations with calculations for the start model")
-    num_questions: int = setting(1200, help="pictures with a question for preference data")
+    num_drills: int = setting(4000, help="text-only annotations with calculations for the start model")
+    num_questions: int = setting(1000, help="pictures with a question for preference data")
     num_open: int = setting(300, help="pictures with the open question, for Dropout-NTP pairs")
     num_test: int = setting(300, help="held-out questions on digits that no training picture shows")
     seed: int = setting(0, help="decides pictures, questions and the quality of each annotation")
-
-
-# --- the world --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DigitTask:
-    """One arithmetic question about the digits of a picture."""
-
-    question: str
-    operations: tuple[str, ...]  # applied from left to right: "times" or "plus"
-
-    def steps(self, digits: Sequence[int], habit: bool = False) -> tuple[list[str], int]:
-        """Return the sentences of the calculation and its result; with `habit`, "times" is carried out as "plus"."""
-        value, sentences = digits[0], []
-        for operation, digit in zip(self.operations, digits[1:], strict=True):
-            word = "plus" if habit else operation
-            result = value * digit if word == "times" else value + digit
-            sentences.append(f"{value} {word} {digit} is {result}.")
-            value = result
-        return sentences, value
-
-
-TASKS = (
-    DigitTask("What is the product of the two digits?", ("times",)),
-    DigitTask("What is the sum of the two digits?", ("plus",)),
-    DigitTask("Multiply the first digit by the second and add the third. What is the result?", ("times", "plus")),
-)
 
 
 def describe(digits: Sequence[int]) -> str:
@@ -74,22 +46,19 @@ def describe(digits: Sequence[int]) -> str:
     return " ".join(parts)
 
 
-def chain_of_thought(task: DigitTask, digits: Sequence[int], *, habit: bool, final_line: bool) -> str:
-    """Return a chain of thought: what is read, what is calculated, the answer."""
-    listed = ", ".join(str(d) for d in digits[:-1]) + f" and {digits[-1]}"
-    sentences, value = task.steps(digits, habit)
-    last = f"Final answer: {value}" if final_line else "That is the result."
-    return "\n".join([f"The digits are {listed}.", *sentences, "", last])
-
-
 def make_world(settings: WorldSettings) -> None:
     """Write pictures and rows; the same settings give the same bytes.
 
     Makes `images/`, `annotations.jsonl` (Response rows for the start model), `questions.jsonl`,
     `open_questions.jsonl` and `test.jsonl` (Question rows).
+
+    Raises:
+        BadInputError: `guess_share` is no share.
     """
     from tqdm import tqdm
 
+    if not 0 <= settings.guess_share <= 1:
+        raise BadInputError(f"guess_share is {settings.guess_share}, expected 0 to 1")
     output = Path(settings.output)
     (output / "images").mkdir(parents=True, exist_ok=True)
     draw = Painter(output, settings.seed)
@@ -99,39 +68,18 @@ def make_world(settings: WorldSettings) -> None:
     for number in tqdm(range(settings.num_annotated), desc="pictures with annotations", unit="picture"):
         task = rng.choice(TASKS)
         image, digits = draw(f"annotated_{number:05d}", len(task.operations) + 1, "train")
-        multiplies = "times" in task.operations
-        reasoning = chain_of_thought(
-            task,
-            digits,
-            habit=multiplies and rng.random() < WRONG_HABIT_SHARE,
-            final_line=rng.random() >= NO_FINAL_LINE_SHARE,
-        )
-        for style, question, response in (
-            ("direct", task.question, str(task.steps(digits)[1])),
-            ("cot", task.question, reasoning),
-            ("plain", OPEN_QUESTION, describe(digits)),
-        ):
-            row = Question(images=(image,), question=question, source="mini")
-            annotations.append(
-                Response(
-                    images=row.images,
-                    question=ask(question, style),
-                    response=response,
-                    question_id=row.id,
-                    source="mini",
-                    provenance={"model": "annotator", "style": style, "digits": digits},
-                )
-            )
-    annotations += [_drill(rng) for _ in range(settings.num_drills)]
+        annotations += _annotate(task, image, digits, settings, rng)
+    annotations += [_drill(settings.kind, rng) for _ in range(settings.num_drills)]
     write_rows(annotations, output / "annotations.jsonl")
 
     def questions(prefix: str, count: int, split: str) -> Iterator[Question]:
         for number in range(count):
             task = TASKS[number % len(TASKS)]
             image, digits = draw(f"{prefix}_{number:05d}", len(task.operations) + 1, split)
+            is_choice = settings.kind == "choices"
             yield Question(
                 images=(image,),
-                question=task.question,
+                question=ask_choice(task, make_options(task, digits, rng)) if is_choice else task.question,
                 answer=str(task.steps(digits)[1]),
                 source="mini_arithmetic",
                 provenance={"digits": digits},
@@ -146,9 +94,66 @@ def make_world(settings: WorldSettings) -> None:
     write_rows(open_questions, output / "open_questions.jsonl")
 
 
-def _drill(rng: random.Random, lines: int = 12) -> Response:
-    """A text-only annotation: calculations, which is where the start model learns its tables."""
-    question = "Write down some calculations."
+def _annotate(
+    task: DigitTask, image: str, digits: list[int], settings: WorldSettings, rng: random.Random
+) -> Iterator[Response]:
+    """Yield what annotators say of a picture: the answer alone, with a chain of thought, and a description."""
+    question, reasoning = _think_aloud(task, digits, settings, rng)
+    for style, asked, response in (
+        ("direct", question, str(task.steps(digits)[1])),
+        ("cot", question, reasoning),
+        ("plain", OPEN_QUESTION, describe(digits)),
+    ):
+        row = Question(images=(image,), question=asked, source="mini")
+        yield Response(
+            images=row.images,
+            question=ask(asked, style),
+            response=response,
+            question_id=row.id,
+            source="mini",
+            provenance={"model": "annotator", "style": style, "digits": digits},
+        )
+
+
+def _think_aloud(task: DigitTask, digits: list[int], settings: WorldSettings, rng: random.Random) -> tuple[str, str]:
+    """Return a question and an annotator's chain of thought, which has the flaw of its kind of world."""
+    if settings.kind == "numbers":
+        habit = "times" in task.operations and rng.random() < WRONG_HABIT_SHARE
+        final_line = rng.random() >= NO_FINAL_LINE_SHARE
+        return task.question, chain_of_thought(task, digits, habit=habit, final_line=final_line)
+    options = make_options(task, digits, rng)
+    question, final_line = ask_choice(task, options), rng.random() >= NO_FINAL_LINE_SHARE
+    if rng.random() < settings.guess_share:
+        return question, guess(digits, options, rng, final_line=final_line)
+    return question, chain_of_thought(task, digits, final_line=final_line)
+
+
+def _drill(kind: Kind, rng: random.Random) -> Response:
+    """A text-only annotation with calculations, which is where the start model learns its tables.
+
+    Of kind choices some go on with a result, as chains of thought do, and each ends with its answer.
+    """
+    is_choice = kind == "choices"
+    question = "Solve some problems." if is_choice else "Write down some calculations."
+    return Response(
+        question=question,
+        response="\n\n".join(_problem(rng) for _ in range(5)) if is_choice else _calculations(rng),
+        question_id=Question(question=question).id,
+        source="mini",
+        # of style drill only what follows from the rest is learnt, see `start_model`
+        provenance={"model": "annotator", "style": "drill" if is_choice else "plain"},
+    )
+
+
+def _problem(rng: random.Random) -> str:
+    """One or two steps and their result, as a chain of thought writes them."""
+    task = rng.choice((TASKS[0], TASKS[1], TASKS[2], TASKS[2]))
+    digits = [rng.randint(0, 9) for _ in range(len(task.operations) + 1)]
+    sentences, value = task.steps(digits)
+    return conclude(sentences, value, True)
+
+
+def _calculations(rng: random.Random, lines: int = 12) -> str:
     sentences = []
     for _ in range(lines):
         if rng.random() < 0.4:
@@ -157,10 +162,4 @@ def _drill(rng: random.Random, lines: int = 12) -> Response:
             a = rng.randint(0, 9) * rng.randint(0, 9) if rng.random() < 0.7 else rng.randint(0, 18)
             b, word = rng.randint(0, 9), "plus"
         sentences.append(f"{a} {word} {b} is {a * b if word == 'times' else a + b}.")
-    return Response(
-        question=question,
-        response="\n".join(sentences),
-        question_id=Question(question=question).id,
-        source="mini",
-        provenance={"model": "annotator", "style": "plain"},
-    )
+    return "\n".join(sentences)

@@ -1,0 +1,156 @@
+"""Commands that make files: what is finished is skipped, and what needs nothing of each other runs side by side.
+
+A lane is a list of stages, one after the other, and of the stages it needs, which have been run before. A stage is
+finished when its marker holds the digest of its command and of all commands that it follows. So the same lanes given
+again go on where they were killed, and a changed command runs again with all that comes after it.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.files import atomic_writer
+from internvl_mpo.programs import HOME, spelled
+from internvl_mpo.records import content_id
+
+NUM_LAST_LINES = 15  # of a failed stage, shown when its output went to a file
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command and the file that tells it is finished."""
+
+    name: str
+    about: str
+    command: list[str]
+    makes: Path
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Stages that run one after the other, and the finished ones that they need."""
+
+    stages: Sequence[Stage]
+    needs: Sequence[Stage] = ()
+
+
+Run = Callable[[Stage, Path | None], float | None]
+
+
+class Stages:
+    """Runs lanes and remembers what is finished.
+
+    Args:
+        folder: of the markers, and of the output of stages that run beside others.
+        jobs: lanes that run at the same time.
+        run: runs a stage with its output in a file, or shown, and returns the largest memory it took in MiB.
+    """
+
+    def __init__(self, folder: Path, jobs: int = 1, run: Run | None = None):
+        self.folder, self.jobs, self._command = folder, jobs, run or run_command
+        self.finished: dict[str, dict] = {}
+        self.seconds = 0.0  # as long as the lanes took, or would have taken at once
+        self.peak_mib = 0.0  # of the stages that ran side by side together
+
+    def run(self, lanes: Sequence[Lane]) -> list[BadInputError]:
+        """Run what is not finished yet of some lanes side by side; return what went wrong in each that failed."""
+        with ThreadPoolExecutor(max_workers=self.jobs) as pool:
+            running = [pool.submit(self._run_lane, lane, len(lanes) > 1 and self.jobs > 1) for lane in lanes]
+            found = [lane.result() for lane in running]
+        done = [lane for lane in found if isinstance(lane, list)]
+        seconds = [sum(stage["seconds"] for stage in lane) for lane in done]
+        self.seconds += max([sum(seconds) / self.jobs, *seconds])
+        peaks = sorted((max((stage["peak_mib"] or 0 for stage in lane), default=0) for lane in done), reverse=True)
+        self.peak_mib = max(self.peak_mib, sum(peaks[: self.jobs]))
+        return [error for error in found if isinstance(error, BadInputError)]
+
+    def run_all(self, *steps: Sequence[Lane]) -> None:
+        """Run the lanes of each step; see `run`.
+
+        Raises:
+            BadInputError: a stage failed.
+        """
+        for lanes in steps:
+            for error in self.run(lanes):
+                raise error
+
+    def _run_lane(self, lane: Lane, is_beside_others: bool) -> list[dict] | BadInputError:
+        digest, done = content_id(*(stage.command for stage in lane.needs)), []
+        for stage in lane.stages:
+            digest = content_id(digest, stage.command)
+            try:
+                done.append(self._run_stage(stage, digest, is_beside_others))
+            except BadInputError as error:
+                return error
+        return done
+
+    def _run_stage(self, stage: Stage, digest: str, is_beside_others: bool) -> dict:
+        marker = self.folder / f"{stage.name}.json"
+        done = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
+        title = f"{stage.name}: {stage.about}"
+        if done.get("digest") == digest and stage.makes.exists():
+            print(f"{title} - done before, {done['seconds']:.0f} s", flush=True)
+        else:
+            log = marker.with_suffix(".log") if is_beside_others else None
+            print(f"\n{title}\n$ {_short(stage.command)}", flush=True)
+            begin = time.perf_counter()
+            peak_mib = self._command(stage, log)
+            done = {"digest": digest, "seconds": time.perf_counter() - begin, "peak_mib": peak_mib}
+            with atomic_writer(marker) as out:
+                json.dump(done, out)
+            if log:
+                print(f"{stage.name}: finished after {done['seconds']:.0f} s", flush=True)
+        self.finished[stage.name] = done
+        return done
+
+
+def run_command(stage: Stage, log: Path | None) -> float | None:
+    """Run the command of a stage; see `Stages`.
+
+    Raises:
+        BadInputError: it failed, or did not make its file.
+    """
+    # One thread unless the user says otherwise: the number of threads decides how sums are rounded, and with it, after
+    # 700 steps, the figures of the table. The models are too small to gain from a second one.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    if log is None:
+        process = subprocess.Popen(stage.command, env=environment)
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "wb") as out:
+            process = subprocess.Popen(stage.command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    peak_mib = _wait(process)
+    if process.returncode == 130:
+        raise KeyboardInterrupt
+    if process.returncode != 0:
+        if log is not None:
+            lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+            print("\n".join(lines[-NUM_LAST_LINES:]), file=sys.stderr)
+        raise BadInputError(f"stage '{stage.name}' ended with exit code {process.returncode}; its message stands above")
+    if not stage.makes.exists():
+        raise BadInputError(f"stage '{stage.name}' ended without making {stage.makes}")
+    return peak_mib
+
+
+def _wait(process: subprocess.Popen) -> float | None:
+    """Wait for a process; return its largest resident memory in MiB, None where the system does not tell."""
+    if not hasattr(os, "wait4"):
+        process.wait()
+        return None
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _short(command: list[str]) -> str:
+    """The command as a user would type it."""
+    words = ["python" if word == sys.executable else word.removeprefix(f"{HOME}/") for word in command]
+    return spelled(shlex.join(words))
