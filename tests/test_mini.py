@@ -103,15 +103,13 @@ def test_an_impossible_share_of_guesses_is_refused_before_anything_is_written(tm
     assert not (tmp_path / "world").exists()
 
 
-def test_of_drills_only_the_numbers_that_follow_are_learnt():
-    text = "3 times 4 is 12.\n12 plus 9 is 21.\n\nFinal answer: 21\n\n7 plus 2 is 9.\n\nFinal answer: 9"
+def test_of_drills_only_the_results_are_learnt():
+    text = "3 times 4 is 12.\n7 plus 9 is 16."
     row = Response(question="?", question_id="q", response=text, provenance={"style": "drill"})
     tokenizer = train_tokenizer([text])
     ids = tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
     weights = token_weights(row, ids, tokenizer)
-    assert "".join(tokenizer.decode([id]) for id, weight in zip(ids, weights, strict=True) if weight) == (
-        " 12.12 21. 21 9. 9"
-    )
+    assert "".join(tokenizer.decode([id]) for id, weight in zip(ids, weights, strict=True) if weight) == " 12. 16."
 
 
 def test_open_questions_and_a_wrong_habit_stay_as_another_kind_of_world(tmp_path):

@@ -2,7 +2,7 @@
 
 Source: `python -m internvl_mpo.mini world` composes it from scikit-learn's digits (UCI, CC BY 4.0). `test.jsonl` holds
 Question rows with their answers; picture paths are relative to its folder.
-Example: "What is 3 times the sum of the digits?" -> 12.
+Example: "What is the product of the two digits, 18 or 12?" -> 18.
 Numbers: accuracy in per cent, and the share of unparsable answers.
 Rule: `internvl_mpo.answers` finds the final answer (after "Final answer:" in a chain of thought, the whole text of a
 direct answer) and compares it with the ground truth.

@@ -30,10 +30,7 @@ def make_options(task: DigitTask, digits: Sequence[int], rng: random.Random) -> 
 
 def ask_choice(task: DigitTask, options: tuple[int, int]) -> str:
     """Return the question with its two options."""
-    first, second = options
-    if "What is the result?" in task.question:
-        return task.question.replace("What is the result?", f"Is the result {first} or {second}?")
-    return f"{task.question.removesuffix('?')}, {first} or {second}?"
+    return f"{task.question.removesuffix('?')}, {options[0]} or {options[1]}?"
 
 
 def guess(digits: Sequence[int], options: tuple[int, int], rng: random.Random, *, final_line: bool) -> str:

@@ -26,7 +26,7 @@ class StartSettings:
 
     world: str = setting(help="folder made by `world`")
     output: str = setting(help="model folder to make")
-    steps: int = setting(400, help="optimizer steps")
+    steps: int = setting(500, help="optimizer steps")
     optimizer: Literal["muon", "adamw"] = setting(
         "muon", help="of the language model's layers: muon learns the tables in half the steps; the rest has adamw"
     )
@@ -205,9 +205,9 @@ def _optimizers(model, settings: StartSettings) -> list:
 
 
 def token_weights(row: Response, answer: Sequence[int], tokenizer) -> list[float]:
-    """Return how much each token of an annotation counts: 1, but of drills only the numbers that follow.
+    """Return how much each token of an annotation counts: 1, but of drills only the results.
 
-    The others are drawn at random. Predicting them teaches nothing, and their gradients, all noise, drown those of the
+    The other numbers are drawn at random. Predicting them teaches nothing, and their gradients, all noise, drown those of the
     results.
 
     Args:
@@ -217,11 +217,10 @@ def token_weights(row: Response, answer: Sequence[int], tokenizer) -> list[float
     """
     if row.provenance["style"] != "drill":
         return [1.0] * len(answer)
-    # a result, a number that the next step takes over, the answer
-    known = [found.span() for found in re.finditer(r"(?<= is) \d+\.|(?<=\.\n)\d+|(?<=Final answer:) \d+", row.response)]
+    results = [found.span() for found in re.finditer(r"(?<= is) \d+\.", row.response)]
     text = row.response + "<|im_end|>"
     places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return [float(any(first <= start and stop <= last for first, last in known)) for start, stop in places]
+    return [float(any(first <= start and stop <= last for first, last in results)) for start, stop in places]
 
 
 def _batches(num_rows: int, settings: StartSettings) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from typing import Literal
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mini.choices import ask_choice, guess, make_options
 from internvl_mpo.mini.digits import Painter
-from internvl_mpo.mini.tasks import TASKS, DigitTask, chain_of_thought, conclude
+from internvl_mpo.mini.tasks import TASKS, DigitTask, chain_of_thought
 from internvl_mpo.prompts import ask
 from internvl_mpo.records import Question, Response, write_rows
 from internvl_mpo.settings import setting
@@ -21,6 +21,7 @@ NUMBER_WORDS = {2: "two", 3: "three"}
 ORDINALS = ("first", "second", "third")
 
 Kind = Literal["choices", "numbers"]
+TASKS_OF_KIND = {"choices": TASKS[:2], "numbers": TASKS}
 
 
 @dataclass
@@ -32,7 +33,7 @@ class WorldSettings:
     guess_share: float = setting(0.8, help="share of the annotated chains of thought that guess (choices)")
     num_annotated: int = setting(5000, help="pictures with annotations for the start model")
     num_drills: int = setting(4000, help="text-only annotations with calculations for the start model")
-    num_questions: int = setting(1000, help="pictures with a question for preference data")
+    num_questions: int = setting(800, help="pictures with a question for preference data")
     num_open: int = setting(300, help="pictures with the open question, for Dropout-NTP pairs")
     num_test: int = setting(300, help="held-out questions on digits that no training picture shows")
     seed: int = setting(0, help="decides pictures, questions and the quality of each annotation")
@@ -63,10 +64,11 @@ def make_world(settings: WorldSettings) -> None:
     (output / "images").mkdir(parents=True, exist_ok=True)
     draw = Painter(output, settings.seed)
     rng = random.Random(settings.seed)
+    tasks = TASKS_OF_KIND[settings.kind]
 
     annotations: list[Response] = []
     for number in tqdm(range(settings.num_annotated), desc="pictures with annotations", unit="picture"):
-        task = rng.choice(TASKS)
+        task = rng.choice(tasks)
         image, digits = draw(f"annotated_{number:05d}", len(task.operations) + 1, "train")
         annotations += _annotate(task, image, digits, settings, rng)
     annotations += [_drill(settings.kind, rng) for _ in range(settings.num_drills)]
@@ -74,7 +76,7 @@ def make_world(settings: WorldSettings) -> None:
 
     def questions(prefix: str, count: int, split: str) -> Iterator[Question]:
         for number in range(count):
-            task = TASKS[number % len(TASKS)]
+            task = tasks[number % len(tasks)]
             image, digits = draw(f"{prefix}_{number:05d}", len(task.operations) + 1, split)
             is_choice = settings.kind == "choices"
             yield Question(
@@ -128,38 +130,26 @@ def _think_aloud(task: DigitTask, digits: list[int], settings: WorldSettings, rn
     return question, chain_of_thought(task, digits, final_line=final_line)
 
 
-def _drill(kind: Kind, rng: random.Random) -> Response:
-    """A text-only annotation with calculations, which is where the start model learns its tables.
-
-    Of kind choices some go on with a result, as chains of thought do, and each ends with its answer.
-    """
+def _drill(kind: Kind, rng: random.Random, lines: int = 12) -> Response:
+    """A text-only annotation: calculations, which is where the start model learns its tables."""
+    question = "Write down some calculations."
     is_choice = kind == "choices"
-    question = "Solve some problems." if is_choice else "Write down some calculations."
     return Response(
         question=question,
-        response="\n\n".join(_problem(rng) for _ in range(5)) if is_choice else _calculations(rng),
+        response="\n".join(_calculation(is_choice, rng) for _ in range(lines)),
         question_id=Question(question=question).id,
         source="mini",
-        # of style drill only what follows from the rest is learnt, see `start_model`
+        # of style drill only the results are learnt, see `start_model`
         provenance={"model": "annotator", "style": "drill" if is_choice else "plain"},
     )
 
 
-def _problem(rng: random.Random) -> str:
-    """One or two steps and their result, as a chain of thought writes them."""
-    task = rng.choice((TASKS[0], TASKS[1], TASKS[2], TASKS[2]))
-    digits = [rng.randint(0, 9) for _ in range(len(task.operations) + 1)]
-    sentences, value = task.steps(digits)
-    return conclude(sentences, value, True)
-
-
-def _calculations(rng: random.Random, lines: int = 12) -> str:
-    sentences = []
-    for _ in range(lines):
-        if rng.random() < 0.4:
-            a, b, word = rng.randint(0, 9), rng.randint(0, 9), "times"
-        else:
-            a = rng.randint(0, 9) * rng.randint(0, 9) if rng.random() < 0.7 else rng.randint(0, 18)
-            b, word = rng.randint(0, 9), "plus"
-        sentences.append(f"{a} {word} {b} is {a * b if word == 'times' else a + b}.")
-    return "\n".join(sentences)
+def _calculation(is_choice: bool, rng: random.Random) -> str:
+    """A step of a chain of thought; those of kind numbers also go on with a result."""
+    if rng.random() < (0.5 if is_choice else 0.4):
+        a, b, word = rng.randint(0, 9), rng.randint(0, 9), "times"
+    else:
+        is_result = not is_choice and rng.random() < 0.7
+        a = rng.randint(0, 9) * rng.randint(0, 9) if is_result else rng.randint(0, 9 if is_choice else 18)
+        b, word = rng.randint(0, 9), "plus"
+    return f"{a} {word} {b} is {a * b if word == 'times' else a + b}."
