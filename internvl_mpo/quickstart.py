@@ -34,12 +34,13 @@ METHODS = {
     "mpo": [],
 }
 FIRST = ("sft", "mpo")  # what the method has to beat, and the method
-# kind of world -> options of `mini world` and of `mini start`
+# kind of world -> options of `mini world`, of `mini start`, and of the training runs
 WORLDS = {
-    "choices": ([], []),
+    "choices": ([], [], []),
     "numbers": (
         ["--kind", "numbers", "--num_drills", "2500", "--num_questions", "1200"],
         ["--optimizer", "adamw", "--steps", "600"],
+        ["--learning_rate", "3e-5"],
     ),
 }
 
@@ -161,7 +162,7 @@ def comparison(settings: QuickstartSettings, methods: Sequence[str], needs: Sequ
         model = out / "model" if method == "mpo" else out / "train" / method / "model"
         command = [
             *shared, "--output_dir", str(out / "train" / method), "--model_dir", str(model),
-            "--reference_cache", str(out / "reference"), *METHODS[method],
+            "--reference_cache", str(out / "reference"), *WORLDS[settings.world][2], *METHODS[method],
         ]  # fmt: skip
         train = Stage(f"train_{method}", f"100 steps of {NAMES[method]}", command, model / "config.json")
         return Lane([train, evaluation(out, method, model)], needs)
@@ -236,7 +237,7 @@ def main(argv: list[str]) -> int:
         config=False,
     )  # fmt: skip
     out = Path(settings.output)
-    first = first_stages(out, settings.seed, *WORLDS[settings.world])
+    first = first_stages(out, settings.seed, *WORLDS[settings.world][:2])
     by_correctness, by_dropout = pair_stages(out, out / "start", out / "data", settings.seed)
     pairs = [Lane(by_correctness, first), Lane([*by_dropout, evaluation(out, "start", out / "start")], first)]
     needs = [*first, *by_correctness, *by_dropout]

@@ -207,8 +207,8 @@ def _optimizers(model, settings: StartSettings) -> list:
 def token_weights(row: Response, answer: Sequence[int], tokenizer) -> list[float]:
     """Return how much each token of an annotation counts: 1, but of drills only the results.
 
-    The other numbers are drawn at random. Predicting them teaches nothing, and their gradients, all noise, drown those of the
-    results.
+    The other numbers are drawn at random. Predicting them teaches nothing, and their gradients, all noise, drown those
+    of the results.
 
     Args:
         row: the annotation.
