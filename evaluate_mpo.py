@@ -6,6 +6,8 @@ Example (the mini world, direct and chain-of-thought answers):
         --output outputs/mini/eval
 
 Answers are kept in OUTPUT/answers.jsonl and never generated twice; `--score_only` scores them again without a model.
+`--num_samples 8 --temperature 1` asks every question eight times: mean accuracy, pass@k, majority vote, and with a
+judge the best of eight.
 MM-Vet, LLaVA-Bench and MMHal-Bench need a judge (`--judge MODEL --judge_url URL`, any OpenAI-compatible server, its key
 in the environment variable JUDGE_API_KEY); MathVista reads answers better with one. Its replies are kept likewise.
 
@@ -29,20 +31,23 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from internvl_mpo.benchmarks import load_benchmark
-from internvl_mpo.benchmarks.common import Benchmark, Picture, Rule, Score, open_image, picture_bytes
+from internvl_mpo.benchmarks.common import Benchmark, Picture, Score, open_image, picture_bytes
 from internvl_mpo.engines import Engine, Request, Sampling
+from internvl_mpo.engines.journal import sample_seed
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.evaluation.comparison import compare_runs
 from internvl_mpo.evaluation.judge import JudgeReplies, judge_tasks
 from internvl_mpo.evaluation.model_card import add_to_card
 from internvl_mpo.evaluation.report import MAX_QUESTIONS, report_html
 from internvl_mpo.evaluation.run_files import KeyedLog
-from internvl_mpo.evaluation.settings import EvalTask, EvaluateSettings, answer_key
+from internvl_mpo.evaluation.samples import numbers_of, summarise_samples
+from internvl_mpo.evaluation.selection import choose_best
+from internvl_mpo.evaluation.settings import EvalTask, EvaluateSettings
 from internvl_mpo.files import atomic_writer
 from internvl_mpo.jsonl import json_line
 from internvl_mpo.settings import parse_settings, show_settings, write_settings
@@ -69,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         if rank > 0:
             return 0
     judged = judge_tasks(tasks, answers, settings)
-    verdicts = score_tasks(tasks, answers, judged, settings.rule)
+    verdicts = score_tasks(tasks, answers, judged, settings)
     scores = write_scores(verdicts, answers, judged, settings)
     write_report([output], output / "report.html")
     print(format_table(scores, settings.max_unscored))
@@ -117,7 +122,8 @@ def answer_tasks(
     tasks: Sequence[EvalTask], answers: KeyedLog, settings: EvaluateSettings, rank: int, world_size: int
 ) -> None:
     """Generate the answers that are missing and append each to the log as it comes."""
-    questions = [(answer_key(task, example), task, example) for task in tasks for example in task.examples]
+    questions = [(key, task, example) for task in tasks for key, example in task.keys(settings.num_samples)]
+    refuse_other_temperature(answers, settings, [key for key, _, _ in questions])
     questions = questions[rank::world_size]
     num_missing = sum(key not in answers.rows for key, _, _ in questions)
     if not num_missing:
@@ -136,7 +142,11 @@ def answer_tasks(
             id=key,
             question=prompts[key],
             images=tuple(for_engine(image, engine) for image in example.images),
-            sampling=Sampling(max_new_tokens=settings.max_new_tokens or task.benchmark.MAX_NEW_TOKENS[task.mode]),
+            seed=sample_seed(0, key, 0) if settings.temperature else 0,
+            sampling=Sampling(
+                temperature=settings.temperature,
+                max_new_tokens=settings.max_new_tokens or task.benchmark.MAX_NEW_TOKENS[task.mode],
+            ),
         )
         for key, task, example in questions
     )
@@ -155,10 +165,22 @@ def answer_tasks(
                 "answer": reply.text,
                 "finish_reason": reply.finish_reason,
                 "num_tokens": reply.num_tokens,
+                "temperature": settings.temperature,
             },
         )
     if num_failed:
         print(f"{num_failed} questions got no answer; the same command asks only these again", file=sys.stderr)
+
+
+def refuse_other_temperature(answers: KeyedLog, settings: EvaluateSettings, keys: Sequence[str]) -> None:
+    """Raise BadInputError where the run holds such answers drawn at another temperature."""
+    for key in keys:
+        kept = answers.rows.get(key, {}).get("temperature", 0.0)  # older runs are greedy
+        if key in answers.rows and kept != settings.temperature:
+            raise BadInputError(
+                f"{settings.output} holds answers at temperature {kept}, not {settings.temperature}; choose another "
+                "--output"
+            )
 
 
 def make_engine(settings: EvaluateSettings) -> Engine:
@@ -193,51 +215,67 @@ def for_engine(image: Picture, engine: Engine) -> Any:
     return open_image(image) if engine.name == "http" else io.BytesIO(picture_bytes(image))
 
 
+class Scored(NamedTuple):
+    """The verdicts on a task: the answers to each question, in the order of the questions."""
+
+    task: EvalTask
+    scores: list[list[Score]]
+    chosen: dict[str, int] | None  # question id -> the answer a judge found best, with several answers and a judge
+
+
 def score_tasks(
-    tasks: Sequence[EvalTask], answers: KeyedLog, judged: JudgeReplies, rule: Rule
-) -> list[tuple[EvalTask, list[Score]]]:
-    """Return the verdict on every question; a question without an answer is unscored."""
+    tasks: Sequence[EvalTask], answers: KeyedLog, judged: JudgeReplies, settings: EvaluateSettings
+) -> list[Scored]:
+    """Return the verdict on every answer; a question without an answer is unscored."""
     verdicts = []
     for task in tasks:
-        scores = []
-        for example in tqdm(task.examples, desc=f"scores {task.name} {task.mode}", unit="answer", leave=False):
-            key = answer_key(task, example)
+        scores: list[Score] = []
+        keys = list(task.keys(settings.num_samples))
+        for key, example in tqdm(keys, desc=f"scores {task.name} {task.mode}", unit="answer", leave=False):
             row = answers.rows.get(key)
             replies = judged.replies.get(key)
             extra = {"replies": replies} if replies else {}
             if row is None:
-                scores.append(Score(id=example.id, value=None, extracted=None, reason="no answer generated"))
+                reason = "no answer generated"
+                scores.append(Score(id=example.id, value=None, extracted=None, reason=reason, cluster=example.cluster))
             else:
-                scores.append(task.benchmark.score(example, row["answer"], rule, task.mode, **extra))
-        verdicts.append((task, scores))
+                scores.append(task.benchmark.score(example, row["answer"], settings.rule, task.mode, **extra))
+        by_question = [
+            scores[start : start + settings.num_samples] for start in range(0, len(scores), settings.num_samples)
+        ]
+        asks = settings.judge is not None and settings.num_samples > 1
+        verdicts.append(Scored(task, by_question, choose_best(task, by_question, answers, settings) if asks else None))
     return verdicts
 
 
 def write_scores(
-    verdicts: Sequence[tuple[EvalTask, list[Score]]],
-    answers: KeyedLog,
-    judged: JudgeReplies,
-    settings: EvaluateSettings,
+    verdicts: Sequence[Scored], answers: KeyedLog, judged: JudgeReplies, settings: EvaluateSettings
 ) -> dict[str, Any]:
     """Write scores.json (the numbers) and verdicts.jsonl (question, answer, verdict, reason); return the numbers."""
     output = Path(settings.output)
     scores: dict[str, Any] = {}
     with atomic_writer(output / "verdicts.jsonl") as file:
-        for task, task_scores in verdicts:
-            summary = task.benchmark.summarise(task_scores, settings.rule)
-            judge = {"judge": judged.identity} if judged.identity and hasattr(task.benchmark, "JUDGE_PROMPT") else {}
-            scores.setdefault(task.name, {})[task.mode] = {"rule": settings.rule, **summary, **judge}
-            for number, (example, score) in enumerate(zip(task.examples, task_scores, strict=True)):
+        for task, task_scores, chosen in verdicts:
+            if settings.num_samples > 1:
+                summary = summarise_samples(task, task_scores, settings.rule, chosen)
+            else:
+                summary = task.benchmark.summarise([score for (score,) in task_scores], settings.rule)
+            if judged.identity and (hasattr(task.benchmark, "JUDGE_PROMPT") or chosen is not None):
+                summary["judge"] = {**judged.identity, **judged.retries[task.label]}
+            scores.setdefault(task.name, {})[task.mode] = {"rule": settings.rule, **summary}
+            flat = [score for part in task_scores for score in part]
+            for number, ((key, example), score) in enumerate(zip(task.keys(settings.num_samples), flat, strict=True)):
                 shown = example.images if number < MAX_QUESTIONS else ()
                 row = {
                     "benchmark": task.name,
                     "mode": task.mode,
                     **dataclasses.asdict(score),
+                    "sample": number % settings.num_samples,
                     "question": example.question,
                     "choices": example.choices,
                     "gold": example.answer,
                     "images": [kept_picture(image, output) for image in shown],
-                    "answer": answers.rows.get(answer_key(task, example), {}).get("answer"),
+                    "answer": answers.rows.get(key, {}).get("answer"),
                 }
                 file.write(json_line(row))
     with atomic_writer(output / "scores.json") as file:
@@ -290,22 +328,17 @@ def format_table(scores: dict[str, Any], max_unscored: float) -> str:
     rows = [(*head, "questions")]
     for name, modes in scores.items():
         for mode, summary in modes.items():
-            headline = summary["headline"]
-            allowed = max_unscored * summary["num_examples"]
-            rows.append(
-                (
-                    load_benchmark(name).TITLE,
-                    mode,
-                    summary["rule"],
-                    headline,
-                    _number(summary[headline]) if summary["num_unscored"] <= allowed else "too few scored",
-                    " - ".join(_number(end) for end in summary["interval"]) if summary["interval"] else "-",
-                    "{num} {unit}".format(**summary["resampled"]),
-                    _number(summary["unanswered"]) + " %",
-                    str(summary["num_unscored"]),
-                    str(summary["num_examples"]),
-                )
+            is_scored = summary["num_unscored"] <= max_unscored * summary["num_examples"]
+            counts = (
+                "{num} {unit}".format(**summary["resampled"]),
+                _number(summary["unanswered"]) + " %",
+                str(summary["num_unscored"]),
+                str(summary["num_examples"]),
             )
+            for number, score, interval in numbers_of(summary):
+                shown = _number(score) if is_scored else "too few scored"
+                spread = " - ".join(_number(end) for end in interval) if interval else "-"
+                rows.append((load_benchmark(name).TITLE, mode, summary["rule"], number, shown, spread, *counts))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 

@@ -176,6 +176,8 @@ def test_five_percent_of_a_chart_and_not_more():
         ("x_1", "x_2", False),
         (r"2\frac{1}{2}", "2.5", True),
         ("10^{10^{10}}", "5", False),
+        ("e^0", "1", True),
+        (r"\log_{10} 100", "2", True),
         ("1/0", "5", False),
         ("1/0", "1/0 + 1", False),
     ],
@@ -233,6 +235,7 @@ PARTS = [
     "A",
     "B. ",
 ]
+PARTS += ["XIV", ":", "1:2", " m", "33.3%"]
 PARTS += [
     "-",
     ",",
@@ -300,6 +303,15 @@ CARS = {"A": "a red car", "B": "a blue car"}
 )
 def test_option_named_by_letter_text_or_sentence(text, letter):
     assert read_option(text, CARS).letter == letter
+
+
+def test_sentence_answers_the_question_of_the_prompt_and_no_other():
+    prompt = "Your task is to answer the question below.\n\nQuestion:\n\nIs the cat black? Answer in one word."
+    assert right("The cat is black.", "yes", question=prompt)
+    assert right("The cat is not black.", "no", question=prompt)
+    for text in ("There is a dog.", "The dog is black."):
+        assert not right(text, "yes", question=prompt)
+        assert not right(text, "yes", question="Which animal is shown?")
 
 
 def test_qualified_option_is_not_the_option():

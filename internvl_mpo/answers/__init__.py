@@ -8,6 +8,7 @@ number_words  numbers in words, English and Chinese, as digits
 dates         dates in the usual spellings
 texts         short texts, lists of them, ANLS
 formulas      formulas, compared by the values that algebra calculates for them
+spelling      words in American spelling, in the singular
 wording       a second look at answers that say the same in other words
 """
 

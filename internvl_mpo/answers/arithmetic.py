@@ -86,6 +86,8 @@ def raised(base: Term, exponent: Term) -> Term:
             if bits > 1 and bits * abs(b.numerator) > MAX_BITS:
                 raise TooLargeError
             return _bounded(lambda: a ** int(b))
+        if b == 0:
+            return Fraction(1)
         if a == 0:
             raise NoFormulaError
         return _rooted(a, Fraction(1) / b) if isinstance(b, Fraction) else _bounded(lambda: complex(a) ** complex(b))

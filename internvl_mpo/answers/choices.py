@@ -35,6 +35,7 @@ class Chosen(NamedTuple):
     how: str
 
 
+FROM_THE_START = frozenset(("letter first", "letter and text of the option", "text of the option"))
 _SEVERAL = Chosen(None, "several options")
 _DENIES = Chosen(None, "denies what it names")
 _CONTRADICTS = Chosen(None, "a letter with the text of another option")
@@ -63,6 +64,7 @@ def read_option(text: str, options: Mapping[str, str], question: str = "") -> Ch
         options: letter -> text; empty where any letter A to H may be meant.
         question: what was asked, for options that are yes and no.
     """
+    text = _END_TOKEN.sub("", text)
     said = clean_answer(text)
     wanted = yes_or_no(text, question) if options and all(_yes_no(option) for option in options.values()) else None
     named = [letter for letter, option in options.items() if wanted and _yes_no(option) == wanted]
@@ -78,10 +80,16 @@ def read_option(text: str, options: Mapping[str, str], question: str = "") -> Ch
     letter = _by_text(said, options)
     if letter:
         return Chosen(letter, "text of the option")
+    labelled = _labelled(said, options)
+    if labelled:
+        return Chosen(labelled, "letter and text of the option")
     left = affirmed(said)
     if left == said:
         return _mentioned(said, options)
     return read_option(left, options, question) if left else _DENIES
+
+
+_END_TOKEN = re.compile(r"(?:</s>|<\|[a-z_]{1,20}\|>)\s*$")
 
 
 def _yes_no(option: str) -> str | None:
@@ -99,7 +107,7 @@ _LEAD = re.compile(
 # a letter that opens the answer, and the mark that sets it apart from a word
 _OPENING = re.compile(
     r"(?P<open>[(\[（【{<\"'“`*]*)\s*(?P<letter>[A-Za-z])(?![A-Za-z0-9'’])\s*"
-    r"(?P<mark>[)\]）】}>\"'”`*.:：,，、;；/&+–—-]*)(?P<rest>.*)$",
+    r"(?P<mark>[)\]）】}>\"'”`*.:：,，、;；!?/&+–—-]*)(?P<rest>.*)$",
     re.DOTALL,
 )
 _MORE_LETTERS = re.compile(
@@ -148,7 +156,8 @@ def _with_rest(letter: str, mark: str, rest: str, is_apart: bool, options: Mappi
     """What a letter at the beginning names with what follows it: its own text, a reason, a denial, another letter."""
     started = _options_at_start(rest, options)
     if letter in started:
-        several = _OR_LETTER.match(_after(rest, options[letter]))
+        after = _after(rest, options[letter])
+        several = _OR_LETTER.match(after) or _others_in(after, letter, options)
         return _SEVERAL if several else Chosen(letter, "letter and text of the option")
     if _MORE_LETTERS.match(mark.strip("()[]*\"' ") + rest):
         return _SEVERAL
@@ -160,10 +169,15 @@ def _with_rest(letter: str, mark: str, rest: str, is_apart: bool, options: Mappi
         return _CONTRADICTS
     if not is_apart:
         return Chosen(letter, "letter first") if _PREDICATE.match(rest) else None
-    others = {found.upper() for found in re.findall(r"\(([A-Za-z])\)", affirmed(without_reason(rest)))} - {letter}
-    if any(_is_valid(other, options) for other in others) or _SECOND_THOUGHT.search(rest):
+    if _others_in(rest, letter, options) or _SECOND_THOUGHT.search(rest):
         return _SEVERAL
     return Chosen(letter, "letter first")
+
+
+def _others_in(text: str, letter: str, options: Mapping[str, str]) -> bool:
+    """Whether a text names other options by letters in parentheses, and does not deny them."""
+    found = {other.upper() for other in re.findall(r"\(([A-Za-z])\)", affirmed(without_reason(text)))}
+    return any(_is_valid(other, options) for other in found - {letter})
 
 
 def _says_another(rest: str, letter: str, options: Mapping[str, str]) -> bool:
@@ -224,7 +238,8 @@ def _sameness(text: str, options: Mapping[str, str]) -> Iterator[list[str]]:
         yield [letter for letter, option in cleaned.items() if equal_numbers(value, parse_number(option))]
     if len(text) > MAX_LINE:
         return
-    yield [letter for letter, option in cleaned.items() if _TAIL.sub("", option) == _TAIL.sub("", text)]
+    bare = _TAIL.sub("", text)
+    yield [letter for letter, option in cleaned.items() if _TAIL.sub("", option) == bare]
     # "\frac{1}{12} turn" is "\frac{1}{12}"
     yield [letter for letter, option in cleaned.items() if same_formula(text, _NOUN.sub("", option))]
     if not re.match(r"[A-H]\b", text):  # "A blue" may be an article or an option
@@ -245,8 +260,9 @@ _STANDING = re.compile(
 )
 # What may stand before an option's text in a sentence; "yellowish blue" does not say blue.
 _BEFORE_WORDS = (
-    "is are was were be been as of in on at to by with from for called named option choice shows contains has have and "
-    "or than not it this that these both all they he she i see choose"
+    "is are was were be been being become becomes as of in on at to by with from for called named option choice shows "
+    "contains has have holds represents likely clearly also and or than not it this that these both all they he she i "
+    "see choose"
 )
 _BEFORE = frozenset(_BEFORE_WORDS.split())
 
@@ -275,6 +291,15 @@ def _mentioned(said: str, options: Mapping[str, str]) -> Chosen:
     if len(named) == 1:
         return Chosen(named[0], "text of one option in the answer")
     return Chosen(None, "several options in the answer" if named else "no option in the answer")
+
+
+def _labelled(said: str, options: Mapping[str, str]) -> str | None:
+    """The only letter in parentheses with its own text behind it, which may deny something: "(A) False"."""
+    found = [(match[1], said[: match.start()], said[match.end() :]) for match in _PARENTHESISED.finditer(said)]
+    if len(found) != 1 or DENIAL.search(found[0][1]) or found[0][0] not in options:
+        return None
+    letter, _, rest = found[0]
+    return letter if letter in _options_at_start(rest, options) else None
 
 
 def _named_in(text: str, options: Mapping[str, str]) -> list[str]:

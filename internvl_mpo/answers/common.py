@@ -31,7 +31,7 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _HEDGE = re.compile(
-    r"^(?:(?:about|approximately|approx\.?|around|roughly|nearly|exactly|precisely)\s+|~|≈|\\approx|大约|大概|恰好|正好|约)\s*",
+    r"^(?:(?:about|approximately|approx\.?|around|roughly|nearly|exactly|precisely)\s+|~|≈|\\approx|大约|大概|差不多|恰好|正好|约)\s*",
     re.IGNORECASE,
 )
 _TEXT_MACRO = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|textit|operatorname|rm)\s*\{([^{}]*)\}")
@@ -45,7 +45,7 @@ _ONE_SPELLING = str.maketrans(
     | dict.fromkeys("\u00a0\u2007\u2009\u202f\u3000", " ")
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
     | dict.fromkeys("\u2212\u2010\u2011\u2012\ufe63", "-")
-    | {"。": ".", "\u2044": "/", "\u2215": "/"}
+    | {"。": ".", "º": "°", "˚": "°", "\u2044": "/", "\u2215": "/"}
     | _VULGAR
     | {sign: f"^{power}" for power, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 )
@@ -93,7 +93,7 @@ DENIAL = re.compile(
     re.IGNORECASE,
 )
 _ALL_BUT = re.compile(r"\b(?:all|any(?:thing)?|every(?:thing)?|nothing|none) but\b", re.IGNORECASE)
-_RATHER = re.compile(r"\s*,?\s*\b(?:rather than|instead of|as opposed to)\b|，?而不是|，?而非", re.IGNORECASE)
+_RATHER = re.compile(r"\s*,?\s*\b(?:rather than|instead of|as opposed to|and not)\b|，?而不是|，?而非", re.IGNORECASE)
 _CLAUSE_END = re.compile(
     r"\s*[;；，\n]+\s*|,(?!\d)\s*|(?<=[.!?])\s+|\s*,?\s+(?:but|however|yet)\b,?\s*|而是|(?<=[A-H\d]),?是(?=[A-H\d])",
     re.IGNORECASE,

@@ -24,8 +24,10 @@ from internvl_mpo.answers.formulas import decide_math
 from internvl_mpo.answers.numbers import decide_number, decide_relaxed, parse_number
 from internvl_mpo.answers.texts import decide_anls, decide_list, decide_text
 from internvl_mpo.answers.wording import reword, same_ratio, same_saying
-from internvl_mpo.answers.yes_no import decide_yes_no
+from internvl_mpo.answers.yes_no import decide_yes_no, is_yes_no_question
 from internvl_mpo.errors import BadInputError
+
+MAX_QUESTION_CHARS = 8000
 
 
 class Outcome(enum.StrEnum):
@@ -115,7 +117,7 @@ def compare_answers(prediction: str, gold: str | Sequence[str], *, source: str =
         return Verdict(Outcome.RIGHT, clean, "same", "same text")
     if not question:
         return _compare_open(clean, wanted, rules_of_source(source))
-    asked = Asked(question_alone(question), parse_options(question))
+    asked = Asked(asked_yes_or_no(question), parse_options(question))
     if not asked.options and wanted.lower() not in ("yes", "no"):
         return _compare_open(clean, wanted, rules_of_source(source))
     return _compare(clean if not asked.options else prediction, wanted, rules_of_source(source), asked)
@@ -147,10 +149,11 @@ def accepted_answers(gold: object) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1024)
-def question_alone(question: str) -> str:
-    """Return a question without pictures, options and the instruction that follows."""
-    text = re.sub(r"<image\d*>", "", question).strip()
-    return text.split("\n", 1)[0].strip()
+def asked_yes_or_no(question: str) -> str:
+    """Return the question that yes or no answers, out of a prompt with its instructions and options; "" for none."""
+    sentences = re.split(r"(?<=[.!?])\s+|\n", question[:MAX_QUESTION_CHARS])
+    found = [text for text in sentences if text.endswith("?") and is_yes_no_question(text)]
+    return found[-1] if found else ""
 
 
 def _compare(clean: str, wanted: str, rules: Sequence[str], asked: Asked) -> Verdict:

@@ -3,18 +3,23 @@
 import re
 from fractions import Fraction
 
-from internvl_mpo.answers.algebra import compare_formulas
+from internvl_mpo.answers.algebra import MAX_CHARS, compare_formulas
 from internvl_mpo.answers.arithmetic import NoFormulaError
 from internvl_mpo.answers.common import Asked, Decision
 from internvl_mpo.answers.number_words import spoken_formula
 from internvl_mpo.answers.numbers import BOUND, parse_number, rounds_to, split_unit
 
-_FORMULA = re.compile(r"[\\^√π=*+/<>≤≥≠|]|\d\s*[a-z]\b|\bpi\b|sqrt|\d!|\broot\b")
+_FORMULA = re.compile(r"[\\^√π=*+/<>≤≥≠|]|\d\s*[a-z]\b|\bpi\b|sqrt|\b(?:log|ln|lg|sin|cos|tan)(?![a-z])|\d!|\broot\b")
+
+
+def _are_formulas(one: str, other: str) -> bool:
+    """Whether two texts, short enough for formulas, may be some: one of them has a sign that words have not."""
+    return max(len(one), len(other)) <= 2 * MAX_CHARS and bool(_FORMULA.search(one) or _FORMULA.search(other))
 
 
 def same_formula(given: str, wanted: str) -> bool:
     """Return whether two formulas are equal; a decimal value of one is not."""
-    if not (_FORMULA.search(given) or _FORMULA.search(wanted)):
+    if not _are_formulas(given, wanted):
         return False
     try:
         compared = compare_formulas(spoken_formula(given), spoken_formula(wanted))
@@ -25,7 +30,7 @@ def same_formula(given: str, wanted: str) -> bool:
 
 def decide_math(prediction: str, gold: str, asked: Asked) -> Decision:
     """The rule for formulas: equal by value; a formula also equals its decimal value given to two places or more."""
-    if not (_FORMULA.search(prediction) or _FORMULA.search(gold)):
+    if not _are_formulas(prediction, gold):
         return None
     if bool(BOUND.search(prediction)) != bool(BOUND.search(gold)):
         return None  # "at least 3" is not 3

@@ -9,7 +9,7 @@ from internvl_mpo.answers.algebra import closed_value
 from internvl_mpo.answers.common import Asked, Decision, affirmed, without_reason
 from internvl_mpo.answers.number_words import LOTS, SCALES, digits_throughout, in_digits, spoken_formula
 
-MAX_DIGITS = 1000  # a longer number is text; Python refuses to read 4,301 digits
+MAX_CHARS = 1000  # a longer number is text; Python refuses to read 4,301 digits
 
 
 class Number(NamedTuple):
@@ -20,7 +20,17 @@ class Number(NamedTuple):
     decimals: int | None
 
 
-_SIZES = {"hundred": 10**2, **SCALES, **LOTS, "k": 10**3, "m": 10**6, "mn": 10**6, "b": 10**9, "bn": 10**9}
+_SIZES = {
+    "hundred": 10**2,
+    **SCALES,
+    **LOTS,
+    "k": 10**3,
+    "m": 10**6,
+    "mn": 10**6,
+    "mil": 10**6,
+    "b": 10**9,
+    "bn": 10**9,
+}
 _SIZES |= {"百": 10**2, "千": 10**3, "万": 10**4, "亿": 10**8, "打": 12}
 _CURRENCIES = {
     "$": "$",
@@ -67,7 +77,7 @@ _NO_UNIT = re.compile(
     r"\b(?:is|are|was|were|be|been|has|have|does|do|can|may|might|not?|never|nor|or|and|to|than|least|most|more|less|"
     r"fewer|greater|higher|lower|over|under|above|below|between|from|except|excluding|without|but|plus|minus|by|"
     r"squared|cubed|factorial|power|root|half|halves|thirds?|quarters?|dozens?|scores?|hundreds?|thousands?|millions?|"
-    r"billions?|trillions?|crores?|lakhs?|wrong|incorrect|false|maybe|if|pi|sqrt|infinity)\b|n['’]t\b"
+    r"billions?|trillions?|mill?|crores?|lakhs?|wrong|incorrect|false|maybe|if|pi|sqrt|infinity)\b|n['’]t\b"
     r"|[的万亿千百十半几不非没无是或和与至到超多余以约错除负]",
     re.IGNORECASE,
 )
@@ -75,7 +85,7 @@ _DIGITS = (
     r"\d{1,3}(?:[,'’]\d{3})+(?:\.\d+)?|\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?|\d{1,3}(?:[ ]\d{3})+(?:\.\d+)?(?!\d)"
     r"|\d+(?:\.\d+)?|\.\d+"
 )
-_SCALE = rf"(?:{'|'.join(['hundred', *SCALES, *LOTS])})s?(?![a-z])|(?-i:mn|bn|[kKMB])(?![A-Za-z])|[百千万亿打]"
+_SCALE = rf"(?:{'|'.join(['hundred', *SCALES, *LOTS])})s?(?![a-z])|(?-i:mn|bn|mil|[kKMB])(?![A-Za-z])|[百千万亿打]"
 _NUMBER = re.compile(
     rf"""^(?P<sign>[+-]?)\s*(?:(?P<currency>us\$|rm|rs\.?|[$€£¥₹])\s*(?P<sign2>-?)\s*)?
     (?:(?P<whole>\d+)(?:(?:\s+|\s+and\s+)(?P<wn>\d+)/(?P<wd>\d+)
@@ -105,9 +115,11 @@ def parse_number(text: str) -> Number | None:
     text = text.strip()
     if _SIMPLE.fullmatch(text):
         return Number(Fraction(text), "", len(text.partition(".")[2]))
+    if len(text) > MAX_CHARS:
+        return None
     text = in_digits(_ASSIGNED.sub("", text))
     match = _NUMBER.match(text)
-    if match is None or _NO_NUMBER.search(text) or len(match["n"] or match["whole"] or "") > MAX_DIGITS:
+    if match is None or _NO_NUMBER.search(text):
         return None
     part = match.groupdict()
     decimals: int | None = None
@@ -188,9 +200,9 @@ _FORMULA_UNIT = re.compile(rf"^(.*[\d)}}!πi°])\s*(?:\b|(?<=[\d)}}!]))({'|'.joi
 
 BOUND = re.compile(
     r"\b(?:than|at least|at most|over|under|above|below|up to|minimum|maximum|exceed(?:s|ing)?|between|from|"
-    r"or (?:more|less|fewer|so|over|above|below|under|higher|lower)|except|without|plus or minus|or|per)\b"
+    r"or (?:more|less|fewer|so|over|above|below|under|higher|lower)|too|enough|except|without|plus or minus|or|per)\b"
     r"|[<>≤≥≠±]|\\(?:geq?|leq?|neq?|pm|gt|lt)\b|\+/-|!=|\d\s?\+\W*$"
-    r"|至少|至多|最多|最少|大于|小于|超过|不到|以上|以下|以内|少于|多于|低于|高于|正负|或|之间",
+    r"|至少|至多|最多|最少|大于|小于|超过|不到|以上|以下|以内|少于|多于|多|余|几|低于|高于|正负|或|之间",
     re.IGNORECASE,
 )
 _OPERATION = re.compile(
@@ -207,7 +219,10 @@ _COUNTED = re.compile(
     rf"^(?:[\w\s]+, )?there (?:is|are|were|was) (?:only |exactly |a total of )?({_SCALED})\s+(?!or\b|to\b|and\b)",
     re.IGNORECASE,
 )
-_QUALIFIED = re.compile(r"^(.+?)\s+(?:with|which|where|when|for|in|on|at)\b(?!\s*[\d$])", re.IGNORECASE)
+_QUALIFIED = re.compile(
+    r"^(.+?)\s+(?:with|which|where|when|for|in|on|at(?!\s+(?:least|most)\b))\b(?!\s*[\d$])", re.IGNORECASE
+)
+_COMPARED = re.compile(r"\b(?:than or equal|at least|at most|up to|no (?:more|less|fewer) than)\b", re.IGNORECASE)
 _ABOUT = re.compile(r"^(.*?)\s+is (?:the|my) (?:(?:final|correct|right) )?answer$", re.IGNORECASE)
 
 
@@ -227,7 +242,7 @@ def number_in_sentence(text: str) -> Number | None:
     if counted:
         return parse_number(counted[1])
     for pattern in (_PREDICATE, _ABOUT, _QUALIFIED):
-        part = pattern.match(text)
+        part = None if _COMPARED.search(text) else pattern.match(text)
         said = part[1].rstrip(". ") if part else ""
         if said and (number := parse_number(said) or _exact(said)) is not None:
             return number
@@ -260,8 +275,8 @@ def number_value_of_formula(text: str) -> Fraction | float | None:
 
 
 _WORKED = re.compile(
-    r"[\\^√∛π=*+/!|()-]|sqrt|pi\b|\b(?:root|squared|cubed|factorial|twice|double|triple|half|times|plus|minus|divided|"
-    r"power)\b|[平立]方|根号|阶乘"
+    r"[\\^√∛π=*×÷·+/!|()-]|\d x \d|sqrt|pi\b|\b(?:log|ln|lg|sin|cos|tan)(?![a-z])|[平立]方|根号|阶乘"
+    r"|\b(?:root|squared|cubed|factorial|twice|double|triple|half|times|plus|minus|divided|power)\b"
 )
 _RANGE = re.compile(r"\s*\d+(?:\.\d+)?\s*[-–]\s*\d+(?:\.\d+)?\s*")
 
@@ -324,6 +339,9 @@ def shown(value: Fraction) -> str:
         return "a number beyond 10^308"
 
 
+_MAY_BE_FORMULA = re.compile(r"[\\^√π=*+/]|sqrt|pi\b|^\d+ ?: ?\d+$")
+
+
 def decide_number(prediction: str, gold: str, asked: Asked) -> Decision:
     """The rule for ground truths that are numbers."""
     wanted = parse_number(gold)
@@ -331,8 +349,9 @@ def decide_number(prediction: str, gold: str, asked: Asked) -> Decision:
         return None
     given = read_number(prediction)
     if given is None:
-        if re.search(r"[\\^√π=*+/]|sqrt|pi\b|^\d+ ?: ?\d+$", prediction) and not BOUND.search(prediction):
-            return None  # may be a formula with this value: left to `math`
+        is_formula = number_value_of_formula(prediction) is not None or _MAY_BE_FORMULA.search(prediction)
+        if is_formula and not BOUND.search(prediction):
+            return None  # may have this value: left to `math`
         return (False, f"no number, expected {gold[:40]}")
     return (equal_numbers(given, wanted), f"{shown(given.value)}, expected {gold[:40]}")
 

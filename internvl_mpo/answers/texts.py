@@ -6,6 +6,8 @@ from internvl_mpo.answers.common import NOTHING_ASKED, Asked, Decision, plain_wo
 from internvl_mpo.answers.formulas import decide_math
 from internvl_mpo.answers.numbers import assigned_name, equal_numbers, parse_number
 
+MAX_ANLS_CHARS = 500  # the similarity costs the product of both lengths
+
 
 def decide_text(prediction: str, gold: str, asked: Asked) -> Decision:
     wanted = plain_words(gold)
@@ -36,7 +38,7 @@ def same_marks(given: str, gold: str) -> bool:
 
 # -- lists
 
-_ELEMENT = re.compile(r"^[A-Za-z]\s*(?:∈|\\in\b)\s*")
+_ELEMENT = re.compile(r"^[A-Za-z]\s*(?:∈|\\?in\b)\s*")
 _SEPARATOR = re.compile(r"\s*(?:,\s*and\b|;|,|、|\band\b|&|和)\s*")
 
 
@@ -109,7 +111,11 @@ def anls(prediction: str, gold: str) -> float:
 
 def decide_anls(prediction: str, gold: str, asked: Asked) -> Decision:
     """Text read off a page: a slip of a letter in ten is forgiven, a digit never."""
-    if len(prediction) > 2 * len(gold) or re.findall(r"\d", prediction) != re.findall(r"\d", gold):
+    if (
+        len(gold) > MAX_ANLS_CHARS
+        or len(prediction) > 2 * len(gold)
+        or re.findall(r"\d", prediction) != re.findall(r"\d", gold)
+    ):
         return None
     similarity = anls(prediction, gold)
     return (True, f"ANLS {similarity:.2f}") if similarity > 0.9 else None

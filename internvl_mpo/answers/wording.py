@@ -12,9 +12,13 @@ import re
 import unicodedata
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 from internvl_mpo.answers.number_words import ORDINALS, VALUES, in_digits
+from internvl_mpo.answers.spelling import american, singular
 
+MAX_CHARS = 300  # what is longer is compared as it stands
+_SIGN_OR_DIGIT = re.compile(r"[\d<>≤≥≠±∞=∅]")
 _ROMAN = re.compile(r"(?=[MDCLXVI]{2})M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 _ROMAN_VALUES = {"M": 1000, "D": 500, "C": 100, "L": 50, "X": 10, "V": 5, "I": 1}
 _CIRCLED = re.compile("[\u2460-\u2473]")  # ①② are two marks, not twelve
@@ -177,6 +181,8 @@ _RATIO = re.compile(r"(\d+(?:\.\d+)?) ?(?::|/|to|比) ?(\d+(?:\.\d+)?)")
 @lru_cache(maxsize=65536)
 def reword(text: str) -> str:
     """Return an answer in one wording; see the module. Letters keep their case where it may matter."""
+    if len(text) > MAX_CHARS:
+        return text
     text = unicodedata.normalize("NFKC", _CIRCLED.sub(lambda match: f"({match[0]})", text)).strip()
     text = _LEFTOVERS.sub("", text).strip()
     quoted = _JSON.fullmatch(text)
@@ -262,6 +268,10 @@ def same_saying(given: str, wanted: str) -> bool:
     """Return whether two reworded answers say the same in another order, script or spelling."""
     if given == wanted and given:
         return True
+    if max(len(given), len(wanted)) > MAX_CHARS:
+        return False
+    if not _SIGN_OR_DIGIT.search(given) and not _SIGN_OR_DIGIT.search(wanted) and not _LETTERS.fullmatch(wanted):
+        return _same_letters(given, wanted)
     if _LETTERS.fullmatch(wanted) and _LETTERS.fullmatch(given) and len(wanted) > 1:
         letters = re.findall("[A-H]", wanted)
         return letters == sorted(set(letters)) == sorted(re.findall("[A-H]", given))
@@ -300,8 +310,13 @@ def same_ratio(given: str, wanted: str) -> bool:
 
     What may be a time of day is left alone.
     """
-    ratios = [_RATIO.fullmatch(text) for text in (given, wanted)]
-    if not all(ratios) or ":" not in wanted or any(re.fullmatch(r"\d{1,2}:[0-5]\d", text) for text in (given, wanted)):
+    ratios = [_RATIO.fullmatch(text) for text in (given, wanted) if len(text) <= MAX_CHARS]
+    if (
+        len(ratios) < 2
+        or not all(ratios)
+        or ":" not in wanted
+        or any(re.fullmatch(r"\d{1,2}:[0-5]\d", text) for text in (given, wanted))
+    ):
         return False
     (a, b), (c, d) = (map(Fraction, ratio.groups()) for ratio in ratios)
     return a * d == b * c and b != 0 and d != 0
@@ -339,14 +354,30 @@ def _relations(text: str) -> set[str]:
 
 def _same_letters(given: str, wanted: str) -> bool:
     """The same words without accents and hyphens, or with a noun more that adds nothing ("red color" is "red")."""
-    if not _WORDS.fullmatch(given) or not _WORDS.fullmatch(wanted):
+    a, b = _spellings(given), _spellings(wanted)
+    if a is None or b is None:
         return False
-    a, b = _bare(given), _bare(wanted)
-    if _joined(a) & _joined(b) or _joined(_singular(a)) & _joined(_singular(b)):
+    if a.joined & b.joined or a.singular & b.singular:
         return True
-    if {a, b} & {"no", "not", "any", "every", "some"}:
+    if {a.bare, b.bare} & {"no", "not", "any", "every", "some"}:
         return False  # "no one" is not "no"
-    return len(b.split()) <= 2 and bool(_joined(_generic(a)) & _joined(b) or _joined(a) & _joined(_generic(b)))
+    return len(b.bare.split()) <= 2 and bool(a.generic & b.joined or a.joined & b.generic)
+
+
+class _Spellings(NamedTuple):
+    bare: str
+    joined: frozenset[str]
+    singular: frozenset[str]
+    generic: frozenset[str]
+
+
+@lru_cache(maxsize=65536)
+def _spellings(text: str) -> _Spellings | None:
+    """The words of a text in every way in which they may be spelled; None where there are no words."""
+    if not _WORDS.fullmatch(text):
+        return None
+    bare = _bare(text)
+    return _Spellings(bare, _joined(bare), _joined(singular(bare)), _joined(_generic(bare)))
 
 
 _WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W_]+(?:[ .'’-]{1,2}[^\W_]+)*\.?")
@@ -354,52 +385,18 @@ _WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W_]+(?:[ .'’-]{1,2}[^\W_]+)*\.?")
 
 def _bare(text: str) -> str:
     text = "".join(c for c in unicodedata.normalize("NFKD", text.lower()) if not unicodedata.combining(c))
-    text = " ".join(_american(word) for word in text.split())
+    text = " ".join(american(word) for word in text.split())
     return text.removesuffix("的").removesuffix("色") or text
-
-
-# British words whose American spelling follows no ending
-_BRITISH_AND_AMERICAN = (
-    "grey gray, aluminium aluminum, tyre tire, pyjama pajama, plough plow, cheque check, programme program, kerb curb, "
-    "jewellery jewelry, aeroplane airplane, doughnut donut, moustache mustache, sceptical skeptical, mould mold, "
-    "storey story, catalogue catalog, dialogue dialog, analogue analog, defence defense, licence license, metre meter, "
-    "centre center, theatre theater, litre liter, fibre fiber, kilometre kilometer, centimetre centimeter, "
-    "millimetre millimeter, sabre saber, sombre somber, traveller traveler, travelling traveling, cancelled canceled, "
-    "labelled labeled, modelling modeling, yoghurt yogurt"
-)
-_BRITISH = dict(pair.split() for pair in _BRITISH_AND_AMERICAN.split(", "))
-_OUR = re.compile(r"^(col|fav|flav|harb|hon|hum|lab|neighb|od|parl|rum|sav|vap|vig|behavi|arm|endeav|sple?nd)our")
-
-
-def _american(word: str) -> str:
-    """A word in American spelling: colour is color, theatre is theater."""
-    singular = word.removesuffix("s") if not word.endswith("ss") else word
-    if singular in _BRITISH:
-        return _BRITISH[singular] + word[len(singular) :]
-    return _BRITISH.get(word) or _OUR.sub(r"\1or", word)
-
-
-def _singular(text: str) -> str:
-    """Words without the plural's ending: "two red buses" is "two red bus"."""
-    return " ".join(_without_plural(word) for word in text.split())
-
-
-def _without_plural(word: str) -> str:
-    if len(word) < 3 or not word.endswith("s") or word.endswith(("ss", "us", "is", "'s", "’s")):
-        return word
-    if word.endswith(("ses", "xes", "zes", "ches", "shes")):
-        return word[:-2]
-    return word[:-3] + "y" if word.endswith("ies") and len(word) > 4 else word[:-1]
 
 
 def _generic(text: str) -> str:
     return _GENERIC.sub("", _GENERIC.sub("", text))
 
 
-def _joined(text: str) -> set[str]:
+def _joined(text: str) -> frozenset[str]:
     """The words with hyphens read as spaces and as nothing; full stops and apostrophes mean nothing."""
     text = re.sub(r"^(?:an?|the) ", "", re.sub("[.'’]", "", text))
-    return {" ".join(text.replace("-", between).split()) for between in (" ", "")}
+    return frozenset(" ".join(text.replace("-", between).split()) for between in (" ", ""))
 
 
 _AROUND_CHOICE = re.compile(

@@ -45,6 +45,11 @@ _COMMON_WORDS = (
 _NO_CONTENT = frozenset(_COMMON_WORDS.split())
 
 
+def is_yes_no_question(text: str) -> bool:
+    """Return whether a question begins as one that yes or no answers."""
+    return bool(_ASKED.match(text))
+
+
 def yes_or_no(text: str, question: str = "") -> str | None:
     """Return "yes" or "no", or None where an answer says neither, both, or that it does not know.
 
@@ -73,7 +78,7 @@ def _claim(text: str, question: str) -> str | None:
     """What the first sentence that speaks of the question's words says of them."""
     if not question:
         return None
-    asked = _content(question) if _ASKED.match(question) else set()
+    asked = _content(question) if is_yes_no_question(question) else set()
     if bool(_HAN.search(text)) != bool(_HAN.search(question)):
         asked = set()  # asked in one language and answered in another
     for sentence in re.split(r"(?<=[.!。！])\s*|\n", text):

@@ -81,7 +81,9 @@ class Benchmark(Protocol):
     """What a benchmark's module provides.
 
     A judged benchmark has `JUDGE_PROMPT` and `JUDGE_MAX_NEW_TOKENS` too, a function `judge_request(example, answer,
-    template)` that returns what a judge is asked (None where no judge is needed), and takes `replies` in `score`.
+    template)` that returns what a judge is asked (None where no judge is needed), and takes `replies` in `score`. Where
+    its original repeats requests, `JUDGE_RETRIES` holds the temperatures by rule, `JUDGE_REMINDER` what is added to the
+    request, and `is_readable(reply, rule)` says when.
     """
 
     NAME: str

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from internvl_mpo.answers.choices import Chosen, read_option
+from internvl_mpo.answers.choices import FROM_THE_START, MAX_LINE, Chosen, read_option
 from internvl_mpo.answers.common import clean_answer
 from internvl_mpo.answers.finding import without_thinking
+from internvl_mpo.answers.numbers import parse_number, value_of
 from internvl_mpo.benchmarks.common import LETTERS
 
 # A reply beyond this length has run into a loop; what it says last is at its end.
@@ -21,12 +22,13 @@ MAX_SAID = 2_000
 _MARKER = re.compile(
     r"""(?:
         \b(?:final\s{1,3}|correct\s{1,3}|best\s{1,3}|right\s{1,3})?answers?+[*_\s]{0,4}+
-            (?:[:：=]|\b(?:is|are|would\ be|should\ be|will\ be)\b[*_\s]{0,4}+[:：]?+)
+            (?:[:：=]|\b(?:is|are|would\ be|should\ be|will\ be)\b(?:\s(?:most\s)?likely)?[*_\s]{0,4}+[:：]?+)
       | \bfinal\s{1,3}answer\b(?=[*_\s]{0,4}+(?:\n|\\boxed))
       | (?:最终|正确)?(?:答案|选项)(?:应该|应)?[*_\s]{0,4}+(?:[:：]|是|为|选)\s{0,3}+[:：]?
     )[*_\s]{0,8}+""",
     re.IGNORECASE | re.VERBOSE,
 )
+_END_TOKENS = re.compile(r"(?:</s>|<\|[a-z_]{1,20}\|>|\s)+$")
 _BOXED = re.compile(r"\\?boxed\s{0,3}+\{")
 
 
@@ -35,6 +37,7 @@ class Segment(NamedTuple):
 
     text: str
     how: str
+    rest: str = ""  # what follows the line of a marked answer
 
 
 def final_segment(reply: str) -> Segment:
@@ -42,8 +45,7 @@ def final_segment(reply: str) -> Segment:
 
     A reply with neither is returned whole.
     """
-    reply = without_thinking(reply) or ""
-    reply = reply[-MAX_CHARS:]
+    reply = _END_TOKENS.sub("", (without_thinking(reply) or "")[-MAX_CHARS:])
     marker = None
     for marker in _MARKER.finditer(reply):  # noqa: B007 - the last match is wanted
         pass
@@ -51,8 +53,8 @@ def final_segment(reply: str) -> Segment:
     if box is not None and (marker is None or box[0] >= marker.start()):
         return Segment(box[1].strip(), "boxed")
     if marker is not None:
-        line = reply[marker.end() :].lstrip().split("\n", 1)[0]
-        return Segment(line.strip().strip("*_").strip(), "marked")
+        line, _, rest = reply[marker.end() :].lstrip().partition("\n")
+        return Segment(line.strip().strip("*_").strip(), "marked", rest)
     return Segment(reply.strip(), "whole")
 
 
@@ -70,18 +72,33 @@ def _last_box(text: str) -> tuple[int, str] | None:
 def choose_option(reply: str, choices: Sequence[str], question: str = "") -> Chosen:
     """Return the letter of the option a reply settles on, or None, and why: `read_option` of its final answer.
 
-    Of a reply without a marked answer the last line counts, or all of it where its first line is a letter.
+    Of a reply without a marked answer the last line counts, and in it what it concludes; then the first line, where it
+    opens with the only letter that opens a line ("B. It is blue.", reasons below). A marked answer of several lines,
+    each with a letter, names several options.
     """
+    options = dict(zip(LETTERS, choices, strict=False))
     segment = final_segment(reply)
-    said = segment.text
-    if segment.how == "whole" and "\n" in said and not _LETTER_LINE.match(said):
-        said = last_line(said)
-    if not said:
+    if not segment.text:
         return Chosen(None, "empty")
-    return read_option(said[-MAX_SAID:], dict(zip(LETTERS, choices, strict=False)), question)
+    if segment.how != "whole" or "\n" not in segment.text or _LETTER_LINE.match(segment.text):
+        chosen = read_option(segment.text[-MAX_SAID:], options, question)
+        others = set(_LABELS.findall(segment.rest)) - {chosen.letter}
+        return Chosen(None, "several options") if chosen.letter and others & options.keys() else chosen
+    first, last = segment.text.split("\n", 1)[0], last_line(segment.text)
+    concluded = _CONCLUSION.match(last)
+    chosen = read_option(last[-MAX_SAID:], options, question)
+    if chosen.letter is None and concluded:
+        chosen = read_option(concluded[1][-MAX_SAID:], options, question)
+    if chosen.letter is None and len(_LABELS.findall(segment.text)) <= 1 and len(first) <= MAX_LINE:
+        opening = read_option(first, options, question)
+        if opening.letter and opening.how in FROM_THE_START:
+            return opening
+    return chosen
 
 
 _LETTER_LINE = re.compile(r"[\W_]*[A-Z][\W_]*\n")
+_LABELS = re.compile(r"(?m)^[\s*_]*\(?([A-H])[).:]\s")
+_CONCLUSION = re.compile(r"^.*\b(?:therefore|thus|hence|so|in conclusion),?\s+(.+)$", re.IGNORECASE)
 
 
 def last_line(text: str) -> str:
@@ -90,9 +107,15 @@ def last_line(text: str) -> str:
 
 
 def short_answer(reply: str) -> str:
-    """Return the final answer of a reply to an open question: the marked or boxed one, else the last line."""
+    """Return the final answer of a reply to an open question: the marked or boxed one, else the last line.
+
+    A first line that is nothing but a number counts where the last line holds none.
+    """
     segment = final_segment(reply)
-    return clean_answer(last_line(segment.text) if segment.how == "whole" else segment.text)
+    if segment.how != "whole" or "\n" not in segment.text:
+        return clean_answer(segment.text)
+    first, last = (clean_answer(line) for line in (segment.text.split("\n", 1)[0], last_line(segment.text)))
+    return first if parse_number(first) is not None and value_of(last) is None else last
 
 
 _REFUSALS = (

@@ -10,12 +10,19 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from internvl_mpo.benchmarks.common import Score, bootstrap_interval, count_outcomes, resampled
+from internvl_mpo.answers.finding import without_thinking
+from internvl_mpo.benchmarks.common import Rule, Score, bootstrap_interval, count_outcomes, reply_text, resampled
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Return the template with each `{name}` replaced; braces inside values and unknown names are left alone."""
     return re.sub(r"\{(\w+)\}", lambda place: values.get(place.group(1), place.group()), template)
+
+
+def settled_text(text: str | None, rule: Rule) -> str:
+    """Return an answer, or a judge's reply, as a rule reads it: `ours` without thoughts, originals as it is."""
+    text = reply_text(text)
+    return (without_thinking(text) or "").strip() if rule == "ours" else text
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:

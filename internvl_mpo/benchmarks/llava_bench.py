@@ -23,8 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, reply_text
-from internvl_mpo.benchmarks.judging import by_run, fill, mean_of, summarise_runs
+from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source
+from internvl_mpo.benchmarks.judging import by_run, fill, mean_of, settled_text, summarise_runs
 from internvl_mpo.benchmarks.sources import find_file, image_source, read_rows, shared_picture
 
 NAME = "llava_bench"
@@ -108,7 +108,7 @@ def parse_reply(reply: str, rule: Rule = "ours") -> Pair | None:
             return (float(words[0]), float(words[1])) if len(words) == 2 else _FAILED
         except ValueError:
             return _FAILED
-    first_line = unicodedata.normalize("NFKC", reply).strip().split("\n", 1)[0]
+    first_line = unicodedata.normalize("NFKC", settled_text(reply, rule)).strip().split("\n", 1)[0]
     match = _RATINGS.fullmatch(first_line) if len(first_line) < 80 else None
     if match is None:
         return None
@@ -130,7 +130,7 @@ def score(
     return Score(
         id=example.id,
         value=None if mean is None else mean / 10,
-        extracted=reply_text(answer).strip() or None,
+        extracted=settled_text(answer, rule).strip() or None,
         reason="no judge reply" if not runs else f"{sum(run is not None for run in runs)} of {len(runs)} runs scored",
         groups=example.groups,
         cluster=example.cluster,

@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, breakdown, percent, reply_text
-from internvl_mpo.benchmarks.judging import fill, mean_of, summarise_runs
+from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, breakdown, percent
+from internvl_mpo.benchmarks.judging import fill, mean_of, settled_text, summarise_runs
 from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows, shared_picture
 
 NAME = "mmhal_bench"
@@ -104,7 +104,10 @@ def judge_request(example: Example, answer: str, template: str = JUDGE_PROMPT) -
 def parse_reply(reply: str, rule: Rule = "ours") -> int | None:
     """Return the rating in a judge's reply, None where there is none."""
     if rule == "ours":
-        ratings = {rating.strip() for rating in _RATING.findall(unicodedata.normalize("NFKC", reply[-20_000:]))}
+        ratings = {
+            rating.strip()
+            for rating in _RATING.findall(unicodedata.normalize("NFKC", settled_text(reply, rule)[-20_000:]))
+        }
         match = _ON_THE_SCALE.fullmatch(ratings.pop()) if len(ratings) == 1 else None
         return int(match[1]) if match else None
     found = [rating for rating in range(7) if f"rating: {rating}" in reply.lower()]
@@ -123,7 +126,7 @@ def score(
     return Score(
         id=example.id,
         value=mean_of(runs),
-        extracted=reply_text(answer).strip() or None,
+        extracted=settled_text(answer, rule).strip() or None,
         reason="no judge reply" if not runs else f"{sum(run is not None for run in runs)} of {len(runs)} runs scored",
         groups=example.groups,
         cluster=example.cluster,

@@ -9,9 +9,10 @@ is any other judge: compare models under one judge. `JUDGE_PROMPT` is worded by 
 `--judge_prompts` where its license allows.
 
 Rules for a judge's reply
-- official: its first word, up to a space, is a number from 0 to 1; anything else is 0 (after retries).
-- vlmevalkit: the whole reply is a number from 0 to 1; anything else is 0 (after retries).
-- ours: a number from 0 to 1, with or without "score:", bold and a full stop; anything else leaves the answer unscored.
+- official: its first word, up to a space, is a number from 0 to 1; anything else is asked for five times more, then 0.
+- vlmevalkit: the whole reply is a number from 0 to 1; anything else is asked for four times more, then 0.
+- ours: a number from 0 to 1, with or without "score:", bold and a full stop; anything else is asked for as
+  officially, then leaves the answer unscored.
 """
 
 import re
@@ -20,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, breakdown, reply_text
-from internvl_mpo.benchmarks.judging import fill, finite, mean_of, summarise_runs
+from internvl_mpo.benchmarks.common import Example, Mode, Rule, Score, Source, breakdown
+from internvl_mpo.benchmarks.judging import fill, finite, mean_of, settled_text, summarise_runs
 from internvl_mpo.benchmarks.sources import image_source, parse_list, read_rows, shared_picture
 
 NAME = "mmvet"
@@ -41,6 +42,14 @@ Ground truth: {gold}
 Answer: {answer}
 
 Reply with the grade alone, a number from 0.0 to 1.0."""
+
+# A reply that is no grade is asked again: by the original five times, by VLMEvalKit four, each time hotter.
+JUDGE_RETRIES: Mapping[Rule, tuple[float, ...]] = {
+    "ours": (0.0, 0.5, 1.0, 1.5, 2.0),
+    "official": (0.0, 0.5, 1.0, 1.5, 2.0),
+    "vlmevalkit": (0.5, 1.0, 1.5, 2.0),
+}
+JUDGE_REMINDER = "\n\nYour last reply was no grade. Reply with a number from 0.0 to 1.0 and nothing else."
 
 # The chain-of-thought prompt without its final-answer clause, as released MPO checkpoints were evaluated here.
 _COT = "Your task is to answer the question below. Give step by step reasoning. \n\nQuestion:\n\n"
@@ -88,10 +97,19 @@ def judge_request(example: Example, answer: str, template: str = JUDGE_PROMPT) -
 def parse_reply(reply: str, rule: Rule = "ours") -> float | None:
     """Return the score in a judge's reply, None where there is none."""
     if rule == "ours":
-        match = _GRADE.fullmatch(unicodedata.normalize("NFKC", reply))
+        match = _GRADE.fullmatch(unicodedata.normalize("NFKC", settled_text(reply, rule)))
         return float(match.group(1)) if match else None
+    return _number(reply, rule) or 0.0
+
+
+def is_readable(reply: str, rule: Rule = "ours") -> bool:
+    """Return whether a judge's reply is a grade; a reply that is none is asked for again."""
+    return (parse_reply(reply) if rule == "ours" else _number(reply, rule)) is not None
+
+
+def _number(reply: str, rule: Rule) -> float | None:
     number = finite(reply.split(" ")[0] if rule == "official" else reply)
-    return number if number is not None and 0 <= number <= 1 else 0.0
+    return number if number is not None and 0 <= number <= 1 else None
 
 
 # No sign before the number but a plus: "-0.1" and ">0.5" are no grades.
@@ -109,7 +127,7 @@ def score(
     return Score(
         id=example.id,
         value=mean_of(runs),
-        extracted=reply_text(answer).strip() or None,
+        extracted=settled_text(answer, rule).strip() or None,
         reason="no judge reply" if not runs else f"{sum(run is not None for run in runs)} of {len(runs)} runs scored",
         groups=example.groups,
         cluster=example.cluster,

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from internvl_mpo.answers.choices import MAX_LINE
 from internvl_mpo.answers.yes_no import yes_or_no
 from internvl_mpo.benchmarks.common import (
     MAX_REPLY,
@@ -40,7 +41,7 @@ from internvl_mpo.benchmarks.common import (
     reply_text,
     resampled,
 )
-from internvl_mpo.benchmarks.extraction import MAX_CHARS, final_segment
+from internvl_mpo.benchmarks.extraction import final_segment
 from internvl_mpo.benchmarks.sources import image_source, read_rows, shared_picture
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.prompts import ask, strip_answer_instruction
@@ -141,8 +142,10 @@ def _official(text: str) -> tuple[str, str]:
 
 
 def _ours(text: str, question: str) -> tuple[str | None, str]:
-    said = yes_or_no(final_segment(text).text[:MAX_CHARS], question or "Is it there?")
-    return said, f"says {said}" if said else "neither yes nor no, or both"
+    segment = final_segment(text)
+    lines = segment.text.split("\n") if segment.how == "whole" else [segment.text]
+    said = {yes_or_no(line[:MAX_LINE], question or "Is it there?") for line in (lines[0], lines[-1])} - {None}
+    return (said.pop(), "says so") if len(said) == 1 else (None, "both yes and no" if said else "neither yes nor no")
 
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'

@@ -1,6 +1,7 @@
 """Two runs on the same questions: the paired difference of each benchmark, and the questions whose verdict flipped."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from internvl_mpo.benchmarks import load_benchmark
@@ -86,14 +87,16 @@ class _Verdict(NamedTuple):
 
 
 def _verdicts(run: Path) -> dict[str, dict[str, _Verdict]]:
-    """benchmark/mode -> question id -> verdict, unscored questions left out."""
+    """benchmark/mode -> question id -> verdict, the mean of several answers; unscored ones are left out."""
     path = run / "verdicts.jsonl"
     if not path.exists():
         raise BadInputError(f"{run} holds no verdicts.jsonl; evaluate into it first")
-    found: dict[str, dict[str, _Verdict]] = {}
+    found: dict[str, dict[str, list[_Verdict]]] = {}
     for _, row in iter_jsonl(path):
         if row["value"] is not None:
-            found.setdefault(f"{row['benchmark']}/{row['mode']}", {})[row["id"]] = _Verdict(
-                row["value"], row.get("cluster", "")
-            )
-    return found
+            verdict = _Verdict(row["value"], row.get("cluster", ""))
+            found.setdefault(f"{row['benchmark']}/{row['mode']}", {}).setdefault(row["id"], []).append(verdict)
+    return {
+        name: {id: _Verdict(fmean(one.value for one in part), part[0].cluster) for id, part in questions.items()}
+        for name, questions in found.items()
+    }

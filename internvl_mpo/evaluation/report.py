@@ -13,6 +13,7 @@ from internvl_mpo.benchmarks import load_benchmark
 from internvl_mpo.benchmarks.common import open_image
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.evaluation.paper_table import COLUMNS, PROTOCOLS, column
+from internvl_mpo.evaluation.samples import is_right, numbers_of
 from internvl_mpo.html_page import embedded, render_page
 from internvl_mpo.jsonl import iter_jsonl
 
@@ -57,7 +58,7 @@ def verdict_state(row: Mapping[str, Any]) -> str:
         return "unscored"
     if row["extracted"] is None:
         return "unanswered"
-    return "right" if row["value"] >= (3 if row["benchmark"] == "mmhal_bench" else 0.5) else "wrong"
+    return "right" if is_right(row["benchmark"], row["value"]) else "wrong"
 
 
 def _scores(run: Path) -> dict[str, Any]:
@@ -70,22 +71,23 @@ def _scores(run: Path) -> dict[str, Any]:
 def _bars(name: str, summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, str]]:
     """The run's numbers above the paper's; a column of another kind is named, so that nobody compares across."""
     scale = PROTOCOLS[name].scale if name in PROTOCOLS else 100.0
-    bars = []
-    for label, summary in summaries:
-        headline = summary["headline"]
-        note = f"{headline}, rule {summary['rule']}{_spread(summary)}"
-        bars.append(_bar(label, summary[headline], scale, note, "own"))
+    bars = [
+        _bar(label, value, scale, f"{number}, rule {summary['rule']}{_spread(interval, summary)}", "own")
+        for label, summary in summaries
+        for number, value, interval in numbers_of(summary)
+    ]
     paper = column(name) if name in COLUMNS else {}
     return bars + [_bar(model, paper[model], scale, "", "") for model in sorted(paper, key=paper.get, reverse=True)]
 
 
-def _spread(summary: Mapping[str, Any]) -> str:
+def _spread(interval: Sequence[float] | None, summary: Mapping[str, Any]) -> str:
     """The interval, and what was resampled for it."""
-    if not summary.get("interval"):
+    if not interval:
         return ""
-    low, high = summary["interval"]
     drawn = summary.get("resampled")
-    return f", {low:.1f} to {high:.1f}" + (f" ({drawn['num']} {drawn['unit']} resampled)" if drawn else "")
+    return f", {interval[0]:.1f} to {interval[1]:.1f}" + (
+        f" ({drawn['num']} {drawn['unit']} resampled)" if drawn else ""
+    )
 
 
 def _bar(label: str, value: float | None, scale: float, note: str, kind: str) -> dict[str, str]:
@@ -114,7 +116,7 @@ def _questions(runs: Sequence[Path]) -> list[dict[str, Any]]:
             task = (row["benchmark"], row["mode"])
             counts[task] = counts.get(task, 0) + 1
             if counts[task] <= MAX_QUESTIONS:
-                label = f"{run.name} {row['mode']}"
+                label = f"{run.name} {row['mode']}" + (f" #{row['sample'] + 1}" if row.get("sample") else "")
                 questions.setdefault((row["benchmark"], row["id"]), []).append((label, row))
     return [_question(name, rows) for (name, _), rows in questions.items()]
 

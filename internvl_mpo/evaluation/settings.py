@@ -1,5 +1,6 @@
 """Settings of `evaluate_mpo.py`, and the key under which an answer is stored."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -29,6 +30,8 @@ class EvaluateSettings:
         "transformers", help="transformers (in this process) or http (an OpenAI-compatible server)"
     )
     base_url: str = setting("http://127.0.0.1:8000/v1", help="address of the server with --engine http")
+    num_samples: int = setting(1, help="answers to every question; above 1: mean accuracy, pass@k, majority vote")
+    temperature: float = setting(0.0, help="of the answers; 0 is greedy")
     batch_size: int = setting(32, help="answers generated at the same time")
     max_new_tokens: int | None = setting(None, help="longest answer; without it, the benchmark's own limit")
     max_tiles: int | None = setting(6, help="most 448x448 crops per picture, thumbnail not counted")
@@ -49,10 +52,17 @@ class EvaluateSettings:
             load_benchmark(name)
         if not self.score_only and not self.model:
             raise BadInputError("missing setting 'model'; give --model VALUE, or --score_only to score stored answers")
-        for key in ("limit", "max_new_tokens", "batch_size", "judge_runs", "judge_concurrency"):
+        for key in ("limit", "max_new_tokens", "num_samples", "batch_size", "judge_runs", "judge_concurrency"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise BadInputError(f"setting '{key}' is {value}; give at least 1")
+        if self.temperature < 0:
+            raise BadInputError(f"setting 'temperature' is {self.temperature}; give 0 (greedy) or a positive number")
+        if self.num_samples > 1 and self.temperature == 0 and not self.score_only:
+            raise BadInputError(
+                f"setting 'num_samples' is {self.num_samples} at temperature 0, where all answers are the same; "
+                "give --temperature above 0"
+            )
 
 
 class EvalTask(NamedTuple):
@@ -63,7 +73,13 @@ class EvalTask(NamedTuple):
     benchmark: Benchmark
     examples: list[Example]
 
+    @property
+    def label(self) -> str:
+        """The task's name in messages and files: "pope/cot"."""
+        return f"{self.name}/{self.mode}"
 
-def answer_key(task: EvalTask, example: Example) -> str:
-    """Return the name of an answer in the run's files."""
-    return f"{task.name}/{task.mode}/{example.id}"
+    def keys(self, num_samples: int = 1) -> Iterator[tuple[str, Example]]:
+        """Yield the name of every answer in the run's files, and its question; the answers to a question in a row."""
+        for example in self.examples:
+            for sample in range(num_samples):
+                yield f"{self.label}/{example.id}" + (f"#{sample}" if num_samples > 1 else ""), example
