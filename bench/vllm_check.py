@@ -37,7 +37,7 @@ from internvl_mpo.errors import BadInputError, run_program  # noqa: E402
 from internvl_mpo.settings import parse_settings, setting  # noqa: E402
 
 MIDDLE = "First look at <image> and then at <image>."
-KINDS = ("front", "middle", "continued")
+SERVED_NAME = "checked"
 
 
 @dataclass
@@ -102,7 +102,7 @@ def compare(name: str, engine: Engine, asked: dict[str, list[Request]], ours: di
     drawn = Sampling(temperature=1.0, top_k=50, max_new_tokens=16)
     seeded = [dataclasses.replace(request, sampling=drawn, seed=int(request.id)) for request in asked["front"]]
     (first, _), (second, _) = ask(engine, seeded), ask(engine, seeded)
-    same = sum(first[id].text == reply.text and not reply.error for id, reply in second.items())
+    same = sum(first[id] == reply and not reply.error for id, reply in second.items())
     distinct = len({reply.text for reply in first.values()})
     print(f"{name:8} seeded     {same} of {len(seeded)} the same twice, {distinct} distinct", flush=True)
     return found | {"seeded": {"rows": len(seeded), "same_twice": same, "distinct": distinct}}
@@ -119,7 +119,15 @@ def check_one_too_long(engine: Engine, request: Request, context: int) -> bool:
 def served(settings: Settings, max_tiles: int) -> Iterator[str]:
     """vLLM's own server over the model, for the time of the check; yields its base URL."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", settings.model]
-    command += ["--served-model-name", "checked", "--port", str(settings.port), "--dtype", "float32", "--enforce-eager"]
+    command += [
+        "--served-model-name",
+        SERVED_NAME,
+        "--port",
+        str(settings.port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+    ]
     command += ["--trust-remote-code", "--limit-mm-per-prompt", '{"image": 2}']
     command += ["--mm-processor-kwargs", json.dumps({"max_dynamic_patch": max_tiles})]
     log = Path("vllm_check.log")
@@ -131,7 +139,7 @@ def served(settings: Settings, max_tiles: int) -> Iterator[str]:
         url, deadline = f"http://127.0.0.1:{settings.port}/v1", time.monotonic() + settings.start_seconds
         while True:
             try:
-                HttpEngine(url)
+                HttpEngine(url, SERVED_NAME)  # not another server that was there before
                 break
             except BadInputError as error:
                 if process.poll() is not None or time.monotonic() > deadline:
@@ -147,7 +155,7 @@ def check_streaming(engine: Engine, requests: list[Request], whole: dict[str, Re
     """Streamed replies beside whole ones."""
     streamed = [dataclasses.replace(request, draft=Draft(threading.Event())) for request in requests]
     replies, _ = ask(engine, streamed)
-    equal = sum(replies[id].text == reply.text for id, reply in whole.items())
+    equal = sum(replies[id].text == reply.text and not replies[id].error for id, reply in whole.items())
     pieces = sum(request.draft.num_pieces for request in streamed)
     print(f"http     streamed   {equal} of {len(requests)} equal, {pieces} pieces", flush=True)
     return {"rows": len(requests), "equal": equal, "pieces": pieces}
@@ -180,7 +188,7 @@ def main(argv: list[str]) -> int:
         "continued": ask(single, asked["continued"])[0],
     }
     with served(settings, share) as url:
-        engine = HttpEngine(url, concurrency=16)
+        engine = HttpEngine(url, SERVED_NAME, concurrency=16)
         found["http"] = compare("http", engine, asked, beside)
         found["http"]["streamed"] = check_streaming(engine, asked["front"], ask(engine, asked["front"])[0])
 

@@ -44,6 +44,9 @@ class InternVLChatProcessor(ProcessorMixin):
     ) -> None:
         if chat_template is None:
             chat_template = get_conversation(template).chat_template(system_message)
+            if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+                # serving engines add no token of their own to what a template writes
+                chat_template = "{{- bos_token -}}\n" + chat_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in (IMG_START, IMG_END, IMG_CONTEXT) if token not in vocabulary]
@@ -156,6 +159,19 @@ class InternVLChatProcessor(ProcessorMixin):
                     "max_dynamic_patch"
                 )
         return BatchFeature({**encoded, **features})
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """Render a conversation, or several, as transformers does.
+
+        As text it comes without the first token that the template writes for serving engines, since this processor adds
+        that by itself.
+        """
+        rendered = super().apply_chat_template(*args, **kwargs)
+        if isinstance(rendered, str):
+            return rendered.removeprefix(self.tokenizer.bos_token or "")
+        if isinstance(rendered, list) and all(isinstance(text, str) for text in rendered):
+            return [text.removeprefix(self.tokenizer.bos_token or "") for text in rendered]
+        return rendered
 
     def expand_images(self, texts: list[str], num_tiles: list[int]) -> list[str]:
         """Replace every `<image>` by `<img>`, its image tokens and `</img>`.

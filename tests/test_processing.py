@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
+from tokenizers import processors
 from transformers import AutoProcessor
 
 from modeling_internvl_mpo import CONVERSATIONS, InternVLChatProcessor, get_conversation
@@ -115,6 +116,30 @@ def test_serving_engines_find_that_content_may_be_a_list() -> None:
         turns = {loop.target.name for loop in loops if any(names_part_of(loop.iter, name) for name in lists)}
         assert turns == {"message"}
         assert any(names_part_of(loop.iter, name, "content") for loop in loops for name in turns)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_serving_engine_reads_the_tokens_that_the_processor_writes(begins: bool) -> None:
+    """Serving engines render the template with the tokenizer and add no first token to it."""
+    tokenizer = tiny_tokenizer()
+    if begins:  # as InternLM2's does
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    processor = InternVLChatProcessor.from_config(tiny_config(), tokenizer)
+    messages = [{"role": "user", "content": "Hi"}]
+    served = processor.tokenizer.apply_chat_template(
+        messages, chat_template=processor.chat_template, add_generation_prompt=True, tokenize=False
+    )
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    ids = processor(text=prompt)["input_ids"][0]
+    assert prompt.startswith("<|im_start|>system")
+    assert (ids[0] == tokenizer.bos_token_id) == begins
+    assert processor.tokenizer(served, add_special_tokens=False)["input_ids"] == ids
+    tokenized = processor.apply_chat_template([messages, messages], add_generation_prompt=True, tokenize=True)
+    assert tokenized == [ids, ids]
+    assert processor.apply_chat_template([messages, messages], add_generation_prompt=True) == [prompt, prompt]
 
 
 def test_content_of_a_message_may_be_nothing(processor: InternVLChatProcessor) -> None:

@@ -16,6 +16,12 @@ from internvl_mpo.engines import Reply, Request
 from internvl_mpo.engines.chat_format import chat_payload
 from internvl_mpo.engines.local import model_revision
 
+try:
+    from vllm.exceptions import VLLMClientError
+except ImportError:
+    VLLMClientError = ValueError  # what versions before 0.30 or so raise
+_REFUSALS = (ValueError, VLLMClientError)  # of a prompt; an engine that died raises something else
+
 # Requests handed over together: vLLM batches them itself and answers when all are done.
 WINDOW = 1024
 
@@ -98,7 +104,7 @@ class VllmEngine:
                 mm_processor_kwargs=self._tile_limit(num_images),
                 use_tqdm=False,
             )
-        except ValueError as error:
+        except _REFUSALS as error:
             if len(requests) == 1:
                 yield Reply(id=requests[0].id, error=str(error))
                 return
