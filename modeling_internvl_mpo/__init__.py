@@ -48,3 +48,9 @@ for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 AutoImageProcessor.register(InternVLChatConfig, slow_image_processor_class=InternVLImageProcessor)
 AutoProcessor.register(InternVLChatConfig, InternVLChatProcessor)
 AutoTokenizer.register(InternLM2Config, fast_tokenizer_class=InternLM2Tokenizer)
+
+# What is saved brings its code along, so that the folder loads with trust_remote_code wherever it goes.
+InternVLChatConfig.register_for_auto_class()
+InternVLChatModel.register_for_auto_class("AutoModel")
+InternVLChatProcessor.register_for_auto_class("AutoProcessor")
+InternVLImageProcessor.register_for_auto_class("AutoImageProcessor")

@@ -11,15 +11,23 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    BitsAndBytesConfig,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .chat_internvl_mpo import Chat
 from .configuration_internvl_mpo import InternVLChatConfig
-from .conversation_internvl_mpo import IMAGE_PLACEHOLDER, IMG_CONTEXT, IMG_END, IMG_START, get_conversation
+from .conversation_internvl_mpo import IMG_CONTEXT, get_conversation
 from .modeling_intern_vit import InternVisionModel
 from .modeling_internlm2 import InternLM2ForCausalLM
-from .tokenization_internvl_mpo import decode_answers, find_token_id, hub_arguments
+from .tokenization_internvl_mpo import find_token_id, hub_arguments
 
 
 def pixel_shuffle(x: torch.Tensor, scale_factor: float = 0.5, ps_version: str = "v2") -> torch.Tensor:
@@ -57,7 +65,7 @@ class Headless:
         return getattr(self._model, name)
 
 
-class InternVLChatModel(PreTrainedModel, GenerationMixin):
+class InternVLChatModel(Chat, PreTrainedModel, GenerationMixin):
     """Text and images in, text out.
 
     Args:
@@ -119,7 +127,13 @@ class InternVLChatModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder or Hub repository; see transformers. Finds the image token's id if the config has none."""
+        """Load a folder or Hub repository; see transformers. Finds the image token's id if the config has none.
+
+        `load_in_8bit` and `load_in_4bit`, which published examples pass, become a `quantization_config`.
+        """
+        wanted = {name: True for name in ("load_in_8bit", "load_in_4bit") if kwargs.pop(name, None)}
+        if wanted:
+            kwargs["quantization_config"] = BitsAndBytesConfig(**wanted)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.image_token_id is None:
@@ -364,153 +378,31 @@ class InternVLChatModel(PreTrainedModel, GenerationMixin):
             (B * num_return_sequences, L + new tokens): prompt and answer, as everywhere in transformers.
 
         Raises:
-            ValueError: image tokens and tile features differ in number.
+            ValueError: image tokens and tile features differ in number, or a mode that cannot see pictures gets some.
         """
         input_ids = kwargs.pop("input_ids", inputs)
-        if input_ids is not None and "inputs_embeds" not in kwargs:
+        mode = _mode_of_ids({**_settings(self.generation_config), **_settings(generation_config), **kwargs})
+        if mode == "assistant_early_exit":
+            raise ValueError("assistant_early_exit is not known to this model, whose layers lie in its language model")
+        if mode is not None and "inputs_embeds" not in kwargs:
+            if pixel_values is not None or visual_features is not None:
+                raise ValueError(f"{mode} reads token ids alone and would not see the pictures; leave it out")
+            kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+        elif input_ids is not None and "inputs_embeds" not in kwargs:
             kwargs["inputs_embeds"] = self.embed(input_ids, pixel_values, image_flags, visual_features)
             # Without a mask transformers would guess one from pad tokens; pads cannot be told from embeddings.
             kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
         return super().generate(input_ids=input_ids, generation_config=generation_config, **kwargs)
 
-    def chat(
-        self,
-        tokenizer: Any,
-        pixel_values: torch.Tensor | None,
-        question: str,
-        generation_config: dict[str, Any],
-        history: list[tuple[str, str]] | None = None,
-        return_history: bool = False,
-        num_patches_list: list[int] | None = None,
-        IMG_START_TOKEN: str = IMG_START,
-        IMG_END_TOKEN: str = IMG_END,
-        IMG_CONTEXT_TOKEN: str = IMG_CONTEXT,
-        verbose: bool = False,
-    ) -> str | tuple[str, list[tuple[str, str]]]:
-        r"""Answer one question; the official signature and behaviour.
 
-        Args:
-            tokenizer: of the checkpoint.
-            pixel_values: (I, 3, S, S) tiles of all images of the whole conversation, or None.
-            question: `<image>\n` is put in front when there are tiles, no history, and no `<image>` in it.
-            generation_config: keywords of `generate`; its `eos_token_id` is overwritten with the template's.
-            history: earlier (question, answer) pairs; extended in place.
-            return_history: also return the history.
-            num_patches_list: tiles per image; None means that one image has them all.
-            IMG_START_TOKEN: written before an image's tokens.
-            IMG_END_TOKEN: written after them.
-            IMG_CONTEXT_TOKEN: written once per image token.
-            verbose: print prompt and answer.
+def _settings(config: GenerationConfig | None) -> dict[str, Any]:
+    return {} if config is None else vars(config)
 
-        Returns:
-            The answer, or (answer, history).
 
-        Raises:
-            ValueError: tiles, `num_patches_list` and `<image>` placeholders do not fit together.
-        """
-        if history is None and pixel_values is not None and IMAGE_PLACEHOLDER not in question:
-            question = f"{IMAGE_PLACEHOLDER}\n{question}"
-        if num_patches_list is None:
-            num_patches_list = [] if pixel_values is None else [len(pixel_values)]
-        _check_tile_counts(pixel_values, num_patches_list)
-        history = [] if history is None else history
-        prompt = self._render([*history, (question, None)])
-        tokens = (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN)
-        expanded = self._expand_images(prompt, num_patches_list, tokens)
-        inputs = tokenizer([expanded], return_tensors="pt")
-        (answer,) = self._answer(tokenizer, inputs, pixel_values, generation_config, IMG_CONTEXT_TOKEN)
-        history.append((question, answer))
-        if verbose:
-            print(prompt, answer)
-        return (answer, history) if return_history else answer
-
-    def batch_chat(
-        self,
-        tokenizer: Any,
-        pixel_values: torch.Tensor | None,
-        questions: list[str],
-        generation_config: dict[str, Any],
-        num_patches_list: list[int] | None = None,
-        history: None = None,
-        return_history: bool = False,
-        IMG_START_TOKEN: str = IMG_START,
-        IMG_END_TOKEN: str = IMG_END,
-        IMG_CONTEXT_TOKEN: str = IMG_CONTEXT,
-        verbose: bool = False,
-        image_counts: list[int] | None = None,
-    ) -> list[str]:
-        """Answer several single-turn questions with one image each (or none at all); the official signature.
-
-        Arguments are those of `chat`; `num_patches_list` has the number of tiles of every question's image and
-        `image_counts` is its former name. Sets `tokenizer.padding_side` to left, as the original does.
-
-        Raises:
-            NotImplementedError: history was given or asked for.
-            ValueError: tiles, `num_patches_list` and questions do not fit together.
-        """
-        if history is not None or return_history:
-            raise NotImplementedError("batch_chat has no history; call chat for conversations of several turns")
-        num_patches_list = image_counts if num_patches_list is None else num_patches_list
-        if pixel_values is not None and num_patches_list is None:
-            raise ValueError("give num_patches_list, the number of tiles of every question's image")
-        if num_patches_list is not None and len(num_patches_list) != len(questions):
-            raise ValueError(f"num_patches_list has {len(num_patches_list)} entries for {len(questions)} questions")
-        _check_tile_counts(pixel_values, num_patches_list or [])
-        tokens = (IMG_START_TOKEN, IMG_CONTEXT_TOKEN, IMG_END_TOKEN)
-        prompts = []
-        for index, question in enumerate(questions):
-            counts = [] if pixel_values is None else [num_patches_list[index]]
-            if counts and IMAGE_PLACEHOLDER not in question:
-                question = f"{IMAGE_PLACEHOLDER}\n{question}"
-            prompts.append(self._expand_images(self._render([(question, None)]), counts, tokens))
-        tokenizer.padding_side = "left"
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-        answers = self._answer(tokenizer, inputs, pixel_values, generation_config, IMG_CONTEXT_TOKEN)
-        if verbose:
-            for prompt, answer in zip(prompts, answers, strict=True):
-                print(prompt, answer)
-        return answers
-
-    def _render(self, turns: list[tuple[str, str | None]]) -> str:
-        """Return the prompt of (question, answer) turns; the last answer is None."""
-        if self.conv_template is None:
-            raise ValueError("config.template is not set; set it to the conversation template the model was trained on")
-        messages = [message for turn in turns for message in zip(("user", "assistant"), turn, strict=True)]
-        return self.conv_template.render(messages, self.system_message)
-
-    def _expand_images(self, prompt: str, num_tiles: list[int], tokens: tuple[str, str, str]) -> str:
-        """Replace the k-th `<image>` by its image tokens; surplus placeholders stay text, as in the original."""
-        start, context, end = tokens
-        if prompt.count(IMAGE_PLACEHOLDER) < len(num_tiles):
-            raise ValueError(
-                f"{len(num_tiles)} images for {prompt.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} placeholders; "
-                "write one per image into the question"
-            )
-        for count in num_tiles:
-            prompt = prompt.replace(IMAGE_PLACEHOLDER, start + context * self.num_image_token * count + end, 1)
-        return prompt
-
-    def _answer(
-        self,
-        tokenizer: Any,
-        inputs: Any,
-        pixel_values: torch.Tensor | None,
-        generation_config: dict[str, Any],
-        image_token: str,
-    ) -> list[str]:
-        """Generate for tokenised prompts and cut every answer at the template's separator."""
-        sep = self.conv_template.sep.strip()
-        self.img_context_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        generation_config["eos_token_id"] = tokenizer.convert_tokens_to_ids(sep)
-        input_ids = inputs["input_ids"].to(self.device)
-        sequences = self.generate(
-            input_ids=input_ids,
-            attention_mask=inputs["attention_mask"].to(self.device),
-            pixel_values=pixel_values,
-            **generation_config,
-        )
-        answers = decode_answers(tokenizer, sequences[:, input_ids.shape[1] :])
-        return [answer.split(sep)[0].strip() for answer in answers]
+def _mode_of_ids(settings: dict[str, Any]) -> str | None:
+    """Return the setting of a generation mode that feeds token ids to the model and knows no embeddings, or None."""
+    names = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "prefill_chunk_size")
+    return next((name for name in names if settings.get(name) is not None), None)
 
 
 def _language_model(config: Any) -> PreTrainedModel:
@@ -526,9 +418,3 @@ def _weighted_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Te
     )
     weights = weights[:, 1:].flatten().to(losses)
     return (losses * weights).sum() / weights.sum()
-
-
-def _check_tile_counts(pixel_values: torch.Tensor | None, num_patches_list: list[int]) -> None:
-    num_tiles = 0 if pixel_values is None else len(pixel_values)
-    if sum(num_patches_list) != num_tiles:
-        raise ValueError(f"num_patches_list {num_patches_list} adds up to another number than the {num_tiles} tiles")
