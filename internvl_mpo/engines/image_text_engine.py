@@ -18,18 +18,13 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     BatchFeature,
     LogitsProcessorList,
-    PretrainedConfig,
     ProcessorMixin,
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
 
 from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
 from internvl_mpo.engines.local import (
@@ -45,6 +40,7 @@ from internvl_mpo.engines.local import (
     torch_dtype,
 )
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.families.native import content_parts, load_native_processor
 
 
 class ImageTextEngine:
@@ -80,8 +76,7 @@ class ImageTextEngine:
         self.device = torch_device(device)
         wanted = torch_dtype(dtype, self.device)
         try:
-            config = AutoConfig.from_pretrained(self.model_id, trust_remote_code=trust_remote_code)
-            self.processor = load_family_processor(self.model_id, config, trust_remote_code)
+            self.processor = load_native_processor(self.model_id, trust_remote_code)
             model = AutoModelForImageTextToText.from_pretrained(
                 self.model_id, dtype=wanted, trust_remote_code=trust_remote_code
             )
@@ -91,7 +86,7 @@ class ImageTextEngine:
         if not getattr(self.processor, "chat_template", None):
             raise BadInputError(f"{self.model_id} has no chat template; give the folder of a chat model")
         self.model = model.to(self.device).eval()
-        self.context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._counting = threading.Lock()
         self.revision = model_revision(self.model_id)
         self.tokenizer = self.processor.tokenizer
@@ -128,7 +123,7 @@ class ImageTextEngine:
         marks = sum(message["content"].count("<image>") for message in messages)
         if marks != num_images:
             raise ValueError(f"{marks} <image> placeholders for {num_images} pictures")
-        messages = [{**message, "content": _content(message["content"])} for message in messages]
+        messages = [{**message, "content": content_parts(message["content"])} for message in messages]
         try:
             return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + prefix
         except TemplateError as error:  # some families know no system message
@@ -240,17 +235,6 @@ class ImageTextEngine:
         return Reply(id=request.id, text=text, finish_reason=reason, num_tokens=num_tokens)
 
 
-def _content(text: str) -> list[dict[str, str]]:
-    """Text with `<image>` marks as parts; line breaks around a picture are the template's."""
-    pieces = text.split("<image>")
-    content: list[dict[str, str]] = []
-    for number, piece in enumerate(pieces):
-        content += [{"type": "image"}] if number else []
-        piece = piece.strip("\n") if len(pieces) > 1 else piece
-        content += [{"type": "text", "text": piece}] if piece else []
-    return content
-
-
 class _Drafts(StoppingCriteria):
     """Adds each row's token to its draft, and ends rows that nobody waits for any more."""
 
@@ -267,13 +251,3 @@ class _Drafts(StoppingCriteria):
                     request.draft.add(token)
                     self.ended[row] = request.draft.stopped.is_set()
         return torch.tensor(self.ended, device=input_ids.device)
-
-
-def load_family_processor(model_path: str, config: PretrainedConfig, trust_remote_code: bool = False) -> ProcessorMixin:
-    """Return a model's own processor; where torchvision is missing, without the part for videos, which needs it."""
-    wanted = PROCESSOR_MAPPING.get(type(config), None)
-    if is_torchvision_available() or wanted is None or "video_processor" not in wanted.get_attributes():
-        return AutoProcessor.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    attributes = [name for name in wanted.get_attributes() if name != "video_processor"]
-    stills = type(wanted.__name__, (wanted,), {"get_attributes": classmethod(lambda cls: attributes)})
-    return stills.from_pretrained(model_path)

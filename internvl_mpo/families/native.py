@@ -242,7 +242,7 @@ def flat_features(features: Tensor | Sequence[Tensor]) -> Tensor:
     return features.flatten(0, -2)
 
 
-def load_native_processor(source: str) -> Any:
+def load_native_processor(source: str, trust_remote_code: bool = False) -> Any:
     """Return a model's own processor; where torchvision is missing, without the part for videos, which needs it.
 
     What the folder says of videos is kept and saved again, so that a trained model still takes them where torchvision
@@ -252,9 +252,10 @@ def load_native_processor(source: str) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
 
-    wanted = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source, trust_remote_code=False)), None)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    wanted = PROCESSOR_MAPPING.get(type(config), None)
     if is_torchvision_available() or wanted is None or "video_processor" not in wanted.get_attributes():
-        return AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     attributes = [name for name in wanted.get_attributes() if name != "video_processor"]
     video_settings = _video_settings(source)
 
