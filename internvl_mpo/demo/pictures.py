@@ -10,16 +10,10 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from internvl_mpo.engines.pictures import FORMATS
 from internvl_mpo.errors import BadInputError
 from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid, to_rgb
 
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "GIF",
-    "BMP",
-)  # what browsers show; every decoder more is a risk more
 THUMBNAIL_PIXELS = 480
 EDGE = "#8a94a3"  # of a drawn tile: to be seen on white and on black
 SHRUNK = 4  # a photo of 48 megapixels is common, and nothing is lost: tiles are smaller

@@ -9,7 +9,7 @@ from internvl_mpo.engines import Engine, Reply, Request
 
 GATHER_SECONDS = 0.01  # a batch waits for company as long as requests follow each other this closely
 MAX_WAITING = 1024  # replies; who comes then is told to come back
-MAX_BATCH_PIXELS = 50_000_000  # decoded at the same time: 150 MB; a single request may have as many by itself
+MAX_BATCH_PIXELS = 25_000_000  # decoded at the same time, 75 MB; a request with more is a batch by itself
 
 
 class BusyError(Exception):
