@@ -32,7 +32,7 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({requirement for name in EXTRAS if name != "kernels" for requirement in EXTRAS[name]})
 
-BESIDE_THE_PACKAGE = ("*.py", "LICENSE", "dataset_scripts/*.py", "configs/**/*")
+BESIDE_THE_PACKAGE = ("*.py", "LICENSE", "dataset_scripts/*.py", "runs/*.py", "configs/**/*")
 
 
 class BuildWithPrograms(build_py):

@@ -31,7 +31,7 @@ COMMANDS = {
     "memory": ("-m internvl_mpo.memory_estimate", "GPU memory of a training run, before a GPU is rented"),
     "replay": ("-m internvl_mpo.replay", "repeat a training step that was not finite"),
     "mini": ("-m internvl_mpo.mini", "the small world of handwritten digits, its start model, its MMPR release"),
-    "ablation": ("-m internvl_mpo.ablation", "methods and settings compared in that world, over seeds"),
+    "ablation": ("runs/ablation.py", "compare methods over seeds and settings in that world, with intervals"),
 }
 
 

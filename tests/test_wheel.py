@@ -19,7 +19,8 @@ from test_train_mpo import arguments, losses, world  # noqa: F401 - `world` is a
 from internvl_mpo.programs import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("internvl_mpo", "modeling_internvl_mpo", "dataset_scripts", "configs", "README.md", "LICENSE", "MANIFEST.in")
+PACKAGES = ("internvl_mpo", "modeling_internvl_mpo")
+SOURCES = (*PACKAGES, "dataset_scripts", "runs", "configs", "README.md", "LICENSE", "MANIFEST.in")
 SLOW_TO_START = {"train", "demo", "memory", "replay"}  # their settings need torch
 
 
@@ -29,8 +30,9 @@ def test_every_program_has_a_command_and_every_command_a_program():
     names = {".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__main__") for path in modules}
     programs = {f"-m internvl_mpo.{name}" for name in names - {"__main__"}}
     programs |= {path.name for path in ROOT.glob("*.py")} - {"setup.py"}
-    programs |= {f"dataset_scripts/{path.name}" for path in (ROOT / "dataset_scripts").glob("*.py")}
-    programs -= {"dataset_scripts/mmpr.py"}  # a `datasets` builder to import
+    folders = ("dataset_scripts", "runs")
+    programs |= {f"{folder}/{path.name}" for folder in folders for path in (ROOT / folder).glob("*.py")}
+    programs -= {"dataset_scripts/mmpr.py", "-m internvl_mpo.ablation"}  # a `datasets` builder; what runs/ starts
     assert programs == {started for started, _ in COMMANDS.values()}
 
 
@@ -73,11 +75,9 @@ def run(command: list[str], folder: Path, expected: int = 0) -> str:
 @pytest.mark.slow
 def test_programs_and_run_files_come_along_and_nothing_else_becomes_importable(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
-        "internvl_mpo",
-        "modeling_internvl_mpo",
-    }
-    for pattern in ("*.py", "dataset_scripts/*.py", "configs/**/*", "internvl_mpo/**/*.html", "internvl_mpo/**/*.css"):
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
+    programs = ("*.py", "dataset_scripts/*.py", "runs/*.py", "configs/**/*")
+    for pattern in (*programs, "internvl_mpo/**/*.html", "internvl_mpo/**/*.css"):
         for path in ROOT.glob(pattern):
             name = str(path.relative_to(ROOT))
             if path.is_file() and name != "setup.py":
