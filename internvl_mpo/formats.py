@@ -87,10 +87,11 @@ _WRITE = f"or write {OWN_FORM}"
 def _nearest(row: Mapping[str, Any]) -> str:
     """Say which key is missing or misspelt for the form that comes nearest."""
     held = [key for key, value in row.items() if holds(value)]
+    names = [("MMPR", "question"), *((form.name, form.key) for form in FORMS)]
     for key in held:
-        for form in FORMS:
-            if key not in READ and is_misspelt(key.strip().lower(), form.key):
-                return f"key '{key}' is not read; in the nearest form, {form.name}, it is '{form.key}'; {_WRITE}"
+        for name, wanted in names:
+            if key not in READ and is_misspelt(key.strip().lower(), wanted):
+                return f"key '{key}' is not read; in the nearest form, {name}, it is '{wanted}'; {_WRITE}"
     shared = {"chosen", "rejected"}
     nearest = max(FORMS, key=lambda form: len((_keys_of(form) - shared) & set(held)))
     if (_keys_of(nearest) - shared) & set(held):

@@ -74,8 +74,7 @@ def why_refused(key: str, row: Mapping[str, Any]) -> str | None:
     if _INPUT & set(words):
         return f"key '{key}' holds model input that is not read; {_way_out(media)}"
     if _TRUTH & set(words):
-        known = any(holds(row.get(name)) for name in ("answer", "answer_gt"))
-        return None if known else f"key '{key}' looks like the ground truth, which is read from 'answer' or 'answer_gt'"
+        return f"key '{key}' looks like the ground truth, which is read from 'answer' or 'answer_gt'; or {_AS_NOTE}"
     near = next((name for name in READ if is_misspelt(key.strip().lower(), name)), None)
     if near:
         return f"key '{key}' is not read; if it is '{near}' misspelt, rename it, and if it is a note, {_AS_NOTE}"
