@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUTPUT ?= outputs/mini
 JOBS ?= 2
+UV := $(shell command -v uv 2>/dev/null)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: quickstart test test-fast lint format clean
@@ -29,14 +30,20 @@ format: $(VENV)/.installed-test
 clean:
 	rm -rf $(VENV) outputs build *.egg-info
 
-$(VENV)/bin/python:
+# The target is pip, not python: a `venv` that fails for want of ensurepip leaves a python behind.
+$(VENV)/bin/pip:
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed, this is ' + sys.version if sys.version_info < (3, 11) else 0)"
-	$(PYTHON) -m venv $(VENV)
+	@before=$$(test ! -e $(VENV) || echo there); \
+	if $(if $(UV),$(UV) venv --quiet --seed --allow-existing --python "$(PYTHON)",$(PYTHON) -m venv) $(VENV) > /dev/null; \
+	then exit 0; fi; \
+	test -n "$$before" || rm -rf $(VENV); \
+	echo "no environment could be made in $(VENV): install venv with pip (Debian, Ubuntu: apt install python3-venv) or uv, then run make again" >&2; \
+	exit 1
 
-$(VENV)/.installed-base: $(VENV)/bin/python setup.py constraints.txt
+$(VENV)/.installed-base: $(VENV)/bin/pip setup.py constraints.txt
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/bin/python setup.py constraints.txt
+$(VENV)/.installed-test: $(VENV)/bin/pip setup.py constraints.txt
 	$(PIP) --editable ".[all]"
 	touch $@
