@@ -342,10 +342,12 @@ def main(argv: list[str]) -> int:
             "fit together: at least one device and one token, and a ZeRO stage from 0 to 3"
         )
     size = int(settings.device_gib * GIB) if settings.device_gib else device_bytes()
-    print(show_estimate(estimate_memory(config, setup), setup, size))
-    advice = advise(config, setup, size) if size else None
-    if advice:
-        print(advice)
+    estimate = estimate_memory(config, setup)
+    print(show_estimate(estimate, setup, size))
+    if not size:
+        return 0
+    advice = advise(config, setup, size)
+    print(advice or f"this fits: {_size(estimate.total)} of a device's {_size(size)}")
     return 1 if advice else 0
 
 

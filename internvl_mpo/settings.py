@@ -440,7 +440,8 @@ def _spell(hint: Any) -> str:
         if origin is Literal:
             spelled.append("one of " + ", ".join(str(choice) for choice in typing.get_args(option)))
         elif origin in (list, tuple, Sequence) or option in (list, tuple):
-            spelled.append("a list")
+            item = _spell((typing.get_args(option) or (Any,))[0])
+            spelled.append(f"{item}, or several with commas between them" if item.startswith("one of") else "a list")
         elif isinstance(option, type) and issubclass(option, enum.Enum):
             spelled.append("one of " + ", ".join(str(member.value) for member in option))
         else:

@@ -222,12 +222,14 @@ class InternVLChatModel(Chat, PreTrainedModel, GenerationMixin):
             (B, L, C).
 
         Raises:
-            ValueError: image tokens and tile features differ in number, or the image token's id is not known.
+            ValueError: image tokens and tile features differ in number, tiles have another side than the model's, or
+                the image token's id is not known.
         """
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None and image_flags is not None:
             pixel_values = pixel_values[image_flags.reshape(-1) == 1]
         if visual_features is None and pixel_values is not None and len(pixel_values):
+            self._check_tile_side(pixel_values, input_ids)
             visual_features = self.extract_feature(pixel_values)
         if self.config.image_token_id is None:
             if visual_features is not None:
@@ -251,6 +253,19 @@ class InternVLChatModel(Chat, PreTrainedModel, GenerationMixin):
             blank = torch.zeros(1, 3, side, side, dtype=embeds.dtype, device=embeds.device)
             embeds = embeds + 0.0 * self.extract_feature(blank).sum()
         return embeds
+
+    def _check_tile_side(self, pixel_values: torch.Tensor, input_ids: torch.LongTensor) -> None:
+        """Refuse tiles of another side, unless the text has as many image tokens as tiles of that side give."""
+        height, width = pixel_values.shape[-2:]
+        side, unit = self.config.force_image_size, round(self.config.vision_config.patch_size / self.downsample_ratio)
+        if (height, width) == (side, side) or self.config.image_token_id is None:
+            return
+        num_tokens = int((input_ids == self.config.image_token_id).sum())
+        if height != width or height % unit or num_tokens != (height // unit) ** 2 * len(pixel_values):
+            raise ValueError(
+                f"the tiles are {width} x {height} pixels, this model takes {side} x {side}; cut pictures with its own "
+                f"image processor, or with load_image(picture, input_size={side})"
+            )
 
     def encode(
         self,

@@ -257,5 +257,6 @@ def _check_placeholders(texts: list[str], groups: Sequence[Sequence[Any]] | None
     num_placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
     if num_placeholders != num_images:
         raise ValueError(
-            f"the text has {num_placeholders} {IMAGE_PLACEHOLDER} placeholders and there are {num_images} images"
+            f"the text has {num_placeholders} {IMAGE_PLACEHOLDER} placeholders and there are {num_images} images; "
+            f"write {IMAGE_PLACEHOLDER} where each image goes, or give chat messages with the images in them"
         )

@@ -102,6 +102,14 @@ def test_question_without_answer_is_unscored_not_wrong(monkeypatch, world):
     assert len(again.asked) == 2 and scores(world)["cot"]["num_unscored"] == 0
 
 
+def test_an_unknown_mode_is_answered_with_those_there_are(world, capsys):
+    argv = f"--model m --benchmarks mini --data {world} --output {world / 'out'} --mode plain".split()
+    assert run_program(evaluate_mpo.main, argv) == 2
+    message = capsys.readouterr().err
+    assert "'mode' is 'plain'" in message
+    assert "one of direct, cot, or several with commas between them" in message
+
+
 def test_score_only_loads_no_model(monkeypatch, world):
     run(monkeypatch, TableEngine(ANSWERS), world, "--mode", "cot")
     before = scores(world)

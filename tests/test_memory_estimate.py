@@ -212,7 +212,12 @@ def test_the_command_says_whether_it_fits(tmp_path, capsys):
     tiny_config("qwen2").save_pretrained(tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": str(tmp_path), "max_tokens_per_pack": 500}))
     assert run_program(module.main, ["--run", str(tmp_path / "run.yaml"), "--device_gib", "4"]) == 0
-    assert "packs of 500 tokens" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "packs of 500 tokens" in shown
+    assert shown.endswith(" of a device's 4.0 GiB\n")
+    assert "this fits: " in shown
     assert run_program(module.main, ["--model", str(tmp_path / "config.json"), "--device_gib", "1"]) == 1
-    assert "take a smaller model" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "take a smaller model" in shown
+    assert "this fits" not in shown
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "internvl_chat"

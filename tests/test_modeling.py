@@ -253,6 +253,25 @@ def test_random_start_trains() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("side", [42, 56])  # of 42 the patches cannot even be folded
+def test_tiles_of_another_side_are_named_as_that(side: int) -> None:
+    model = tiny_model()
+    inputs = inputs_for(model, sizes=(30, 0))
+    tiles = torch.zeros(len(inputs["pixel_values"]), 3, side, side)
+    with pytest.raises(ValueError, match=f"tiles are {side} x {side} pixels, this model takes 28 x 28"):
+        model(**{**inputs, "pixel_values": tiles})
+    tokenizer = tiny_processor(model.config).tokenizer
+    with pytest.raises(ValueError, match="input_size=28"):
+        model.chat(tokenizer, tiles, "What?", {"max_new_tokens": 1, "do_sample": False})
+
+
+def test_a_text_written_for_larger_tiles_is_taken() -> None:
+    model = tiny_model()
+    image = [model.config.image_token_id] * 4
+    ids = torch.tensor([[5, *image, 6]])
+    assert model(input_ids=ids, pixel_values=torch.zeros(1, 3, 56, 56)).logits.shape[1] == 6
+
+
 def test_drop_path_acts_in_training_only() -> None:
     model = tiny_model(vision_config={"drop_path_rate": 0.5})
     tiles = torch.ones(4, 3, 28, 28)

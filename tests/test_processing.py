@@ -219,7 +219,7 @@ def test_counts_that_do_not_fit_are_refused(processor: InternVLChatProcessor) ->
     image = Image.new("RGB", (30, 30))
     with pytest.raises(ValueError, match="2 <image> placeholders and there are 1 images"):
         processor(text="<image><image>", images=image)
-    with pytest.raises(ValueError, match="0 <image> placeholders and there are 1 images"):
+    with pytest.raises(ValueError, match="0 <image> placeholders and there are 1 images; write <image> where"):
         processor(text="hello", images=[image])
     with pytest.raises(ValueError, match="text 0 has 0"):
         processor(text=["a", "<image><image>"], images=[[image], [image]])

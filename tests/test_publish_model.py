@@ -79,6 +79,11 @@ def look(folder, picture, expected):
     (answer,) = pipe(text=messages, max_new_tokens=4, do_sample=False, return_full_text=False)
     ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1]:]
     assert answer["generated_text"] == processor.decode(ids, skip_special_tokens=True), "pipeline"
+    try:
+        pipe(picture, text="What?")
+        raise AssertionError("a picture was dropped")
+    except ValueError as error:
+        assert "write <image> where each image goes, or give chat messages" in str(error), error
     model.save_pretrained(folder + "-again")
     processor.save_pretrained(folder + "-again")
     again = AutoModel.from_pretrained(folder + "-again", **trust)
