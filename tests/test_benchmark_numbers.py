@@ -132,6 +132,7 @@ def test_latex_value_of_the_whole_text_refuses_a_rest():
     assert latex_value("5)", whole=True) is None and latex_value("5 < 6", whole=True) is None
 
 
+@pytest.mark.slow
 def test_pope_interval_draws_pictures_and_is_as_wide_as_they_make_it():
     """18 questions to a picture: by question the published answers' interval is more than a third too narrow."""
     categories = {row["question_id"]: row["category"] for row in jsonl(shared("pope", "llava_pope_test.jsonl"))}
