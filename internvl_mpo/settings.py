@@ -86,7 +86,7 @@ def parse_settings(cls: type[T], argv: Sequence[str], *, program: str, about: st
     known, rest = parser.parse_known_args([_underscored(word) for word in argv])
     given = dict(vars(known))
     values: dict[str, Any] = {}
-    path = given.pop("config", None)
+    path = given.pop("config", None) if config else None  # without it, "config" may be a setting of the program
     if path is not None:
         values.update(read_yaml(path))
     values.update(given)

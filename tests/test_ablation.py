@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from internvl_mpo.ablation.__main__ import AblationSettings, run_groups
+from internvl_mpo.ablation.__main__ import AblationSettings, main, run_groups
 from internvl_mpo.ablation.intervals import difference, estimate
 from internvl_mpo.ablation.lanes import Lanes
 from internvl_mpo.ablation.page import write_page
 from internvl_mpo.ablation.plan import Cell, read_plan
 from internvl_mpo.ablation.results import Results
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mini.measure import calculation_errors
 
 PLAN = """
@@ -192,6 +192,13 @@ def test_a_killed_ablation_goes_on_and_runs_nothing_twice(plan, tmp_path):
         run_groups(settings, plan, lanes, killed)
     run_groups(settings, plan, lanes, again)
     assert killed.ran + again.ran == whole.ran
+
+
+def test_a_plan_of_ones_own_is_read_as_a_plan_not_as_settings(tmp_path, capsys):
+    path = tmp_path / "ablation.yaml"
+    path.write_text(PLAN, encoding="utf-8")
+    assert run_program(main, ["--config", str(path), "--groups", "moon", "--output", str(tmp_path)]) == 2
+    assert "no group 'moon'" in capsys.readouterr().err
 
 
 def test_a_group_that_the_plan_does_not_have_is_named(plan, tmp_path):

@@ -45,7 +45,9 @@ class AblationSettings:
 
 def main(argv: list[str]) -> int:
     """Run the groups, then write the page; 1 if a cell failed."""
-    settings = parse_settings(AblationSettings, argv, program="runs/ablation.py", about=__doc__, config=False)
+    settings = parse_settings(
+        AblationSettings, argv or ["--groups", "all"], program="runs/ablation.py", about=__doc__, config=False
+    )
     plan = read_plan(settings.config)
     lanes = Lanes(plan, Path(settings.output), *((REDUCED, REDUCED_STEPS) if settings.reduced else ()))
     failed = run_groups(settings, plan, lanes)
