@@ -97,12 +97,15 @@ def test_help_of_every_command_says_what_can_be_typed(scripts, tmp_path):
 
 @pytest.mark.slow
 def test_quickstart_finds_its_programs_and_its_run_file(scripts, tmp_path):
+    source = (ROOT / "internvl_mpo" / "quickstart.py").read_text(encoding="utf-8")
+    names = sorted(set(re.findall(r'program\("([^"]+)"\)', source)))
+    assert len(names) >= 6
     code = (
-        "from pathlib import Path; from internvl_mpo import quickstart as q, settings\n"
-        "plan = q.stages(q.QuickstartSettings()); assert len(plan) > 10\n"
-        "assert all(s.command[1] == '-m' or Path(s.command[1]).is_file() for s in plan)\n"
-        "assert settings.read_yaml(q.QuickstartSettings().config)['max_steps'] == 100\n"
-        "print(q._short(plan[-2].command))"
+        "from pathlib import Path; from internvl_mpo import programs, quickstart, settings, stages\n"
+        f"assert all(n.startswith('-m ') or Path(programs.program(n)[1]).is_file() for n in {names})\n"
+        "config = quickstart.QuickstartSettings().config\n"
+        "assert settings.read_yaml(config)['max_steps'] == 100\n"
+        "print(stages._short(quickstart.training_command(Path('o'), config, Path('m'), Path('d'), 0)))"
     )
     assert "internvl-mpo train --config configs/mini.yaml" in run([str(scripts / "python"), "-c", code], tmp_path)
 
