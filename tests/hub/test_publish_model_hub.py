@@ -17,6 +17,7 @@ from published import make_adapter, make_evaluation, make_run, run_as_stranger
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_processor
+from tiny_world import WIDE_ENOUGH_FOR_4_BITS
 
 import internvl_mpo.publish.model as publishing
 from internvl_mpo.engines.local import model_revision
@@ -33,7 +34,7 @@ UNPROVED = ("--skip_proof",)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder as the training program leaves it."""
-    model = tiny_model("qwen2")
+    model = tiny_model("qwen2", **WIDE_ENOUGH_FOR_4_BITS)
     folder = write_model_folder(model, tiny_processor(model.config), tmp_path_factory.mktemp("run") / "model")
     (folder / "training_settings.yaml").write_text("output_dir: /home/zebediah/runs\n")
     return folder
