@@ -123,7 +123,9 @@ def score_pairs(model: nn.Module, pack: Pack, *, likeness: bool = False) -> Pair
     """
     logps_E, log_squares_E = model(pack=pack, squares=True) if likeness else (token_logps(model, pack), None)
     logps_R = pack.response_sums(logps_E)
-    sums = [*pack.pair_sums(logps_E), logps_R[pack.chosen_index_P], logps_R[pack.rejected_index_P]]
+    whole = logps_R[pack.chosen_index_P], logps_R[pack.rejected_index_P]
+    # without weights the very same tensors: gradients add up in one order, whichever terms use them
+    sums = [*(whole if pack.pair_tokens is None else pack.pair_sums(logps_E)), *whole]
     if likeness:
         likeness_R = pack.response_sums(logps_E.detach() - log_squares_E) / pack.lengths_R
         sums += [likeness_R[pack.chosen_index_P], likeness_R[pack.rejected_index_P]]

@@ -434,3 +434,10 @@ def test_ddp_averages_gradients_over_ranks_even_where_one_has_no_image():
     alone = torch.cat([p.grad.flatten() for p in model.parameters()])
     for rank in range(2):
         assert (torch.tensor(results[rank]) - alone).norm() / alone.norm() < 1e-5
+
+
+def test_without_token_weights_all_terms_share_one_sum(model):
+    """Two equal sums would give equal losses and gradients that add up in another order, so other weights after it."""
+    scores = score_pairs(model, pack_groups(mixed_groups(model)))
+    assert scores.chosen is scores.whole_chosen
+    assert scores.rejected is scores.whole_rejected
