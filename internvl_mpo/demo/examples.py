@@ -1,11 +1,14 @@
 """Pictures the repository may ship, because they are drawn here, and the handwritten digits of scikit-learn."""
 
+import random
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from internvl_mpo.mini.choices import ask_choice, make_options
 from internvl_mpo.mini.digits import Painter
+from internvl_mpo.mini.tasks import TASKS, DigitTask
 
 CARD_PIXELS = 320
 INK, PAPER, BLUE, ORANGE, GREEN = "#1f2937", "#ffffff", "#3b6fb6", "#e08a2e", "#3d8b5f"
@@ -42,22 +45,20 @@ def make_examples(folder: str | Path) -> list[Example]:
     paint = Painter(folder, seed=5)  # digits of the test split: no model of the mini world has seen them
     (folder / "images").mkdir(exist_ok=True)
 
-    def digits(name: str, count: int) -> str:
-        return str(folder / paint(name, count, "test")[0])
+    def choice(title: str, name: str, task: DigitTask, style: str = "cot") -> Example:
+        picture, digits = paint(name, 2, "test")
+        question = ask_choice(
+            task, make_options(task, digits, random.Random(len(name)))
+        )  # as the mini models learnt it
+        return Example(title, question, (str(folder / picture),), style)
 
+    product, total = TASKS[:2]
+    open_picture, _ = paint("describe", 3, "test")
     examples = [
-        Example(
-            "Handwritten digits: product",
-            "What is the product of the two digits?",
-            (digits("two_digits", 2),),
-        ),
-        Example(
-            "Handwritten digits: two steps",
-            "Multiply the first digit by the second and add the third. What is the result?",
-            (digits("three_digits", 3),),
-        ),
-        Example("Handwritten digits: direct", "What is the sum of the two digits?", (digits("sum", 2),), "direct"),
-        Example("Describe", "Describe the picture.", (digits("describe", 3),), "plain"),
+        choice("Handwritten digits: product", "product", product),
+        choice("Handwritten digits: sum", "sum", total),
+        choice("Handwritten digits: direct", "direct", product, "direct"),
+        Example("Describe", "Describe the picture.", (str(folder / open_picture),), "plain"),
         Example(
             "Bar chart",
             "In which month were most books sold, and how many more than in the weakest month?",
