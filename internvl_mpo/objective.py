@@ -112,13 +112,12 @@ def mpo_loss(
     policy_chosen, policy_rejected = _wide(policy_chosen_logps), _wide(policy_rejected_logps)
     zeros = torch.zeros_like(policy_chosen)
 
-    if reference_chosen_logps is None or reference_rejected_logps is None:
-        if needs_reference(preference, quality):
-            raise ValueError(f"preference '{preference}' with quality '{quality}' needs reference log-probs")
-        chosen_logratios = rejected_logratios = zeros
-    else:
+    chosen_logratios = rejected_logratios = zeros
+    if reference_chosen_logps is not None and reference_rejected_logps is not None:
         chosen_logratios = policy_chosen - _wide(reference_chosen_logps)  # D_c
         rejected_logratios = policy_rejected - _wide(reference_rejected_logps)  # D_r
+    elif needs_reference(preference, quality):
+        raise ValueError(f"preference '{preference}' with quality '{quality}' needs reference log-probs")
     chosen_rewards, rejected_rewards = beta * chosen_logratios, beta * rejected_logratios
 
     preference_losses = zeros
@@ -140,12 +139,8 @@ def mpo_loss(
 
     imitated = policy_chosen if generation_logps is None else _wide(generation_logps)
     step_pairs = len(policy_chosen) if num_pairs is None else num_pairs
-    generation_losses = zeros
-    if generation == "sft":
-        generation_losses = -imitated / chosen_lengths
-    elif generation == "sft_token":  # scaled so that its mean over pairs is the mean over tokens
-        step_tokens = chosen_lengths.sum() if num_chosen_tokens is None else num_chosen_tokens
-        generation_losses = -imitated * step_pairs / step_tokens
+    step_tokens = chosen_lengths.sum() if num_chosen_tokens is None else num_chosen_tokens
+    generation_losses = generation_term(generation, imitated, chosen_lengths, step_pairs, step_tokens)
 
     w_p, w_q, w_g = weights
     per_pair = w_p * preference_losses + w_q * quality_losses + w_g * generation_losses
@@ -162,6 +157,29 @@ def mpo_loss(
 def needs_reference(preference: Preference, quality: Quality) -> bool:
     """Say whether a mix of terms compares the policy with a reference; SimPO, ORPO and plain SFT do not."""
     return preference not in REFERENCE_FREE or quality != "none"
+
+
+def generation_term(
+    generation: Generation,
+    imitated_logps: Tensor,
+    lengths: Tensor,
+    num_pairs: int | Tensor,
+    num_tokens: int | Tensor,
+) -> Tensor:
+    """Return -log pi(y_c) of every pair, divided so that the mean over a step's pairs is what `generation` asks for.
+
+    Args:
+        generation: "sft": by the response's tokens, as in the paper; "sft_token": by the step's; "none": zero.
+        imitated_logps: summed log-probs of the chosen responses. Shape: (P,)
+        lengths: their scored tokens. Shape: (P,)
+        num_pairs: pairs of the step.
+        num_tokens: chosen tokens of the step.
+    """
+    if generation == "sft":
+        return -imitated_logps / lengths
+    if generation == "sft_token":
+        return -imitated_logps * num_pairs / num_tokens
+    return torch.zeros_like(imitated_logps)
 
 
 def quality_term(chosen_rewards: Tensor, rejected_rewards: Tensor, shift: float | Tensor) -> Tensor:

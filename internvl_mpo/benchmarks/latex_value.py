@@ -248,14 +248,7 @@ class _Parser:
             self.advance()
             return self.a
         if kind == "number":
-            self.advance()
-            exact = Fraction(token.replace(",", "") if token[0] != "." else f"0{token}")
-            if self.token == "\\%":
-                self.advance()
-                if self.kind == "letter" and self.token != "e":
-                    raise _NoValue
-                return float(exact / 100)
-            return exact.numerator if exact.denominator == 1 else float(exact)
+            return self.number()
         if token in _CLOSING:
             return self.group(token)
         if token in ("\\pi", "\\tau"):
@@ -278,6 +271,22 @@ class _Parser:
                 raise _NoValue
             value = self.group("{")
             return math.sqrt(value) if degree is None else _power(value, 1 / degree)
+        return self.function()
+
+    def number(self) -> Number:
+        token = self.token
+        self.advance()
+        exact = Fraction(token.replace(",", "") if token[0] != "." else f"0{token}")
+        if self.token == "\\%":
+            self.advance()
+            if self.kind == "letter" and self.token != "e":
+                raise _NoValue
+            return float(exact / 100)
+        return exact.numerator if exact.denominator == 1 else float(exact)
+
+    def function(self) -> Number:
+        """A command that is followed by what it works on."""
+        token = self.token
         if token == "\\lfloor":
             self.advance()
             value = math.floor(self.sum())

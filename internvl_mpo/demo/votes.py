@@ -19,7 +19,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Literal
 
-from internvl_mpo.demo.conversation import SIDES, Conversation, transcript
+from internvl_mpo.demo.conversation import SIDES, Conversation, Turn, transcript
 from internvl_mpo.demo.pictures import Picture
 from internvl_mpo.demo.streaming import Names
 from internvl_mpo.errors import BadInputError
@@ -28,6 +28,7 @@ from internvl_mpo.records import PreferencePair
 Verdict = Literal["left", "right", "tie", "both_bad"]
 VERDICTS = ("left", "right", "tie", "both_bad")
 SOURCE = "demo_votes"
+_WHY = {"follow_up": "a follow-up has two different histories", "same_text": "both sides say the same"}
 
 
 class VoteBox:
@@ -71,54 +72,19 @@ class VoteBox:
         turn = conversation.turns[-1]
         if turn.vote:
             raise BadInputError("Your vote on these answers is stored already; ask another question to vote again.")
-        texts = {side: turn.answers[side].text for side in SIDES}
-        if not all(texts.values()):
+        if not all(turn.answers[side].text for side in SIDES):
             raise BadInputError("One side gave no answer, so there is nothing to compare.")
-        left, right = conversation.order
-        winner = {"left": left, "right": right}.get(verdict)
-        provenance = {
-            "models": {side: names[side]._asdict() for side in SIDES},
-            "style": turn.controls.style,
-            "sampling": {
-                "temperature": turn.controls.temperature,
-                "max_new_tokens": turn.controls.max_new_tokens,
-                "max_tiles": turn.controls.max_tiles,
-                "seed": turn.controls.seed,
-            },
-            "finish_reasons": {side: turn.answers[side].finish_reason for side in SIDES},
-            "blind": conversation.blind and not conversation.revealed,
-            "shown_left": left,
-            "time": int(time.time()),
-        }
-        images = tuple(map(picture_name, turn.images))
-        is_follow_up = len(conversation.turns) > 1
-        if winner and not is_follow_up and texts["base"] != texts["mpo"]:
-            loser = "base" if winner == "mpo" else "mpo"
-            row = PreferencePair(
-                images=images,
-                question=turn.asked,
-                chosen=texts[winner],
-                rejected=texts[loser],
-                source=SOURCE,
-                rule="vote",
-                provenance={"chosen_by": winner, **provenance},
-            ).to_json()
+        winner = dict(zip(("left", "right"), conversation.order, strict=True)).get(verdict)
+        why_no_pair = _why_no_pair(conversation, winner, verdict)
+        provenance = _provenance(conversation, names)
+        if winner and not why_no_pair:
+            row, path = _pair(turn, winner, provenance), self.path
             said = "Thank you, stored as a preference."
-            path = self.path
         else:
-            pictures = [picture for one in conversation.turns for picture in one.images]
-            row = {
-                "id": uuid.uuid4().hex[:16],
-                "images": [picture_name(picture) for picture in pictures],
-                "verdict": winner or verdict,
-                "why_no_pair": "follow_up" if is_follow_up else "same_text" if winner else verdict,
-                "conversations": {side: transcript(conversation.turns, side) for side in SIDES},
-                "source": SOURCE,
-                "provenance": provenance,
-            }
-            why = "a follow-up has two different histories" if is_follow_up else "both sides say the same"
-            said = f"Thank you, stored (as no preference pair: {why})." if winner else "Thank you, stored."
-            path = self.other_path
+            row, path = _other_row(conversation, winner or verdict, why_no_pair, provenance), self.other_path
+            said = (
+                f"Thank you, stored (as no preference pair: {_WHY[why_no_pair]})." if winner else "Thank you, stored."
+            )
         with self._lock:
             self._write_pictures(conversation)
             with open(path, "a", encoding="utf-8") as out:
@@ -138,6 +104,62 @@ class VoteBox:
                 path = self.folder / picture_name(picture)
                 if not path.exists():
                     path.write_bytes(picture.png)
+
+
+def _why_no_pair(conversation: Conversation, winner: str | None, verdict: Verdict) -> str:
+    """Why a vote is no preference between two answers to one prompt; "" if it is one."""
+    if len(conversation.turns) > 1:
+        return "follow_up"
+    if winner is None:
+        return verdict
+    base, mpo = (conversation.turns[-1].answers[side].text for side in SIDES)
+    return "same_text" if base == mpo else ""
+
+
+def _pair(turn: Turn, winner: str, provenance: dict[str, Any]) -> dict[str, Any]:
+    loser = "base" if winner == "mpo" else "mpo"
+    return PreferencePair(
+        images=tuple(map(picture_name, turn.images)),
+        question=turn.asked,
+        chosen=turn.answers[winner].text,
+        rejected=turn.answers[loser].text,
+        source=SOURCE,
+        rule="vote",
+        provenance={"chosen_by": winner, **provenance},
+    ).to_json()
+
+
+def _other_row(
+    conversation: Conversation, verdict: str, why_no_pair: str, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "id": uuid.uuid4().hex[:16],
+        "images": [picture_name(picture) for turn in conversation.turns for picture in turn.images],
+        "verdict": verdict,
+        "why_no_pair": why_no_pair,
+        "conversations": {side: transcript(conversation.turns, side) for side in SIDES},
+        "source": SOURCE,
+        "provenance": provenance,
+    }
+
+
+def _provenance(conversation: Conversation, names: dict[str, Names]) -> dict[str, Any]:
+    turn = conversation.turns[-1]
+    controls = turn.controls
+    return {
+        "models": {side: names[side]._asdict() for side in SIDES},
+        "style": controls.style,
+        "sampling": {
+            "temperature": controls.temperature,
+            "max_new_tokens": controls.max_new_tokens,
+            "max_tiles": controls.max_tiles,
+            "seed": controls.seed,
+        },
+        "finish_reasons": {side: turn.answers[side].finish_reason for side in SIDES},
+        "blind": conversation.blind and not conversation.revealed,
+        "shown_left": conversation.order[0],
+        "time": int(time.time()),
+    }
 
 
 def picture_name(picture: Picture) -> str:
