@@ -102,24 +102,13 @@ def mpo_loss(
         ValueError: unknown variant, missing reference or lengths, a response without scored tokens, or pair weights for
             a formula that sorts the pairs.
     """
-    _check_choice("preference", preference, Preference)
-    _check_choice("quality", quality, Quality)
-    _check_choice("generation", generation, Generation)
-    if bool((chosen_lengths < 1).any()):
-        raise ValueError("a chosen response has no scored token; every response must keep at least one")
-    if pair_weights is not None and preference in SORTED:
-        raise ValueError(f"preference '{preference}' sorts the pairs, so a weight would meet the wrong one")
+    has_reference = reference_chosen_logps is not None and reference_rejected_logps is not None
+    _check(preference, quality, generation, chosen_lengths, pair_weights, has_reference)
     policy_chosen, policy_rejected = _wide(policy_chosen_logps), _wide(policy_rejected_logps)
     zeros = torch.zeros_like(policy_chosen)
-
-    chosen_logratios = rejected_logratios = zeros
-    if reference_chosen_logps is not None and reference_rejected_logps is not None:
-        chosen_logratios = policy_chosen - _wide(reference_chosen_logps)  # D_c
-        rejected_logratios = policy_rejected - _wide(reference_rejected_logps)  # D_r
-    elif needs_reference(preference, quality):
-        raise ValueError(f"preference '{preference}' with quality '{quality}' needs reference log-probs")
+    chosen_logratios = _log_ratio(policy_chosen, reference_chosen_logps)  # D_c
+    rejected_logratios = _log_ratio(policy_rejected, reference_rejected_logps)  # D_r
     chosen_rewards, rejected_rewards = beta * chosen_logratios, beta * rejected_logratios
-
     preference_losses = zeros
     if preference != "none":
         pairs = Pairs(
@@ -141,7 +130,6 @@ def mpo_loss(
     step_pairs = len(policy_chosen) if num_pairs is None else num_pairs
     step_tokens = chosen_lengths.sum() if num_chosen_tokens is None else num_chosen_tokens
     generation_losses = generation_term(generation, imitated, chosen_lengths, step_pairs, step_tokens)
-
     w_p, w_q, w_g = weights
     per_pair = w_p * preference_losses + w_q * quality_losses + w_g * generation_losses
     return MPOLoss(
@@ -157,6 +145,30 @@ def mpo_loss(
 def needs_reference(preference: Preference, quality: Quality) -> bool:
     """Say whether a mix of terms compares the policy with a reference; SimPO, ORPO and plain SFT do not."""
     return preference not in REFERENCE_FREE or quality != "none"
+
+
+def _check(
+    preference: Preference,
+    quality: Quality,
+    generation: Generation,
+    lengths: Tensor,
+    pair_weights: Tensor | None,
+    has_reference: bool,
+) -> None:
+    _check_choice("preference", preference, Preference)
+    _check_choice("quality", quality, Quality)
+    _check_choice("generation", generation, Generation)
+    if bool((lengths < 1).any()):
+        raise ValueError("a chosen response has no scored token; every response must keep at least one")
+    if pair_weights is not None and preference in SORTED:
+        raise ValueError(f"preference '{preference}' sorts the pairs, so a weight would meet the wrong one")
+    if not has_reference and needs_reference(preference, quality):
+        raise ValueError(f"preference '{preference}' with quality '{quality}' needs reference log-probs")
+
+
+def _log_ratio(policy_logps: Tensor, reference_logps: Tensor | None) -> Tensor:
+    """Return policy minus reference; zero where no term needs a reference. Shape: (P,)"""
+    return torch.zeros_like(policy_logps) if reference_logps is None else policy_logps - _wide(reference_logps)
 
 
 def generation_term(

@@ -55,7 +55,7 @@ ALONE = {
 
 
 @pytest.fixture(scope="module")
-def alone(world, tmp_path_factory) -> Path:  # noqa: F811
+def alone(world, tmp_path_factory) -> Path:
     """Runs of one process."""
     folder = tmp_path_factory.mktemp("alone")
     for name, more in ALONE.items():
@@ -64,7 +64,7 @@ def alone(world, tmp_path_factory) -> Path:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def together(world, tmp_path_factory) -> Path:  # noqa: F811
+def together(world, tmp_path_factory) -> Path:
     """The same on two ranks, all cases in one process group."""
     folder = tmp_path_factory.mktemp("together")
     configs = small_configs(folder)
@@ -116,7 +116,7 @@ def test_two_ranks_give_the_losses_and_the_folder_of_one_process(alone, together
 
 
 @pytest.mark.slow
-def test_a_pair_that_is_not_finite_on_one_rank_stops_both_with_its_name(world, tmp_path):  # noqa: F811
+def test_a_pair_that_is_not_finite_on_one_rank_stops_both_with_its_name(world, tmp_path):
     zero = {name: ("--deepspeed", str(path)) for name, path in small_configs(tmp_path).items()}
     several = ("--max_tokens_per_pack", "650")  # the pack is not the last one of the step everywhere
     runs = {
@@ -147,7 +147,7 @@ def test_a_pair_that_is_not_finite_on_one_rank_stops_both_with_its_name(world, t
 
 
 @pytest.mark.slow
-def test_a_rank_without_any_picture_was_among_the_steps(world):  # noqa: F811
+def test_a_rank_without_any_picture_was_among_the_steps(world):
     from internvl_mpo.steps import plan_steps
 
     rows = list(iter_pairs(world / "pairs.jsonl"))
@@ -158,7 +158,7 @@ def test_a_rank_without_any_picture_was_among_the_steps(world):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_ranks_may_change_without_deepspeed_and_not_with_it(world, alone, together, tmp_path, capfd):  # noqa: F811
+def test_ranks_may_change_without_deepspeed_and_not_with_it(world, alone, together, tmp_path, capfd):
     constant = ("--lr_scheduler_type", "constant")
     assert train(world, tmp_path / "whole", *constant) == 0
     # two ranks for two steps, then one process: two launches
@@ -236,7 +236,7 @@ def test_deepspeed_without_a_file_from_accelerate_launch_is_refused(monkeypatch)
         take_launchers_deepspeed(SimpleNamespace(deepspeed="configs/deepspeed/zero1.json"))
 
 
-def test_a_stage_that_the_run_file_contradicts_stops_the_program(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_stage_that_the_run_file_contradicts_stops_the_program(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "configs/deepspeed/zero2.json")
@@ -247,7 +247,7 @@ def test_a_stage_that_the_run_file_contradicts_stops_the_program(world, tmp_path
 
 
 @pytest.mark.slow
-def test_accelerate_launch_trains_with_its_own_stage(world, alone, tmp_path):  # noqa: F811
+def test_accelerate_launch_trains_with_its_own_stage(world, alone, tmp_path):
     """The run file says ZeRO-1, `--deepspeed none` drops it, and the launcher's ZeRO-3 trains to the end."""
     config = json.loads((ROOT / "configs/deepspeed/zero3.json").read_text())
     config["zero_force_ds_cpu_optimizer"] = False

@@ -132,7 +132,7 @@ def test_repetition_counts_fourgrams_that_were_there_before():
 
 
 @pytest.mark.slow
-def test_a_run_that_learns_nothing_says_so(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_that_learns_nothing_says_so(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Watch.__init__, "__kwdefaults__", {**Watch.__init__.__kwdefaults__, "window": 3})
     more = ("--max_steps", "5", "--save_strategy", "no")
     assert train(world, tmp_path / "still", "--learning_rate", "0", *more) == 0
@@ -176,7 +176,7 @@ def test_the_words_of_the_first_preference_term_spell_its_value():
 @pytest.mark.parametrize(
     "preference", ["dpo", "cdpo", "robust_dpo", "exo", "aot", "rso", "ipo", "sppo", "discopop", "orpo", "simpo", "none"]
 )
-def test_the_first_loss_is_the_expected_one_for_every_variant(world, tmp_path, preference, capsys):  # noqa: F811
+def test_the_first_loss_is_the_expected_one_for_every_variant(world, tmp_path, preference, capsys):
     quality = "none" if preference in REFERENCE_FREE else "bco"
     smoothing = 0.1 if preference in SMOOTHED else 0.0
     more = ["--preference", preference, "--quality", quality, "--max_steps", "1", "--save_strategy", "no"]
@@ -202,7 +202,7 @@ def test_the_first_loss_is_the_expected_one_for_every_variant(world, tmp_path, p
         assert "not the same model" not in shown
 
 
-def test_every_number_is_logged_and_means_what_it_says(world, tmp_path):  # noqa: F811
+def test_every_number_is_logged_and_means_what_it_says(world, tmp_path):
     assert train(world, tmp_path / "run", "--peak_tflops", "0.001", "--save_strategy", "no") == 0
     first, *_, last = (row for row in lines(tmp_path / "run") if "loss" in row)
     names = (
@@ -272,7 +272,7 @@ def test_visible_pairs_are_counted_along_the_tree():
 
 
 @pytest.mark.slow
-def test_held_out_questions_are_answered_at_every_evaluation(world, tmp_path, monkeypatch):  # noqa: F811
+def test_held_out_questions_are_answered_at_every_evaluation(world, tmp_path, monkeypatch):
     output = tmp_path / "run"
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     more = ("--held_out_share", "0.4", "--pairs_per_step", "2", "--eval_steps", "2", "--num_eval_samples", "2",
@@ -300,7 +300,7 @@ def test_held_out_questions_are_answered_at_every_evaluation(world, tmp_path, mo
     assert samples[0]["question"] in texts[0]
 
 
-def test_trackio_gets_numbers_and_samples_without_a_network(world, tmp_path, monkeypatch):  # noqa: F811
+def test_trackio_gets_numbers_and_samples_without_a_network(world, tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     from trackio import sqlite_storage, utils

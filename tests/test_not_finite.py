@@ -24,7 +24,7 @@ from internvl_mpo.training.not_finite import weights_not_finite
 from internvl_mpo.training.trainer import MPOTrainer
 
 
-def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(world, tmp_path, monkeypatch, capsys):
     plain = MPOTrainer.compute_loss
 
     def poisoned(self, model, inputs, *more, **options):
@@ -53,7 +53,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(world
     assert all(pair["id"] in shown for pair in dump["pairs"])
 
 
-def test_a_replay_gives_the_losses_of_the_run_and_names_the_module(world, tmp_path, capsys):  # noqa: F811
+def test_a_replay_gives_the_losses_of_the_run_and_names_the_module(world, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(world, output, "--learning_rate", "1e30", "--max_grad_norm", "0", "--save_strategy", "no") == 2
     message = capsys.readouterr().err
@@ -94,7 +94,7 @@ def release(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("data", ["v1.2", "parquet"])
 def test_pictures_in_archives_and_parquet_rows_are_kept_for_the_replay(
-    world,  # noqa: F811
+    world,
     release,
     tmp_path,
     monkeypatch,

@@ -53,7 +53,7 @@ def test_noise_a_checkpoint_was_trained_with_is_not_read_as_a_preference(tmp_pat
 
 
 @pytest.mark.slow
-def test_each_part_can_be_frozen_and_the_table_says_so(world, tmp_path, capsys):  # noqa: F811
+def test_each_part_can_be_frozen_and_the_table_says_so(world, tmp_path, capsys):
     more = ("--freeze_vision", "true", "--freeze_projector", "true", "--max_steps", "2")
     assert train(world, tmp_path / "run", *more) == 0
     before, after = (load_file(f / "model.safetensors") for f in (world / "start", tmp_path / "run" / "model"))
@@ -74,7 +74,7 @@ def test_first_language_layers_can_be_frozen():
         freeze(model, num_language_layers=3)
 
 
-def test_nothing_left_to_train_is_refused(world, tmp_path, capsys):  # noqa: F811
+def test_nothing_left_to_train_is_refused(world, tmp_path, capsys):
     more = [word for part in ("vision", "projector", "language") for word in (f"--freeze_{part}", "true")]
     assert train(world, tmp_path / "run", *more) == 2
     assert "every part of the model is frozen" in capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_merged_weights_answer_like_the_adapters(backbone):
 
 
 @pytest.mark.slow
-def test_a_reference_of_disabled_adapters_gives_the_losses_of_the_cache(world, tmp_path):  # noqa: F811
+def test_a_reference_of_disabled_adapters_gives_the_losses_of_the_cache(world, tmp_path):
     assert train(world, tmp_path / "cache", "--lora_rank", "2", "--lora_on", "both") == 0
     assert train(world, tmp_path / "off", "--lora_rank", "2", "--lora_on", "both", "--reference", "adapter_off") == 0
     expected, found = losses(tmp_path / "cache"), losses(tmp_path / "off")
@@ -122,7 +122,7 @@ def test_a_reference_of_disabled_adapters_gives_the_losses_of_the_cache(world, t
 
 
 @pytest.mark.slow
-def test_a_lora_run_goes_on_to_the_bit(world, tmp_path):  # noqa: F811
+def test_a_lora_run_goes_on_to_the_bit(world, tmp_path):
     more = ("--lora_rank", "2", "--lora_on", "both", "--lr_scheduler_type", "constant", "--lora_dropout", "0.1")
     assert train(world, tmp_path / "whole", *more) == 0
     assert train(world, tmp_path / "run", *more, "--max_steps", "2") == 0
@@ -131,7 +131,7 @@ def test_a_lora_run_goes_on_to_the_bit(world, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_an_adapter_folder_loads_through_auto_model_and_peft_and_answers_alike(world, tmp_path):  # noqa: F811
+def test_an_adapter_folder_loads_through_auto_model_and_peft_and_answers_alike(world, tmp_path):
     more = (*LORA, "--lora_on", "both", "--save_adapter", "true", "--model", "start", "--learning_rate", "0.05")
     command = [sys.executable, f"{__file__.rsplit('/', 2)[0]}/train_mpo.py"]
     settings = ["--data", "pairs.jsonl", "--output_dir", "run", "--pairs_per_step", "4", "--use_cpu", "true", *more]
@@ -179,7 +179,7 @@ def test_an_adapter_folder_loads_through_auto_model_and_peft_and_answers_alike(w
         (["--resume", "absent"], "checkpoint 'absent' does not exist"),
     ],
 )
-def test_settings_that_cannot_work_together_are_refused(world, tmp_path, capsys, more, words):  # noqa: F811
+def test_settings_that_cannot_work_together_are_refused(world, tmp_path, capsys, more, words):
     assert train(world, tmp_path / "run", *more) == 2
     assert words in capsys.readouterr().err
 
@@ -235,7 +235,7 @@ def test_a_moving_reference_is_the_mix_written_out_by_hand():
 
 
 @pytest.mark.slow
-def test_tr_dpo_scores_with_the_moved_reference_and_goes_on_to_the_bit(world, tmp_path):  # noqa: F811
+def test_tr_dpo_scores_with_the_moved_reference_and_goes_on_to_the_bit(world, tmp_path):
     more = ("--reference_sync_steps", "2", "--reference_mixup_alpha", "1", "--lr_scheduler_type", "constant")
     assert train(world, tmp_path / "whole", *more, "--max_steps", "6") == 0
     rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
@@ -253,7 +253,7 @@ def test_tr_dpo_scores_with_the_moved_reference_and_goes_on_to_the_bit(world, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preference", ["dpo", "ipo", "cdpo", "robust_dpo", "rso", "sppo", "aot", "orpo", "none"])
-def test_every_preference_trains_two_steps_with_and_without_the_other_terms(world, tmp_path, preference, capsys):  # noqa: F811
+def test_every_preference_trains_two_steps_with_and_without_the_other_terms(world, tmp_path, preference, capsys):
     smoothing = ("--label_smoothing", "0.1") if preference in ("cdpo", "robust_dpo") else ()
     cache = ("--reference_cache", str(world / "variants"), "--max_steps", "2", "--preference", preference, *smoothing)
     generation = "sft" if preference == "none" else "none"
@@ -265,7 +265,7 @@ def test_every_preference_trains_two_steps_with_and_without_the_other_terms(worl
         assert moved_parts(before, after) == {"vision_model", "mlp1", "language_model"}
 
 
-def test_aot_says_that_it_sorts_within_a_pack(world, tmp_path, capsys):  # noqa: F811
+def test_aot_says_that_it_sorts_within_a_pack(world, tmp_path, capsys):
     more = ("--preference", "aot", "--max_tokens_per_pack", "650", "--max_steps", "1")
     assert train(world, tmp_path / "run", *more) == 0
     assert "aot compares the pairs of one pack" in capsys.readouterr().out
@@ -295,7 +295,7 @@ def test_aot_says_that_it_sorts_within_a_pack(world, tmp_path, capsys):  # noqa:
         (["--max_grad_norm", "2"], "another max_grad_norm"),
     ],
 )
-def test_a_checkpoint_of_other_settings_is_refused_by_name(world, tmp_path_factory, capsys, more, words):  # noqa: F811
+def test_a_checkpoint_of_other_settings_is_refused_by_name(world, tmp_path_factory, capsys, more, words):
     output = world / "refused"
     if not output.exists():
         assert train(world, output, "--max_steps", "2") == 0
@@ -314,7 +314,7 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(world, tmp_path_facto
 
 
 @pytest.mark.slow
-def test_starting_anew_over_checkpoints_is_refused_and_a_named_one_is_taken(world, tmp_path, capsys):  # noqa: F811
+def test_starting_anew_over_checkpoints_is_refused_and_a_named_one_is_taken(world, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(world, output, "--save_total_limit", "5", "--save_steps", "1") == 0
     expected = losses(output)

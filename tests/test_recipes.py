@@ -75,7 +75,7 @@ def test_a_shell_file_parses_and_names_files_there_are(path):
         assert (ROOT / name).is_file(), name
 
 
-def run_shell(world: Path, output: Path, name: str, *more: str, **environment: str) -> str:  # noqa: F811
+def run_shell(world: Path, output: Path, name: str, *more: str, **environment: str) -> str:
     config = output.with_suffix(".yaml")
     config.write_text("report_to: none\n")
     # other words than the shell file's own win, as on a user's command line
@@ -89,14 +89,14 @@ def run_shell(world: Path, output: Path, name: str, *more: str, **environment: s
 
 
 @pytest.mark.slow
-def test_one_gpu_lora_trains(world, tmp_path):  # noqa: F811
+def test_one_gpu_lora_trains(world, tmp_path):
     run_shell(world, tmp_path / "run", "one_gpu_lora.sh", "--lora_rank", "2", "--max_steps", "2")
     assert len(losses(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
-def test_one_node_trains_on_two_ranks(world, tmp_path):  # noqa: F811
+def test_one_node_trains_on_two_ranks(world, tmp_path):
     out = run_shell(world, tmp_path / "run", "one_node.sh", "--max_steps", "2", NUM_GPUS="2", LAUNCHER="torchrun")
     assert "in 2 x" in out  # two ranks
     assert len(losses(tmp_path / "run")) == 2

@@ -47,7 +47,7 @@ def test_equal_weights_leave_groups_and_caches_as_they_are():
     assert BOTH.identity() != TokenWeights(ld_alpha=0.25).identity() != {}
 
 
-def weighted_twin(model, groups: list[Group], weights: TokenWeights) -> torch.Tensor:  # noqa: F811
+def weighted_twin(model, groups: list[Group], weights: TokenWeights) -> torch.Tensor:
     """Chosen, then rejected sums of every pair: each response by itself, one token after the other."""
     chosen, rejected = [], []
     for group in groups:
@@ -62,7 +62,7 @@ def weighted_twin(model, groups: list[Group], weights: TokenWeights) -> torch.Te
 
 
 @pytest.mark.parametrize("weights", [TokenWeights(ld_alpha=0.25), TokenWeights(1.0, 0.0, 1), BOTH])
-def test_weighted_sums_of_a_pack_equal_the_twin_to_1e_12(model, weights):  # noqa: F811
+def test_weighted_sums_of_a_pack_equal_the_twin_to_1e_12(model, weights):
     groups = mixed_groups(model)
     # a response that several pairs use, once as chosen and once as rejected, and a group of one pair
     groups.append(Group([5, 6], [[1, 2, 3], [1, 2, 4, 4, 4, 4], [1]], [(0, 1), (1, 2), (2, 0)], ["x", "y", "z"]))
@@ -73,14 +73,14 @@ def test_weighted_sums_of_a_pack_equal_the_twin_to_1e_12(model, weights):  # noq
     assert (packed_gradient - plain_gradient).norm() / plain_gradient.norm() < 1e-6  # RMSNorm computes in float32
 
 
-def test_weights_do_not_touch_the_plain_sums(model):  # noqa: F811
+def test_weights_do_not_touch_the_plain_sums(model):
     groups = mixed_groups(model)
     with torch.no_grad():
         weighted = response_logps(model, pack_groups([BOTH.weigh(group) for group in groups]))
         assert torch.equal(weighted, response_logps(model, pack_groups(groups)))
 
 
-def test_a_group_without_weights_beside_one_with_weights_counts_fully(model):  # noqa: F811
+def test_a_group_without_weights_beside_one_with_weights_counts_fully(model):
     rng = random.Random(3)
     plain, other = (random_group(rng, 0, 0, name) for name in "ab")
     with torch.no_grad():

@@ -28,7 +28,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def weighted(world, tmp_path_factory) -> Path:  # noqa: F811
+def weighted(world, tmp_path_factory) -> Path:
     """A run with all weights on."""
     folder = tmp_path_factory.mktemp("weighted") / "run"
     assert train(world, folder, *WEIGHTS) == 0
@@ -36,14 +36,14 @@ def weighted(world, tmp_path_factory) -> Path:  # noqa: F811
 
 
 @pytest.mark.parametrize("more", [("--max_tokens_per_pack", "650"), ("--plain_twin",)])
-def test_losses_do_not_depend_on_packs_or_on_sharing(world, weighted, tmp_path, more):  # noqa: F811
+def test_losses_do_not_depend_on_packs_or_on_sharing(world, weighted, tmp_path, more):
     assert train(world, tmp_path / "run", *WEIGHTS, *more) == 0
     expected, found = losses(weighted), losses(tmp_path / "run")
     assert list(found) == list(expected) == [1, 2, 3, 4]
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
 
 
-def test_the_first_step_is_the_start_model_and_says_what_has_no_fixed_value(world, tmp_path, capsys):  # noqa: F811
+def test_the_first_step_is_the_start_model_and_says_what_has_no_fixed_value(world, tmp_path, capsys):
     assert train(world, tmp_path / "run", *WEIGHTS, "--max_steps", "1", "--save_strategy", "no") == 0
     (first,) = [row for row in lines(tmp_path / "run") if "loss" in row]
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)  # the reference was summed with the same weights
@@ -54,7 +54,7 @@ def test_the_first_step_is_the_start_model_and_says_what_has_no_fixed_value(worl
     assert "the weights of the pairs depend on the start model" in capsys.readouterr().out
 
 
-def test_the_generation_term_and_the_plain_log_probs_see_no_weights(world, tmp_path):  # noqa: F811
+def test_the_generation_term_and_the_plain_log_probs_see_no_weights(world, tmp_path):
     firsts = []
     for name, more in (("plain", ()), ("weighted", TOKENS)):
         assert train(world, tmp_path / name, *more, "--max_steps", "1", "--save_strategy", "no") == 0
@@ -64,7 +64,7 @@ def test_the_generation_term_and_the_plain_log_probs_see_no_weights(world, tmp_p
 
 
 @pytest.mark.slow
-def test_other_weights_have_another_cache_and_equal_ones_keep_the_old(world, tmp_path):  # noqa: F811
+def test_other_weights_have_another_cache_and_equal_ones_keep_the_old(world, tmp_path):
     shared = ("--reference_cache", str(tmp_path / "cache"), "--max_steps", "1", "--save_strategy", "no")
     assert train(world, tmp_path / "plain", *shared) == 0
     (plain,) = (tmp_path / "cache").iterdir()
@@ -78,7 +78,7 @@ def test_other_weights_have_another_cache_and_equal_ones_keep_the_old(world, tmp
 
 
 @pytest.mark.slow
-def test_disabled_adapters_are_summed_with_the_same_weights_as_the_cache(world, tmp_path):  # noqa: F811
+def test_disabled_adapters_are_summed_with_the_same_weights_as_the_cache(world, tmp_path):
     lora = ("--lora_rank", "2", "--save_strategy", "no", *TOKENS)
     assert train(world, tmp_path / "cache", *lora) == 0
     assert train(world, tmp_path / "off", *lora, "--reference", "adapter_off") == 0
@@ -98,7 +98,7 @@ def test_a_moving_reference_is_summed_with_the_same_weights():
     assert all(map(torch.equal, reference.logps(pack), expected))
 
 
-def test_a_checkpoint_without_the_settings_is_one_of_equal_weights(world, tmp_path, capsys):  # noqa: F811
+def test_a_checkpoint_without_the_settings_is_one_of_equal_weights(world, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(world, output, "--max_steps", "2") == 0
     path = output / "checkpoint-2" / "mpo_state.json"
@@ -113,14 +113,14 @@ def test_a_checkpoint_without_the_settings_is_one_of_equal_weights(world, tmp_pa
     assert "does not say" not in capsys.readouterr().out
 
 
-def test_another_weight_is_refused_on_resuming(world, weighted, tmp_path, capsys):  # noqa: F811
+def test_another_weight_is_refused_on_resuming(world, weighted, tmp_path, capsys):
     shutil.copytree(weighted, tmp_path / "run")
     assert train(world, tmp_path / "run", *WEIGHTS, "--ld_alpha", "0.5") == 2
     assert "another ld_alpha (0.25, now 0.5)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wpo", [(), ("--wpo",)])
-def test_a_replay_knows_the_weights_of_the_run(world, tmp_path, wpo):  # noqa: F811
+def test_a_replay_knows_the_weights_of_the_run(world, tmp_path, wpo):
     more = (*TOKENS, *wpo, "--learning_rate", "1e30", "--max_grad_norm", "0", "--save_strategy", "no")
     assert train(world, tmp_path / "run", *more) == 2
     dump = replay.read_dump(next((tmp_path / "run").glob("not_finite_*.json")))
@@ -152,7 +152,7 @@ def test_a_replay_knows_the_weights_of_the_run(world, tmp_path, wpo):  # noqa: F
         (["--wpo", "--preference", "none", "--quality", "none"], "wpo weighs pairs"),
     ],
 )
-def test_what_has_no_effect_or_no_meaning_is_refused_by_name(world, tmp_path, capsys, more, words):  # noqa: F811
+def test_what_has_no_effect_or_no_meaning_is_refused_by_name(world, tmp_path, capsys, more, words):
     assert train(world, tmp_path / "run", *more) == 2
     assert words in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "run").exists()
@@ -168,6 +168,6 @@ def test_what_has_no_effect_or_no_meaning_is_refused_by_name(world, tmp_path, ca
         ("--preference", "none", "--wpo"),
     ],
 )
-def test_every_new_setting_trains(world, tmp_path, mix):  # noqa: F811
+def test_every_new_setting_trains(world, tmp_path, mix):
     assert train(world, tmp_path / "run", "--max_steps", "2", "--save_strategy", "no", *mix) == 0
     assert all(map(math.isfinite, losses(tmp_path / "run").values()))

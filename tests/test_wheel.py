@@ -111,7 +111,7 @@ def test_quickstart_finds_its_programs_and_its_run_file(scripts, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_world_is_made_and_a_training_runs_outside_the_checkout(scripts, world, tmp_path):  # noqa: F811
+def test_a_world_is_made_and_a_training_runs_outside_the_checkout(scripts, world, tmp_path):
     command = str(scripts / "internvl-mpo")
     sizes = ["--num_annotated", "3", "--num_drills", "1", "--num_questions", "2", "--num_open", "1", "--num_test", "2"]
     run([command, "mini", "world", "--output", "world", *sizes], tmp_path)
