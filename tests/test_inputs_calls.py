@@ -72,6 +72,31 @@ def test_a_generation_mode_equals_greedy_or_is_refused_in_a_sentence(model, toke
     assert found == greedy
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"penalty_alpha": 0.6, "top_k": 4, "do_sample": False},
+        {"dola_layers": "high"},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 2, "force_words_ids": [[9]]},
+    ],
+    ids=["contrastive", "DoLa", "group beams", "constrained beams"],
+)
+def test_modes_that_transformers_moved_to_the_hub_are_refused_in_its_sentence(model, tokenizer, tiles, settings):
+    with pytest.raises(ValueError, match=r"requires `trust_remote_code=True` .* loads https://hf.co/"):
+        generated(model, tokenizer, tiles[:2], **settings)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}], ids=["beams", "drawn"])
+def test_beams_are_those_of_the_language_model_alone(model, tokenizer, settings):
+    ids = tokenizer("How many, how many?", return_tensors="pt")["input_ids"]
+    more = {**GREEDY, **settings}
+    torch.manual_seed(0)
+    ours = model.generate(input_ids=ids, **more)
+    torch.manual_seed(0)
+    assert ours.tolist() == model.language_model.generate(input_ids=ids, **more).tolist()
+
+
 def test_modes_that_read_token_ids_never_lose_a_picture(model, tokenizer, tiles):
     for setting in ("prompt_lookup_num_tokens", "prefill_chunk_size"):
         with pytest.raises(ValueError, match=f"{setting} .* pictures"):
