@@ -3,17 +3,9 @@
 import re
 
 from internvl_mpo.answers.common import Asked, Decision, said_values
+from internvl_mpo.answers.number_words import MONTHS
 
 # -- dates
-
-_MONTH_NAMES = (
-    "january jan|february feb|march mar|april apr|may|june jun|july jul|august aug|september sep sept|october oct|"
-    "november nov|december dec"
-)
-
-
-_MONTHS = {name: number for number, names in enumerate(_MONTH_NAMES.split("|"), start=1) for name in names.split()}
-
 
 _DATE_FORMS = (
     (re.compile(r"^(\d{4})[-/.年](\d{1,2})[-/.月](\d{1,2})日?$"), "ymd"),
@@ -47,9 +39,9 @@ def parse_date(text: str) -> tuple[str, ...] | None:
                 return ("?", str(first), str(second), str(year))
         month = part.get("m", "")
         if isinstance(month, str) and month and not month.isdigit():
-            if month not in _MONTHS:
+            if month not in MONTHS:
                 return None
-            month = _MONTHS[month]
+            month = MONTHS[month]
         return tuple(str(int(value)) if value != "" else "" for value in (part.get("y", ""), month, part.get("d", "")))
     return None
 

@@ -184,3 +184,12 @@ def spoken_formula(text: str) -> str:
         if found:
             return found.expand(signs)
     return text
+
+
+MONTH_NAMES = (
+    *("january", "february", "march", "april", "may", "june", "july"),
+    *("august", "september", "october", "november", "december"),
+)
+# also by their first three letters, and "sept"
+MONTHS = {name[:letters]: number for number, name in enumerate(MONTH_NAMES, start=1) for letters in (3, None)}
+MONTHS["sept"] = 9

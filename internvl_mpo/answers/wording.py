@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from internvl_mpo.answers.number_words import ORDINALS, VALUES, in_digits
+from internvl_mpo.answers.number_words import MONTH_NAMES, ORDINALS, VALUES, in_digits
 from internvl_mpo.answers.spelling import american, singular
 
 MAX_CHARS = 300  # what is longer is compared as it stands
@@ -65,12 +65,8 @@ _DIGITS = (
     (re.compile(r"^(-?[\d.,]+) to (-?[\d.,]+)$", re.IGNORECASE), r"\1-\2"),
     (re.compile(r"^-?10\^\{?(-?\d{1,2})\}?$"), lambda match: f"1 x 10^{match[1]}"),
 )
-_MONTHS = (
-    *("january", "february", "march", "april", "may", "june", "july"),
-    *("august", "september", "october", "november", "december"),
-)
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-_SPELLINGS = {name[:3]: name for name in (*_MONTHS, *_DAYS) if name != "may"}
+_SPELLINGS = {name[:3]: name for name in (*MONTH_NAMES, *_DAYS) if name != "may"}
 _SPELLINGS |= {"sept": "september", "tues": "tuesday", "thurs": "thursday", "thur": "thursday"}
 _SPELLINGS |= {"grey": "gray", "colour": "color", "centre": "center", "yep": "yes", "yeah": "yes", "yup": "yes"}
 _SPELLINGS |= {"nope": "no", "correct": "yes", "incorrect": "no", "wrong": "no", "absolutely": "yes"}

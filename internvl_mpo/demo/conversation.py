@@ -14,6 +14,7 @@ from internvl_mpo.demo.pictures import Picture
 from internvl_mpo.engines import Sampling
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.prompts import STYLES, ask
+from internvl_mpo.records import IMAGE_PLACEHOLDER
 
 SIDES = ("base", "mpo")
 Side = Literal["base", "mpo"]
@@ -106,7 +107,7 @@ class Turn:
     @property
     def asked(self) -> str:
         """The user's text as the model reads it, placeholders in front."""
-        return "<image>\n" * len(self.images) + ask(self.question, self.controls.style)
+        return f"{IMAGE_PLACEHOLDER}\n" * len(self.images) + ask(self.question, self.controls.style)
 
     @property
     def answer_format(self) -> str:

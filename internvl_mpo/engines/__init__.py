@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.records import IMAGE_PLACEHOLDER
 
 ENGINES = ("transformers", "http", "vllm")
 DRAFT_SECONDS = 0.03  # between two looks at a reply that grows; decoding every token anew would slow long ones down
@@ -171,8 +172,8 @@ def chat_messages(
     question: str, num_images: int, history: Sequence[tuple[str, str]] = (), system: str | None = None
 ) -> list[dict[str, str]]:
     """Return a conversation as role and content; pictures of a first question that marks none come before it."""
-    if num_images and not history and "<image>" not in question:
-        question = "<image>\n" * num_images + question
+    if num_images and not history and IMAGE_PLACEHOLDER not in question:
+        question = f"{IMAGE_PLACEHOLDER}\n" * num_images + question
     messages = [{"role": "system", "content": system}] if system is not None else []
     for asked, answer in history:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]

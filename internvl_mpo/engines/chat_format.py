@@ -10,8 +10,8 @@ from typing import Any
 from internvl_mpo.engines import Reply, Request, Sampling, chat_messages
 from internvl_mpo.engines.pictures import MAX_PIXELS, EncodedPicture, data_uri, read_picture
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.records import IMAGE_PLACEHOLDER
 
-IMAGE = "<image>"
 CLOSING = ".,;:!?)]。，、；：！？）】"  # what a line may go on with directly behind a picture; the chat template's
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}  # joins a payload that is to be streamed
 MAX_EVENT_BYTES = 4 << 20
@@ -26,7 +26,7 @@ def chat_payload(request: Request, model: str) -> dict[str, Any]:
     messages: list[dict[str, Any]] = chat_messages(
         request.question, len(request.images), request.history, request.system
     )
-    marks = sum(message["content"].count(IMAGE) for message in messages)
+    marks = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
     if marks != len(request.images):
         raise ValueError(f"{marks} <image> placeholders for {len(request.images)} pictures")
     images = iter(request.images)
@@ -54,7 +54,7 @@ def _content(text: str, images: Iterator[Any]) -> str | list[dict[str, Any]]:
 
     A line break behind a picture is left to the server's chat template wherever that writes one by itself.
     """
-    if IMAGE not in text:
+    if IMAGE_PLACEHOLDER not in text:
         return text
     pieces = _pieces(text, spare_breaks=True)
     if join_pieces(pieces) != text:
@@ -68,7 +68,7 @@ def _content(text: str, images: Iterator[Any]) -> str | list[dict[str, Any]]:
 
 
 def _pieces(text: str, spare_breaks: bool) -> list[str | None]:
-    first, *others = text.split(IMAGE)
+    first, *others = text.split(IMAGE_PLACEHOLDER)
     pieces: list[str | None] = [first]
     for piece in others:
         pieces += [None, piece.removeprefix("\n") if spare_breaks else piece]
@@ -83,7 +83,7 @@ def join_pieces(pieces: Sequence[str | None]) -> str:
     """
     text = ""
     for number, piece in enumerate(pieces):
-        text += IMAGE if piece is None else piece
+        text += IMAGE_PLACEHOLDER if piece is None else piece
         if piece is None and number + 1 < len(pieces):
             before = (pieces[number - 1] if number else None) or "\n"
             after = pieces[number + 1] or "x"  # another picture, or nothing, begins a line as a word does

@@ -41,6 +41,7 @@ from internvl_mpo.engines.local import (
 )
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.native import content_parts, load_native_processor
+from internvl_mpo.records import IMAGE_PLACEHOLDER
 
 
 class ImageTextEngine:
@@ -120,7 +121,7 @@ class ImageTextEngine:
             ValueError: another number of marks than of pictures.
         """
         messages = chat_messages(question, num_images, history, system)
-        marks = sum(message["content"].count("<image>") for message in messages)
+        marks = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
         if marks != num_images:
             raise ValueError(f"{marks} <image> placeholders for {num_images} pictures")
         messages = [{**message, "content": content_parts(message["content"])} for message in messages]

@@ -35,6 +35,7 @@ from internvl_mpo.engines.local import (
 )
 from internvl_mpo.engines.pictures import picture_size
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.records import IMAGE_PLACEHOLDER
 from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLChatProcessor
 from modeling_internvl_mpo.tokenization_internvl_mpo import SPOKEN_TOKENS
 
@@ -145,7 +146,7 @@ class InternVLEngine:
         Raises:
             OSError, ValueError: a picture cannot be read, or the text does not have one `<image>` for each.
         """
-        text = self._checked_text(request).replace("<image>", "<img></img>")
+        text = self._checked_text(request).replace(IMAGE_PLACEHOLDER, "<img></img>")
         with self._counting:
             return count_tokens(self._counting_tokenizer, text, self.context) + sum(self._picture_tokens(request))
 
@@ -215,7 +216,7 @@ class InternVLEngine:
     def _checked_text(self, request: Request) -> str:
         refuse_control_tokens(self.tokenizer, request)
         text = self._text(request)
-        if text.count("<image>") != len(request.images):
+        if text.count(IMAGE_PLACEHOLDER) != len(request.images):
             raise ValueError(f"{text.count('<image>')} <image> placeholders for {len(request.images)} pictures")
         return text
 
