@@ -136,6 +136,10 @@ class Chat:
         messages = [message for turn in turns for message in zip(("user", "assistant"), turn, strict=True)]
         return self.conv_template.render(messages, self.system_message)
 
+    def _without_end(self, answer: str | None) -> str | None:
+        sep = self.conv_template.sep.strip()
+        return answer.rstrip()[: -len(sep)] if answer and sep and answer.rstrip().endswith(sep) else answer
+
     def _with_images(
         self,
         tokenizer: Any,
@@ -146,8 +150,9 @@ class Chat:
         """Put image tokens in the place of `<image>`: the last images into the newest turn that asks for them.
 
         In an earlier question an `<image>` inside a sentence is a word. Surplus placeholders stay text, as in the
-        original.
+        original. One end token after an earlier answer is taken off: models and logs leave it there.
         """
+        turns = [(question, self._without_end(answer)) for question, answer in turns]
         for text in (text for turn in turns for text in turn if text):
             token = find_control_token(tokenizer, text)
             if token is not None:

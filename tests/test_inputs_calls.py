@@ -239,3 +239,11 @@ def test_a_saved_folder_brings_code_and_processor_and_loads_where_this_repositor
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["InternVLChatModel", "InternVLChatProcessor", "28"]
+
+
+def test_one_end_token_after_an_earlier_answer_is_taken_off_and_no_more(model, tokenizer):
+    plain = model.chat(tokenizer, None, "And now?", dict(GREEDY), history=[("How many?", "7")])
+    assert model.chat(tokenizer, None, "And now?", dict(GREEDY), history=[("How many?", "7<|im_end|>")]) == plain
+    for answer in ("7<|im_end|><|im_end|>", "<|im_end|>7", "7<img>"):
+        with pytest.raises(ValueError, match="spells out the control token"):
+            model.chat(tokenizer, None, "And now?", dict(GREEDY), history=[("How many?", answer)])
