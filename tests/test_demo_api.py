@@ -149,7 +149,7 @@ def test_uploads_have_a_limit_that_is_kept_while_reading(demo):
 
 def test_benchmark_tab_pages_through_the_differences(tmp_path, chromium, monkeypatch):
     from internvl_mpo.demo.page import launch
-    from tests.test_demo import write_run
+    from tests.test_demo_votes import write_run
 
     write_run(tmp_path / "runs" / "start", {"1": (1.0, "7"), "2": (0.0, "6"), "3": (0.0, "5")})
     write_run(tmp_path / "runs" / "mpo", {"1": (1.0, "7"), "2": (1.0, "7"), "3": (0.0, "4")})
