@@ -128,6 +128,7 @@ def test_too_many_pictures_are_refused_by_number():
         ("$a<b$ and a < b", "$a< b$ and a < b"),
         ("`<b>` looks like code", "`<\u2060b>` looks like code"),
         ("```cpp\nvector<int> a;\n```", "```cpp\nvector<int> a;\n```"),
+        ("```cpp\r\nvector<int> a;\r\n```", "```cpp\nvector<int> a;\n```"),
         ("```mermaid\ngraph\n```", "```\ngraph\n```"),
         ("```\nnever <b>closed", "```\nnever <b>closed\n```"),
         ("[a]: javascript:x", r"\[a]: javascript:x"),

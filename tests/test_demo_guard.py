@@ -91,3 +91,21 @@ def test_only_the_page_and_its_parts_import_gradio():
 
 def test_settings_for_tests_are_settings(tmp_path):
     assert settings_for(tmp_path).limits.max_pixels == 1_000_000
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/file=http://localhost:1/"])
+def test_no_answer_may_fetch_pictures_frames_or_forms_of_elsewhere(guard, path):
+    headers = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def reply(message):
+        headers.extend(message.get("headers", ()))
+
+    asyncio.run(guard({"type": "http", "path": path, "method": "GET"}, receive, reply))
+    policy = dict(headers)[b"content-security-policy"].decode()
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["img-src"] == "'self' data: blob:"
+    assert (rules["frame-src"], rules["object-src"]) == ("'none'", "'none'")
+    assert {rules["form-action"], rules["connect-src"], rules["base-uri"]} == {"'self'"}

@@ -83,15 +83,11 @@ class Servers:
 
 
 class _PaneDraft(Draft):
-    """Shows every piece in a pane as it comes, and begins again with the engine."""
+    """Shows every piece in a pane as it comes; a question is asked once, so none is taken back."""
 
     def __init__(self, pane: Pane, changed: threading.Event):
         super().__init__(changed)
         self._pane = pane
-
-    def begin(self, decode: Callable[[list[Any]], str]) -> None:
-        super().begin(decode)
-        self._pane.restart()
 
     def add(self, piece: Any) -> None:
         super().add(piece)

@@ -126,10 +126,6 @@ class Pane:
         """Whether a piece has come."""
         return bool(self._pieces)
 
-    def restart(self) -> None:
-        """Forget the pieces: the answer is written anew."""
-        self._pieces.clear()
-
     def finish(self, reason: str, error: str = "", num_tokens: int | None = None) -> None:
         """End the answer; only the first end counts."""
         if not self.finish_reason:

@@ -182,7 +182,14 @@ def test_what_is_not_fit_to_publish_is_named(converted: Path, tmp_path: Path, da
     "name",
     [
         *(".env", ".netrc", "id_rsa", "run.sh", "notes.ipynb", "train.log", "data/.env.local", "notes.txt"),
-        *("data/digits/rows.jsonl", ".ssh/config", "weights.bin", "data/digits/.train.parquet", "key.pem"),
+        *(
+            "data/digits/rows.jsonl",
+            ".ssh/config",
+            "weights.bin",
+            "code/.keys.py",
+            "data/digits/.train.parquet",
+            "key.pem",
+        ),
     ],
 )
 def test_what_the_card_does_not_name_stays_at_home(converted: Path, name: str) -> None:

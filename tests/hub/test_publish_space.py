@@ -59,6 +59,7 @@ def checkout(tmp_path: Path) -> Path:
         "internvl_mpo/deep/more.py": "x = 1\n",
         "internvl_mpo/deep/style.css": "a {}\n",
         "internvl_mpo/deep/.env": "TOKEN=1\n",
+        "internvl_mpo/deep/.tokens.json": "{}\n",
         "internvl_mpo/deep/notes.ipynb": "{}\n",
         "internvl_mpo/deep/run.log": "done\n",
         "internvl_mpo/training.py": "import deepspeed\n",
