@@ -134,7 +134,8 @@ def given_values(argv: Sequence[str]) -> tuple[dict[str, Any], str]:
     """
     given = _overrides([_underscored(word) for word in argv])
     path = given.pop("config", None)
-    return {**(read_yaml(path) if path is not None else {}), **given}, f"{path or 'command line'}"
+    where = " and the ".join(filter(None, (path, "command line" if given or path is None else None)))
+    return {**(read_yaml(path) if path is not None else {}), **given}, where
 
 
 def coerce(value: Any, hint: Any, key: str, where: str) -> Any:

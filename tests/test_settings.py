@@ -6,7 +6,15 @@ from typing import Literal
 import pytest
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.settings import build_settings, parse_settings, read_yaml, setting, show_settings, write_settings
+from internvl_mpo.settings import (
+    build_settings,
+    given_values,
+    parse_settings,
+    read_yaml,
+    setting,
+    show_settings,
+    write_settings,
+)
 
 
 @dataclasses.dataclass
@@ -210,3 +218,11 @@ def test_a_password_in_an_address_is_refused_and_not_shown(argv):
 @pytest.mark.parametrize("url", ["http://host:8000/v1", "host:8000", "http://a:1/v1,http://b:2", "http://host:80/@x"])
 def test_an_address_without_a_password_is_taken(url):
     assert build_settings(Asking, {"base_url": url}).base_url == url.split(",")
+
+
+def test_a_wrong_key_beside_a_config_file_is_not_blamed_on_the_file_alone(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("size: 3\n")
+    assert given_values(["--config", str(config), "--betta", "1"])[1] == f"{config} and the command line"
+    assert given_values(["--config", str(config)])[1] == str(config)
+    assert given_values(["--betta", "1"])[1] == "command line"
