@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from internvl_mpo.errors import BadInputError
@@ -42,7 +42,20 @@ class Lane:
     needs: Sequence[Stage] = ()
 
 
-Run = Callable[[Stage, Path | None], float | None]
+@dataclass(frozen=True)
+class Usage:
+    """What a command took; None where the system does not tell.
+
+    Attributes:
+        peak_mib: largest resident memory of one of its processes, MiB.
+        cpu_seconds: of all its threads and processes.
+    """
+
+    peak_mib: float | None = None
+    cpu_seconds: float | None = None
+
+
+Run = Callable[[Stage, Path | None], Usage]
 
 
 class Stages:
@@ -51,7 +64,7 @@ class Stages:
     Args:
         folder: of the markers, and of the output of stages that run beside others.
         jobs: lanes that run at the same time.
-        run: runs a stage with its output in a file, or shown, and returns the largest memory it took in MiB.
+        run: runs a stage with its output in a file, or shown, and returns what it took.
     """
 
     def __init__(self, folder: Path, jobs: int = 1, run: Run | None = None):
@@ -102,8 +115,8 @@ class Stages:
             log = marker.with_suffix(".log") if is_beside_others else None
             print(f"\n{title}\n$ {_short(stage.command)}", flush=True)
             begin = time.perf_counter()
-            peak_mib = self._command(stage, log)
-            done = {"digest": digest, "seconds": time.perf_counter() - begin, "peak_mib": peak_mib}
+            usage = self._command(stage, log)
+            done = {"digest": digest, "seconds": time.perf_counter() - begin, **asdict(usage)}
             with atomic_writer(marker) as out:
                 json.dump(done, out)
             if log:
@@ -112,7 +125,7 @@ class Stages:
         return done
 
 
-def run_command(stage: Stage, log: Path | None) -> float | None:
+def run_command(stage: Stage, log: Path | None) -> Usage:
     """Run the command of a stage; see `Stages`.
 
     Raises:
@@ -127,7 +140,7 @@ def run_command(stage: Stage, log: Path | None) -> float | None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as out:
             process = subprocess.Popen(stage.command, env=environment, stdout=out, stderr=subprocess.STDOUT)
-    peak_mib = _wait(process)
+    usage = _wait(process)
     if process.returncode == 130:
         raise KeyboardInterrupt
     if process.returncode != 0:
@@ -137,17 +150,18 @@ def run_command(stage: Stage, log: Path | None) -> float | None:
         raise BadInputError(f"stage '{stage.name}' ended with exit code {process.returncode}; its message stands above")
     if not stage.makes.exists():
         raise BadInputError(f"stage '{stage.name}' ended without making {stage.makes}")
-    return peak_mib
+    return usage
 
 
-def _wait(process: subprocess.Popen) -> float | None:
-    """Wait for a process; return its largest resident memory in MiB, None where the system does not tell."""
+def _wait(process: subprocess.Popen) -> Usage:
+    """Wait for a process; return what it and those it waited for took."""
     if not hasattr(os, "wait4"):
         process.wait()
-        return None
+        return Usage()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak_mib = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return Usage(peak_mib, usage.ru_utime + usage.ru_stime)
 
 
 def _short(command: list[str]) -> str:

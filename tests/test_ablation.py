@@ -14,6 +14,7 @@ from internvl_mpo.ablation.plan import Cell, read_plan
 from internvl_mpo.ablation.results import Results
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mini.measure import calculation_errors
+from internvl_mpo.stages import Usage
 
 PLAN = """
 train: configs/mini.yaml
@@ -171,7 +172,7 @@ class Programs:
         self.ran: list[str] = []
         self.kill_before = kill_before
 
-    def __call__(self, stage, log) -> None:
+    def __call__(self, stage, log) -> Usage:
         if len(self.ran) == self.kill_before:
             raise KeyboardInterrupt
         self.ran.append(stage.name)
@@ -179,6 +180,7 @@ class Programs:
         found = {"num_samples": 8, "direct": [1], "cot": [1], "right_samples": [8], "unparsable": 0.0, "guesses": 0.0,
                  "calculation_errors": 0.0, "tokens": 9.0, "divergence": 0.1}  # fmt: skip
         stage.makes.write_text(json.dumps(found), encoding="utf-8")
+        return Usage()
 
 
 def test_a_killed_ablation_goes_on_and_runs_nothing_twice(plan, tmp_path):

@@ -1,5 +1,7 @@
 """Commands that make files: nothing is done twice, nothing stale is kept, and a failure is not taken for an end."""
 
+import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.stages import Lane, Stage, Stages
+from internvl_mpo.stages import Lane, Stage, Stages, Usage
 
 
 def make_stage(folder: Path, name: str, *words: str) -> Stage:
@@ -21,12 +23,12 @@ class Recorder:
         self.ran: list[str] = []
         self.failing = failing
 
-    def __call__(self, stage: Stage, log: Path | None) -> float:
+    def __call__(self, stage: Stage, log: Path | None) -> Usage:
         if stage.name == self.failing:
             raise BadInputError(f"no {stage.name}")
         self.ran.append(stage.name)
         stage.makes.touch()
-        return 100.0
+        return Usage(peak_mib=100.0)
 
 
 def test_finished_stages_are_skipped_and_a_changed_one_runs_with_all_after_it(tmp_path):
@@ -78,10 +80,10 @@ def test_a_failed_stage_is_not_finished_ends_its_lane_and_leaves_its_neighbour_a
 def test_two_lanes_run_at_the_same_time_and_their_memory_adds_up(tmp_path):
     both = threading.Barrier(2, timeout=20)
 
-    def run(stage: Stage, log: Path | None) -> float:
+    def run(stage: Stage, log: Path | None) -> Usage:
         both.wait()  # breaks where one lane waits for the other
         stage.makes.touch()
-        return 100.0
+        return Usage(peak_mib=100.0)
 
     stages = Stages(tmp_path / "markers", jobs=2, run=run)
     stages.run_all([Lane([make_stage(tmp_path, name)]) for name in "ab"])
@@ -100,3 +102,12 @@ def test_a_command_that_makes_nothing_is_refused(tmp_path):
     stage = Stage("a", "about", [sys.executable, "-c", "pass"], tmp_path / "a")
     with pytest.raises(BadInputError, match="ended without making"):
         Stages(tmp_path / "markers").run_all([Lane([stage])])
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="the system does not tell what a process took")
+def test_the_marker_holds_the_processor_time_of_a_stage_not_the_time_it_waited(tmp_path):
+    code = f"import time; time.sleep(0.5); sum(range(3_000_000)); open({str(tmp_path / 'a')!r}, 'w')"
+    Stages(tmp_path / "markers").run_all([Lane([Stage("a", "about", [sys.executable, "-c", code], tmp_path / "a")])])
+    marker = json.loads((tmp_path / "markers" / "a.json").read_text())
+    assert 0 < marker["cpu_seconds"] < marker["seconds"] - 0.4
+    assert marker["peak_mib"] > 1
