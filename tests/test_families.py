@@ -247,6 +247,32 @@ def test_a_template_without_a_mark_after_answers_gets_the_end_of_text_token(tmp_
     assert whole.endswith(f"Which? ASSISTANT: this{processor.tokenizer.eos_token}")
 
 
+def test_smolvlm_reads_pictures_as_its_own_processor_does_without_what_that_one_needs_for_videos(tmp_path, monkeypatch):
+    from transformers.models.smolvlm import processing_smolvlm
+
+    folder = FAMILIES["smolvlm"](tmp_path / "model")
+    family = family_of_source(str(folder))
+    ours = family.load_processor(str(folder))
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # which is asked for before any video is
+    images, tokenizer = ours.image_processor, ours.tokenizer
+
+    class Own(processing_smolvlm.SmolVLMProcessor):
+        get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])
+
+    monkeypatch.setattr(Own, "check_argument_for_proper_class", lambda *_: None)
+    own = Own(images, tokenizer, None, image_seq_len=ours.image_seq_len, chat_template=ours.chat_template)
+    pictures = [Image.effect_noise(size, 90).convert("RGB") for size in ((28, 28), (61, 29))]
+    for shown in (pictures, pictures[:1]):
+        asked = {"text": ["<image>" * len(shown) + "Which?"], "images": [shown], "return_tensors": "pt"}
+        expected, found = own(**asked), ours(**asked)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    ours.save_pretrained(tmp_path / "again")
+    saved, first = (json.loads((path / "processor_config.json").read_text()) for path in (tmp_path / "again", folder))
+    assert saved["processor_class"] == "SmolVLMProcessor"
+    assert saved["video_processor"] == first["video_processor"]
+
+
 def test_every_family_has_a_tiny_model_here():
     types = {model_type for family in KNOWN for model_type in family.model_types}
     assert types - {"internvl_chat", "qwen3_vl_moe"} == set(FAMILIES)  # the two have tests of their own

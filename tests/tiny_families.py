@@ -33,6 +33,8 @@ from transformers import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -197,9 +199,24 @@ def tiny_qwen3_vl(folder: Path, *, experts: bool = False) -> Path:
 
 def tiny_idefics3(folder: Path) -> Path:
     """Idefics3: tiles of 28 pixels, one token each, named by row and column."""
+    return _tiled_by_name(folder, Idefics3Config, Idefics3ForConditionalGeneration)
+
+
+def tiny_smolvlm(folder: Path) -> Path:
+    """SmolVLM: as Idefics3, with the settings for videos that its folders have."""
+    _tiled_by_name(folder, SmolVLMConfig, SmolVLMForConditionalGeneration)
+    settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    settings["image_processor"]["image_processor_type"] = "SmolVLMImageProcessor"
+    videos = {"video_processor_type": "SmolVLMVideoProcessor", "num_frames": 4, "fps": 1}
+    settings = {**settings, "processor_class": "SmolVLMProcessor", "video_processor": videos}
+    (folder / "processor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def _tiled_by_name(folder: Path, config_class: type, kind: type) -> Path:
     rows = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
     tokenizer = _tokenizer("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *rows)
-    config = Idefics3Config(
+    config = config_class(
         vision_config={
             **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
             **{"image_size": 28, "patch_size": 14},
@@ -215,7 +232,7 @@ def tiny_idefics3(folder: Path) -> Path:
         image_seq_len=1,
         chat_template=_TURNS.replace("MARK", "<image>"),
     )
-    return _save(folder, Idefics3ForConditionalGeneration, config, tokenizer, processor)
+    return _save(folder, kind, config, tokenizer, processor)
 
 
 FAMILIES = {
@@ -227,6 +244,7 @@ FAMILIES = {
     "llava_next": tiny_llava_next,
     "llava_onevision": tiny_llava_onevision,
     "idefics3": tiny_idefics3,
+    "smolvlm": tiny_smolvlm,
 }
 
 

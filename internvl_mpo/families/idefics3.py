@@ -1,4 +1,4 @@
-"""Idefics3: a picture is cut into rows and columns, each tile named in the prompt."""
+"""Idefics3 and SmolVLM: a picture is cut into rows and columns, each tile named in the prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,8 +15,8 @@ class Idefics3(NativeFamily):
     """The number of tiles follows from the longest edge in the checkpoint, whatever `max_tiles` says."""
 
     name = "idefics3"
-    model_types = ("idefics3",)
-    processors = ("Idefics3Processor",)
+    model_types = ("idefics3", "smolvlm")
+    processors = ("Idefics3Processor", "SmolVLMProcessor")
     parts: ClassVar[Mapping[Part, tuple[str, ...]]] = {
         "vision tower": (".model.vision_model.",),
         "projector": (".model.connector.",),

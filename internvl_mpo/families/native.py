@@ -243,23 +243,22 @@ def flat_features(features: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def load_native_processor(source: str, trust_remote_code: bool = False) -> Any:
-    """Return a model's own processor; where torchvision is missing, without the part for videos, which needs it.
+    """Return a model's own processor, without the part for videos where a package for it is missing (torchvision).
 
-    What the folder says of videos is kept and saved again, so that a trained model still takes them where torchvision
+    What the folder says of videos is kept and saved again, so that a trained model still takes them where the package
     is there.
     """
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-    from transformers.utils import is_torchvision_available
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     wanted = PROCESSOR_MAPPING.get(type(config), None)
-    if is_torchvision_available() or wanted is None or "video_processor" not in wanted.get_attributes():
+    if wanted is None or _takes_videos(wanted):
         return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     attributes = [name for name in wanted.get_attributes() if name != "video_processor"]
     video_settings = _video_settings(source)
 
-    class Stills(wanted):  # takes the name of the class it stands for, which is what folders say
+    class Stills(_for_pictures(wanted)):  # takes the name of the class it stands for, which is what folders say
         @classmethod
         def get_attributes(cls) -> list[str]:
             return attributes
@@ -272,6 +271,22 @@ def load_native_processor(source: str, trust_remote_code: bool = False) -> Any:
 
     Stills.__name__ = Stills.__qualname__ = wanted.__name__
     return Stills.from_pretrained(source, trust_remote_code=False)
+
+
+def _takes_videos(wanted: type) -> bool:
+    """Say whether what a processor class needs is there; what it needs for videos, it asks for with pictures too."""
+    from transformers.utils import is_num2words_available, is_torchvision_available
+
+    if "video_processor" not in wanted.get_attributes():
+        return True
+    return is_torchvision_available() and (wanted.__name__ != "SmolVLMProcessor" or is_num2words_available())
+
+
+def _for_pictures(wanted: type) -> type:
+    """Return a class that makes the same prompts from pictures, and can be made without a part for videos."""
+    from transformers import Idefics3Processor
+
+    return Idefics3Processor if wanted.__name__ == "SmolVLMProcessor" else wanted
 
 
 def _video_settings(source: str) -> dict[str, Any] | None:
