@@ -36,6 +36,14 @@ class Idefics3(NativeFamily):
     def prompt(self, processor: Any, ids: list[int], features: Mapping[str, Any]) -> Prompt:
         return Prompt(ids, features["pixel_values"][0], {"pixel_attention_mask": features["pixel_attention_mask"][0]})
 
+    def sample_pictures(self, config: Any, num_rows: int | None, num_tokens: int) -> tuple[Prompt, int]:
+        side = config.vision_config.image_size
+        length = (side // config.vision_config.patch_size // config.scale_factor) ** 2
+        count = num_tokens // length
+        count = count if num_rows is None else min(num_rows, count)
+        whole = torch.ones(count, side, side, dtype=torch.long)
+        return Prompt([], torch.zeros(count, 3, side, side), {"pixel_attention_mask": whole}), count * length
+
     def decoder(self, model: nn.Module) -> nn.Module:
         return model.model.text_model
 
@@ -45,13 +53,15 @@ class Idefics3(NativeFamily):
     def picture_features(
         self, model: nn.Module, pixels: Tensor, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        rows = {name: value[None] for name, value in inputs.items()}
-        return flat_features(model.get_image_features(pixel_values=pixels[None], **rows).pooler_output), ()
+        # as get_image_features, without its search for tiles of zeros, which pads batches and reads numbers
+        size = model.config.vision_config.patch_size
+        patches = inputs["pixel_attention_mask"].unfold(1, size, size).unfold(2, size, size).sum(dim=(-1, -2)) > 0
+        hidden = model.model.vision_model(pixel_values=pixels, patch_attention_mask=patches).last_hidden_state
+        return flat_features(model.model.connector(hidden)), ()
 
     def blank(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         side = model.config.vision_config.image_size
-        # a picture of zeros alone would be taken for padding and left out
-        return torch.ones(1, 3, side, side), {"pixel_attention_mask": torch.ones(1, side, side, dtype=torch.long)}
+        return torch.zeros(1, 3, side, side), {"pixel_attention_mask": torch.ones(1, side, side, dtype=torch.long)}
 
     def forward_inputs(self, group: Group, num_rows: int, device: torch.device) -> dict[str, Tensor]:
         if group.tiles is None:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from internvl_mpo.families.contract import PictureCost
+import torch
+
+from internvl_mpo.families.contract import PictureCost, Prompt
 from internvl_mpo.families.native import NativeFamily
 
 SQUARE_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -23,3 +25,16 @@ class Llava(NativeFamily):
         num_tokens = patches + processor.num_additional_image_tokens
         num_tokens -= processor.vision_feature_select_strategy == "default"
         return PictureCost(processor.image_token, num_tokens - 1, 1)
+
+    def sample_pictures(self, config: Any, num_rows: int | None, num_tokens: int) -> tuple[Prompt, int]:
+        length, side = tile_tokens(config), config.vision_config.image_size
+        count = num_tokens // length
+        count = count if num_rows is None else min(num_rows, count)
+        return Prompt([], torch.zeros(count, 3, side, side)), count * length
+
+
+def tile_tokens(config: Any) -> int:
+    """Return the tokens of a tile before line breaks."""
+    vision = config.vision_config
+    with_class = (vision.image_size // vision.patch_size) ** 2 + (vision.model_type == "clip_vision_model")
+    return with_class - (getattr(config, "vision_feature_select_strategy", "full") == "default")

@@ -35,6 +35,13 @@ class LlavaOnevision(LlavaNext):
         tiles = [rows[:count] for rows, count in zip(features["pixel_values"], counts, strict=True)]
         return Prompt(ids, torch.cat(tiles), {"image_sizes": sizes, "batch_num_images": torch.tensor([len(sizes)])})
 
+    def whole_grids(self, config: Any) -> list[list[int]]:
+        most = int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * config.vision_config.image_size**2
+        return [grid for grid in config.image_grid_pinpoints if grid[0] * grid[1] <= most]
+
+    def many(self, tiles: Tensor, sizes: Tensor) -> Prompt:
+        return Prompt([], tiles, {"image_sizes": sizes, "batch_num_images": torch.ones(len(sizes), dtype=torch.long)})
+
     def blank(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         pixels, inputs = super().blank(model)
         return pixels, {**inputs, "batch_num_images": torch.tensor([1])}

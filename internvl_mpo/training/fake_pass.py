@@ -165,7 +165,7 @@ def fake_policy(config: Any, setup: Setup) -> Iterator[nn.Module]:
             model.enable_input_require_grads()
     policy.train()
     with (
-        _known_shapes(),
+        _fake_numbers(),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):  # peft cannot move fake tensors, so they come last
         made: dict[Tensor, Tensor] = {}
@@ -181,14 +181,20 @@ def fake_policy(config: Any, setup: Setup) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def _known_shapes() -> Iterator[None]:
-    """Let fake tensors that were made from numbers keep them: vision towers read shapes of pictures from tensors."""
-    before = fake_tensor.CONSTANT_NUMEL_LIMIT
-    fake_tensor.CONSTANT_NUMEL_LIMIT = 2**24
+def _fake_numbers() -> Iterator[None]:
+    """Let fake tensors go where they could not.
+
+    Those that were made from numbers keep them, since vision towers read shapes of pictures from tensors; experts take
+    transformers' own product, since the shapes of torch's are known for bfloat16 only.
+    """
+    from transformers.integrations import moe
+
+    before = fake_tensor.CONSTANT_NUMEL_LIMIT, moe._can_use_grouped_mm
+    fake_tensor.CONSTANT_NUMEL_LIMIT, moe._can_use_grouped_mm = 2**24, lambda *_: False
     try:
         yield
     finally:
-        fake_tensor.CONSTANT_NUMEL_LIMIT = before
+        fake_tensor.CONSTANT_NUMEL_LIMIT, moe._can_use_grouped_mm = before
 
 
 def quantised_weights(model: nn.Module) -> set[Tensor]:
