@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from internvl_mpo.ablation.__main__ import AblationSettings, main, run_groups
+from internvl_mpo.ablation.costs import cost_text
 from internvl_mpo.ablation.intervals import difference, estimate
 from internvl_mpo.ablation.lanes import Lanes
 from internvl_mpo.ablation.page import write_page
@@ -14,6 +15,7 @@ from internvl_mpo.ablation.plan import Cell, read_plan
 from internvl_mpo.ablation.results import Results
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mini.measure import calculation_errors
+from internvl_mpo.settings import parse_settings
 from internvl_mpo.stages import Usage
 
 PLAN = """
@@ -55,6 +57,16 @@ def test_every_option_of_the_shipped_plan_is_one_of_the_training_program(tmp_pat
     given = {key for method in shipped.methods.values() for key in method}
     given |= {key for group in shipped.groups for cell in group.cells for key, _ in cell.varied} - set(OWN)
     assert given <= set(MPOArguments.__dataclass_fields__)
+
+
+def test_every_method_of_the_shipped_plan_is_accepted_by_the_training_program(tmp_path):
+    from internvl_mpo.training.settings import TrainSettings
+
+    shipped = read_plan("configs/ablation.yaml")
+    for method in shipped.methods.values():
+        options = [word for key, value in method.items() for word in (f"--{key}", str(value))]
+        argv = ["--config", shipped.train, "--output_dir", str(tmp_path), *options]
+        parse_settings(TrainSettings, argv, program="train_mpo.py", about="")
 
 
 def test_a_method_that_the_file_does_not_have_is_named(tmp_path):
@@ -163,6 +175,24 @@ def test_a_figure_is_drawn_where_something_varies(plan, tmp_path):
     write_page(page, tmp_path / "images", plan, Results(lanes, 2))
     assert "](images/ablation_guesses.png)" in page.read_text(encoding="utf-8")
     assert (tmp_path / "images" / "ablation_guesses.png").stat().st_size > 5000
+
+
+def test_the_page_says_what_cells_and_worlds_took_where_that_is_on_record(plan, tmp_path):
+    lanes = Lanes(plan, tmp_path)
+    assert cost_text(plan, lanes).endswith("none of 13 models, trained and measured.")
+    took = {("sft", 0): 30.0, ("mpo", 0): 50.0, ("mpo", 1): 70.0, ("sft", 2): None}
+    (tmp_path / "stages").mkdir()
+    for (method, seed), seconds in took.items():
+        for stage in lanes.cell(Cell(method, seed=seed)).stages:
+            marker = {"digest": "x", "seconds": 900.0, "cpu_seconds": seconds and seconds / 2}
+            (tmp_path / "stages" / f"{stage.name}.json").write_text(json.dumps(marker), encoding="utf-8")
+    assert "3 of 13 models, trained and measured, 50 s each, 0.04 h together." in cost_text(plan, lanes)
+    assert "The whole plan takes" not in cost_text(plan, lanes)  # no world is on record
+    for stage in lanes.world(Cell("start")).stages:
+        marker = {"digest": "x", "seconds": 900.0, "cpu_seconds": 60.0}
+        (tmp_path / "stages" / f"{stage.name}.json").write_text(json.dumps(marker), encoding="utf-8")
+    # 5 worlds of 7 stages; sft 3 x 30, mpo 50 + 70 + their mean, the other seven cells at the mean of all
+    assert f"takes {(5 * 420 + 90 + 180 + 350) / 3600:.1f} hours of one core" in cost_text(plan, lanes)
 
 
 class Programs:

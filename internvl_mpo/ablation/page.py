@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from internvl_mpo.ablation.costs import cost_text
 from internvl_mpo.ablation.figures import draw
 from internvl_mpo.ablation.plan import Group, Plan
 from internvl_mpo.ablation.results import PER_MODEL, PER_QUESTION, Results, Row, missing_text
@@ -12,12 +13,17 @@ from internvl_mpo.files import atomic_writer
 NAMES = {
     **{"start": "start model", "sft": "SFT on chosen", "dpo": "DPO", "bco": "BCO", "mpo": "MPO", "rso": "RSO"},
     **{"ipo": "IPO", "cdpo": "cDPO", "robust_dpo": "RobustDPO", "sppo": "SPPO", "aot": "AOT", "tr_dpo": "TR-DPO"},
-    "orpo": "ORPO",
+    **{"orpo": "ORPO", "dpo_norm": "length-normalised DPO", "dpop": "DPOP", "discopop": "DiscoPOP", "exo": "EXO"},
+    **{"nca": "NCA", "apo_zero": "APO-zero", "apo_down": "APO-down", "aot_unpaired": "AOT, unpaired", "simpo": "SimPO"},
+    **{"wpo": "DPO, WPO's weights", "ld_dpo": "LD-DPO", "first_step": "DPO on the first step that differs"},
+    **{f"mpo_{share}to1": f"MPO {share}:1" for share in (1, 3, 5, 9)},
 }
 
 
 def write_page(path: Path, images: Path, plan: Plan, results: Results) -> list[str]:
     """Fill every `<!-- results: GROUP -->` of a page with the table of the group, and draw the figures.
+
+    `<!-- costs -->` gets the processor time that worlds and models took.
 
     Args:
         path: the page; what stands outside the marks is kept.
@@ -43,6 +49,8 @@ def write_page(path: Path, images: Path, plan: Plan, results: Results) -> list[s
 
     text = path.read_text(encoding="utf-8")
     text = re.sub(r"<!-- results: ([\w-]+) -->.*?<!-- /results -->", fill, text, flags=re.DOTALL)
+    costs = f"<!-- costs -->\n{cost_text(plan, results.lanes)}\n<!-- /costs -->"
+    text = re.sub(r"<!-- costs -->.*?<!-- /costs -->", lambda _: costs, text, flags=re.DOTALL)
     with atomic_writer(path) as out:
         out.write(text)
     return shown
