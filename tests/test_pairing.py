@@ -152,6 +152,28 @@ def test_lengths_are_balanced_where_there_is_a_choice():
         assert len(pair.chosen) == len(pair.rejected)
 
 
+def test_a_longer_chosen_is_followed_by_a_longer_rejected():
+    def way(number: int, num_words: int) -> str:
+        return " ".join(f"{number}word{i}" for i in range(num_words))
+
+    right = response("12", way=way(0, 40))
+    wrong = [response(str(13 + i), way=way(1 + i, 10 if i % 2 else 160)) for i in range(6)]
+    for seed in range(5):
+        pairs = build([right, *wrong], pairs_per_question=6, seed=seed)
+        is_longer = [len(pair.chosen) > len(pair.rejected) for pair in pairs]
+        assert [is_longer[i] != is_longer[i + 1] for i in (0, 2, 4)] == [True] * 3
+
+
+@pytest.mark.parametrize("long_side", ["chosen", "rejected"])
+def test_the_length_limit_holds_whichever_side_is_long(long_side):
+    long, short = ("12", "13") if long_side == "chosen" else ("13", "12")
+    pair = [response(long, way=" ".join(f"word{i}" for i in range(60))), response(short)]
+    ratio = len(pair[0].response) / len(pair[1].response)
+    assert build(pair, max_length_ratio=ratio * 0.999) == []
+    assert len(build(pair, max_length_ratio=ratio * 1.001)) == 1
+    assert len(build(pair)) == 1  # 0 is off
+
+
 def test_question_without_right_answer_is_handed_on_as_it_was():
     stats = PairingStatistics()
     asked = response("13", original_question="How many?\nAnswer the question using a single word or phrase.")

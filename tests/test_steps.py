@@ -163,6 +163,13 @@ def test_repeat_time_is_honoured_exactly_also_above_one(repeat_time, total):
     assert max(counts) - min(counts) <= 1
 
 
+def test_another_seed_repeats_other_rows_and_subsets_do_not_move_together():
+    draws = [repeats([*rows(40, 1.5, "a"), *rows(40, 1.5, "b")], seed=seed) for seed in range(4)]
+    assert len({tuple(draw[:40]) for draw in draws}) == 4
+    assert all(draw[:40] != draw[40:] for draw in draws)
+    assert repeats([*rows(40, 1.5, "a"), *rows(40, 1.5, "b")], seed=0) == draws[0]
+
+
 def test_repeat_time_belongs_to_its_subset():
     assert repeats([*rows(4, 0.5, "a"), *rows(2, 2, "b")], seed=0)[4:] == [2, 2]
 
