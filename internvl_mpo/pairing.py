@@ -132,7 +132,7 @@ def match_responses(
         The pairs, and the question where no response was right, to be asked of a stronger model.
     """
     unique = {response.id: response for response in responses}
-    judged = _judge(unique.values(), rules)
+    judged = judge_responses(unique.values(), rules)
     first = judged[0].response
     source = first.source
     by_outcome = {outcome: [item for item in judged if item.outcome is outcome] for outcome in Outcome}
@@ -177,8 +177,16 @@ def _question(judged: list[Judged]) -> Question:
     )
 
 
-def _judge(responses: Iterable[Response], rules: PairRules) -> list[Judged]:
-    """Judge the responses to one prompt with one ground truth; equal answers are compared with it once."""
+def judge_responses(responses: Iterable[Response], rules: PairRules) -> list[Judged]:
+    """Judge the responses to one prompt with one ground truth; equal answers are compared with it once.
+
+    Args:
+        responses: all of them have a ground truth.
+        rules: its `answer_format` says where final answers stand.
+
+    Raises:
+        BadInputError: a ground truth is a list of another form than texts.
+    """
     of_texts: dict[tuple[str, str, str], Verdict] = {}
     of_answers: dict[tuple[str, str], Verdict] = {}
     judged = []

@@ -16,6 +16,7 @@ HOME = _PACKAGE / "checkout" if INSTALLED else PACKAGES
 # name of the command -> (program below HOME, or a module of the package after -m; what it does)
 COMMANDS = {
     "quickstart": ("-m internvl_mpo.quickstart", "the whole path on handwritten digits: no GPU, nothing to download"),
+    "rounds": ("-m internvl_mpo.rounds", "sample, judge, pair, train and evaluate in rounds"),
     "train": ("train_mpo.py", "train with Mixed Preference Optimization"),
     "evaluate": ("evaluate_mpo.py", "answer the questions of benchmarks, then score; also `compare` and `card`"),
     "demo": ("app.py", "base and MPO side by side in a browser"),

@@ -23,6 +23,7 @@ from internvl_mpo.files import atomic_writer
 from internvl_mpo.jsonl import read_whole_lines
 from internvl_mpo.mini.report import NAMES, write_report
 from internvl_mpo.programs import program
+from internvl_mpo.rounds.lanes import Sampler
 from internvl_mpo.settings import parse_settings, read_yaml, setting
 from internvl_mpo.stages import Lane, Stage, Stages
 
@@ -101,28 +102,11 @@ def pair_stages(
         ratio: share of a description that Dropout-NTP keeps.
     """
     world = out / "world"
-    sampler = [
-        *program("dataset_scripts/sample_responses.py"), "--model", str(model), "--image_root", str(world),
-        "--max_new_tokens", "64", "--batch_size", "256", "--seed", str(seed),
-    ]  # fmt: skip
-    responses, open_responses = data / "responses.jsonl", data / "open_responses.jsonl"
-    correctness, dropout_ntp = data / "pairs_correctness.jsonl", data / "pairs_dropout_ntp.jsonl"
-    return [
-        Stage("responses", "8 chains of thought for each question",
-              [*sampler, "--questions", str(world / "questions.jsonl"), "--output", str(responses),
-               "--style", "cot", "--num_samples", "8", "--temperature", "1.0"], responses),
-        Stage("pairs_correctness", "right against wrong answers",
-              [*program("dataset_scripts/build_correctness_pairs.py"), "--responses", str(responses), "--output",
-               str(correctness), "--pairs_per_question", str(pairs_per_question), "--seed", str(seed)], correctness),
-    ], [
-        Stage("open_responses", "one description of each picture",
-              [*sampler, "--questions", str(world / "open_questions.jsonl"), "--output", str(open_responses),
-               "--style", "plain", "--num_samples", "1", "--temperature", "0"], open_responses),
-        Stage("pairs_dropout_ntp", "descriptions against their second half written without the picture",
-              [*program("dataset_scripts/build_dropout_ntp_pairs.py"), "--model", str(model),
-               "--responses", str(open_responses), "--output", str(dropout_ntp), "--ratio", str(ratio),
-               "--max_new_tokens", "64", "--batch_size", "256", "--seed", str(seed)], dropout_ntp),
-    ]  # fmt: skip
+    sampler = Sampler(model=model, image_root=world, options={"max_new_tokens": 64, "batch_size": 256}, seed=seed)
+    return (
+        sampler.correctness_stages(world / "questions.jsonl", data, pairs_per_question=pairs_per_question),
+        sampler.dropout_ntp_stages(world / "open_questions.jsonl", data, ratio=ratio),
+    )
 
 
 def training_command(out: Path, config: str, model: Path, data: Path, seed: int) -> list[str]:

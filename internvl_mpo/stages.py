@@ -1,10 +1,11 @@
 """Commands that make files: what is finished is skipped, and what needs nothing of each other runs side by side.
 
 A lane is a list of stages, one after the other, and of the stages it needs, which have been run before. A stage is
-finished when its marker holds the digest of its command and of all commands that it follows. So the same lanes given
-again go on where they were killed, and a changed command runs again with all that comes after it.
+finished when its marker holds the digest of its command, of the user's files it reads, and of all that it follows. So
+the same lanes given again go on where they were killed, and a changed command runs again with all that comes after it.
 """
 
+import hashlib
 import json
 import os
 import shlex
@@ -26,12 +27,26 @@ NUM_LAST_LINES = 15  # of a failed stage, shown when its output went to a file
 
 @dataclass(frozen=True)
 class Stage:
-    """One command and the file that tells it is finished."""
+    """One command and the file that tells it is finished.
+
+    Attributes:
+        name: of its marker and in messages.
+        about: what it makes, for who watches.
+        command: the words that start it.
+        makes: there when it is finished.
+        reads: files of the user's; other content in them makes another command of it.
+    """
 
     name: str
     about: str
     command: list[str]
     makes: Path
+    reads: tuple[Path, ...] = ()
+
+    @property
+    def identity(self) -> list[str]:
+        """What its result depends on, apart from the stages before it."""
+        return [*self.command, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in self.reads)]
 
 
 @dataclass(frozen=True)
@@ -96,9 +111,9 @@ class Stages:
                 raise error
 
     def _run_lane(self, lane: Lane, is_beside_others: bool) -> list[dict] | BadInputError:
-        digest, done = content_id(*(stage.command for stage in lane.needs)), []
+        digest, done = content_id(*(stage.identity for stage in lane.needs)), []
         for stage in lane.stages:
-            digest = content_id(digest, stage.command)
+            digest = content_id(digest, stage.identity)
             try:
                 done.append(self._run_stage(stage, digest, is_beside_others))
             except BadInputError as error:

@@ -73,6 +73,7 @@ ROOMS = {
     "likelihood_gap": {"torch"},
     "memory_estimate": {"modeling_internvl_mpo", "torch", "transformers"},
     "replay": {"modeling_internvl_mpo", "peft", "torch", "transformers"},
+    "rounds": {"matplotlib"},
     "quickstart": set(),
     "ablation": {"matplotlib", "numpy"},
     "__main__": set(),
