@@ -31,6 +31,7 @@ JUDGED_ROWS = {
         }
     ],
     "mini": [{"question": "What is 1 plus 1?", "answer_gt": "2"}],
+    "own": [{"question": "Which one?\nA. red\nB. blue", "answer": ["B", "blue"], "source": "mine"}],
 }
 
 

@@ -1,4 +1,6 @@
-"""The benchmarks of the MPO table and the mini world's test, one file each, all answering the same five questions.
+"""The benchmarks of the MPO table, the mini world's test and a user's own questions.
+
+One file each, all answering the same five questions.
 
 `load_benchmark("pope")` returns the module; the contract it answers is `internvl_mpo.benchmarks.common.Benchmark`.
 """
@@ -8,7 +10,7 @@ from importlib import import_module
 from internvl_mpo.benchmarks.common import Benchmark
 from internvl_mpo.errors import BadInputError
 
-BENCHMARKS = ("mini", "m3cot", "mathvista", "mathvision", "mmvet", "llava_bench", "pope", "crpe", "mmhal_bench")
+BENCHMARKS = ("mini", "m3cot", "mathvista", "mathvision", "mmvet", "llava_bench", "pope", "crpe", "mmhal_bench", "own")
 
 
 def load_benchmark(name: str) -> Benchmark:

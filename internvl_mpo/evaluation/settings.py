@@ -14,7 +14,9 @@ from internvl_mpo.settings import setting
 class EvaluateSettings:
     """Settings of `evaluate_mpo.py`."""
 
-    benchmarks: list[str] = setting(help="names, separated by commas: mini, m3cot, mathvista, ...")
+    benchmarks: list[str] = setting(
+        help="names, separated by commas: mini, m3cot, mathvista, ...; own: your questions in --data"
+    )
     output: str = setting(help="folder of the run: answers, verdicts, scores, report")
     model: str | None = setting(
         None, help="folder or Hub id of any image-text model; name of the served model with --engine http"
