@@ -118,10 +118,12 @@ def test_an_adapter_on_the_vision_tower_cannot_share_a_batch(model_folder, tmp_p
 
 
 def test_models_are_loaded_once_however_many_ask(model_folder, monkeypatch):
-    from internvl_mpo.demo import generation
+    from internvl_mpo.demo import family_model
 
     loaded = []
-    monkeypatch.setattr(generation, "ChatModel", lambda path, **options: loaded.append(path) or time.sleep(0.05))
+    monkeypatch.setattr(
+        family_model, "load_chat_model", lambda path, **options: loaded.append(path) or time.sleep(0.05)
+    )
     backend = LocalModels("a", "b")
     threads = [threading.Thread(target=backend.load) for _ in range(5)]
     for thread in threads:
@@ -146,7 +148,7 @@ def test_a_model_that_is_nowhere_is_an_error_on_the_page_not_a_crash(tmp_path):
     service, conversation = Service(backend, LIMITS, tmp_path), Conversation()
     service.begin("page", conversation, "What is it?", [], Controls("plain"))
     list(service.answer("page", conversation))
-    assert "cannot load a model" in conversation.turns[0].answers["base"].error
+    assert "nothing' does not exist" in conversation.turns[0].answers["base"].error
 
 
 def test_no_absolute_path_is_told_to_visitors(tmp_path):

@@ -195,6 +195,17 @@ def test_every_parameter_belongs_to_a_part_and_adapters_go_where_they_are_asked(
         assert left in ([], ["lm_head"])
 
 
+def test_4_bits_are_for_the_language_model_alone(folder):
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model = load(folder, torch.float32)
+    family = family_of_model(model)
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    narrowed = {name for name in layers if should_convert_module(name, list(family.keep_wide))}
+    language = {name for name in layers if family.part_of(f"{name}.weight") == "language model"}
+    assert narrowed == language - {"lm_head"}
+
+
 def test_counted_arithmetic_is_that_of_the_matrix_products(folder, processor, root):
     model = attach_scoring(load(folder, torch.float32)).train()
     pack = pack_groups([encode_group(processor, pairs, root) for pairs in questions()])

@@ -8,7 +8,6 @@ Every row draws from its own seed, as in every engine, so an answer does not dep
 
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +17,16 @@ from transformers.generation.streamers import BaseStreamer
 from internvl_mpo.demo.conversation import Message
 from internvl_mpo.demo.pictures import Cutter
 from internvl_mpo.engines import Sampling
-from internvl_mpo.engines.internvl_engine import InternVLEngine, load_internvl_processor
+from internvl_mpo.engines.internvl_engine import InternVLEngine
 from internvl_mpo.engines.local import SeededDraw
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.families.registry import family_of_model
 
 BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
 
 
 class ChatModel:
-    """A model of the InternVL family, with or without a LoRA adapter.
+    """A model in the official InternVL layout, with or without a LoRA adapter; `FamilyChatModel` is one of any other.
 
     Args:
         path: model folder or Hub id.
@@ -48,12 +48,23 @@ class ChatModel:
         dtype: str = "auto",
         four_bit: bool = False,
     ):
-        engine = _load(path, device, dtype, four_bit)
-        self.model, self.processor, self.tokenizer = engine.model, engine.processor, engine.tokenizer
-        self.device, self.revision = engine.device, engine.revision
-        self.stop_ids, self.suppressed = engine.stop_ids, engine.suppressed
-        self.cutter = Cutter.of(self.processor)
+        _check_device(device)
+        self.engine = self.load_engine(path, device=device, dtype=dtype, four_bit=four_bit)
+        self.model, self.processor, self.tokenizer = self.engine.model, self.engine.processor, self.engine.tokenizer
+        self.device, self.revision, self.stop_ids = self.engine.device, self.engine.revision, self.engine.stop_ids
+        self.suppressed = getattr(self.engine, "suppressed", None)
+        self.cutter = self.make_cutter(self.processor)
         self.peft = _attach(self.model, adapter) if adapter else None
+
+    @staticmethod
+    def load_engine(path: str, **options: Any) -> Any:
+        """Return the engine whose model and processor are used here."""
+        return InternVLEngine(path, **options)
+
+    @staticmethod
+    def make_cutter(processor: Any) -> Cutter:
+        """Return how the processor cuts pictures."""
+        return Cutter.of(processor)
 
     def generate(
         self,
@@ -77,7 +88,7 @@ class ChatModel:
             put: takes the R new tokens of a step; after a row has ended they mean nothing.
             stop: ends the generation after the step that is running.
         """
-        inputs = self._inputs(chats, max_tiles, adapters)
+        inputs = self.inputs(chats, max_tiles, adapters)
         mixed = {"adapter_names": list(adapters)} if adapters else {}
         (self.peft or self.model).generate(
             **inputs,
@@ -99,7 +110,7 @@ class ChatModel:
         """Return whether a token ends an answer."""
         return token in self.stop_ids
 
-    def _inputs(
+    def inputs(
         self, chats: Sequence[Sequence[Message]], max_tiles: int | None, adapters: Sequence[str] | None
     ) -> dict[str, Any]:
         """Tokens of all rows; pictures are encoded once where all rows show the same."""
@@ -142,13 +153,12 @@ class ChatModel:
         return features.repeat(copies, 1, 1)
 
 
-def _load(path: str, device: str, dtype: str, four_bit: bool) -> InternVLEngine:
+def _check_device(device: str) -> None:
     if device != "auto":
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise BadInputError(f"device '{device}' is not there ({str(error).splitlines()[0]}); try auto") from error
-    return InternVLEngine(path, device=device, dtype=dtype, four_bit=four_bit)
 
 
 def _attach(model: Any, adapter: str) -> Any:
@@ -161,8 +171,9 @@ def _attach(model: Any, adapter: str) -> Any:
         wrapped = PeftModel.from_pretrained(model, adapter).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInputError(f"cannot load the adapter {adapter}: {str(error).splitlines()[0]}") from error
-    towers = ("vision_model", "mlp1")
-    touched = [name for name, _ in wrapped.named_parameters() if "lora_" in name and any(t in name for t in towers)]
+    family = family_of_model(model)
+    adapted = [name for name, _ in wrapped.named_parameters() if "lora_" in name]
+    touched = [name for name in adapted if family.part_of(name) != "language model"]
     if touched:
         raise BadInputError(
             f"the adapter {adapter} changes {touched[0].split('.lora_')[0]}; only adapters on the language model can "
@@ -195,11 +206,3 @@ class _Stopped(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         return torch.full((len(input_ids),), self._stop.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
-def load_cutter(path: str) -> Cutter:
-    """Return how a model cuts pictures, without loading its weights; InternVL2's way where there is no such folder."""
-    try:
-        return Cutter.of(load_internvl_processor(str(Path(path)) if Path(path).is_dir() else path))
-    except (OSError, ValueError):
-        return Cutter()

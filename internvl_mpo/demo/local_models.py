@@ -78,19 +78,14 @@ class LocalModels:
         options: `device`, `dtype`, `four_bit` of `ChatModel`.
 
     Raises:
-        BadInputError: a folder holds a model of another family.
+        BadInputError: a folder holds a model that no family takes.
     """
 
     concurrency = 1
 
     def __init__(self, base: str, mpo: str | None = None, *, adapter: str | None = None, **options: Any):
         for source in filter(None, (base, mpo)):
-            config = Path(source) / "config.json"
-            if config.is_file() and family_of_source(source).name != "internvl_chat":
-                raise BadInputError(
-                    f"{config} is of another family than the InternVL chat models that the demo runs by itself; put it "
-                    "behind a server (vllm serve, transformers serve) and give its address as base_url or mpo_url"
-                )
+            _check_source(source)
         self.activity = Activity()
         self._base, self._mpo, self._adapter, self._options = base, mpo, adapter, options
         self._models = Lazy(self._load)
@@ -130,16 +125,32 @@ class LocalModels:
         self._models.get()
 
     def _load(self) -> list[Any]:
-        from internvl_mpo.demo.generation import ChatModel
+        from internvl_mpo.demo.family_model import load_chat_model
 
         if self._adapter:
-            return [ChatModel(self._base, adapter=self._adapter, **self._options)]
-        return [ChatModel(path, **self._options) for path in (self._base, self._mpo)]
+            return [load_chat_model(self._base, adapter=self._adapter, **self._options)]
+        return [load_chat_model(path, **self._options) for path in (self._base, self._mpo)]
 
     def _load_cutter(self) -> Cutter:
-        from internvl_mpo.demo.generation import load_cutter
+        from internvl_mpo.demo.family_model import load_cutter
 
         return load_cutter(self._base)
+
+
+def _check_source(source: str) -> None:
+    """Refuse a folder that no class here takes; what is not here is found when it is loaded.
+
+    Raises:
+        BadInputError: naming its family, those there are, and the way out.
+    """
+    if (Path(source) / "config.json").is_file():
+        try:
+            family_of_source(source)
+        except BadInputError as error:
+            raise BadInputError(
+                f"{error}; a server can show it in the demo (vllm serve, transformers serve): give its address as "
+                "base_url or mpo_url"
+            ) from error
 
 
 def _public_name(path: str) -> str:

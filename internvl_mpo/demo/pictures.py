@@ -225,6 +225,16 @@ class Cutter:
         columns, rows = self.grid(picture, limit)
         return columns * rows + (self.thumbnail and columns * rows > 1)
 
+    def describe(self, picture: Picture, limit: int) -> str:
+        """Return in words how a picture is cut."""
+        columns, rows = self.grid(picture, limit)
+        copy = " and a small copy of the whole" if self.num_tiles(picture, limit) > columns * rows else ""
+        return f"{columns} × {rows} tile{'s' if columns * rows > 1 else ''} of {self.side} × {self.side}{copy}"
+
+    def num_tokens(self, picture: Picture, limit: int, num_images: int) -> int:
+        """Return what a picture costs, of `num_images` in one conversation."""
+        return self.num_tiles(picture, limit) * self.num_image_token
+
     def draw(self, picture: Picture, limit: int, tile_pixels: int = 96, gap: int = 4) -> Image.Image:
         """Return the tiles as the model gets them, apart from each other, the thumbnail at the right."""
         columns, rows = self.grid(picture, limit)

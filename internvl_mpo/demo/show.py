@@ -145,14 +145,11 @@ def tiles_html(cutter: Cutter, pictures: Sequence[Picture], max_tiles: int) -> s
     limit = cutter.share(max_tiles, len(pictures))
     figures, total = [], 0
     for number, picture in enumerate(pictures, start=1):
-        columns, rows = cutter.grid(picture, limit)
-        num_tiles = cutter.num_tiles(picture, limit)
-        total += num_tiles * cutter.num_image_token
+        num_tokens = cutter.num_tokens(picture, limit, len(pictures))
+        total += num_tokens
         text = (
-            f"Picture {number}: {picture.width} × {picture.height} pixels, {columns} × {rows} "
-            f"tile{'s' if columns * rows > 1 else ''} of {cutter.side} × {cutter.side}"
-            f"{' and a small copy of the whole' if num_tiles > columns * rows else ''}, "
-            f"{num_tiles * cutter.num_image_token:,} tokens"
+            f"Picture {number}: {picture.width} × {picture.height} pixels, {cutter.describe(picture, limit)}, "
+            f"{num_tokens:,} tokens"
         )
         drawn = data_uri(cutter.draw(picture, limit))
         figures.append(f"<figure><img src='{drawn}' alt='{text}'><figcaption>{text}</figcaption></figure>")

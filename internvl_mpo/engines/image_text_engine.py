@@ -33,6 +33,7 @@ from internvl_mpo.engines.local import (
     count_tokens,
     decode_reply,
     end_reason,
+    four_bit_options,
     load_picture,
     model_revision,
     refuse_control_tokens,
@@ -40,7 +41,8 @@ from internvl_mpo.engines.local import (
     torch_dtype,
 )
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.families.native import content_parts, load_native_processor
+from internvl_mpo.families.native import NativeFamily, content_parts, load_native_processor
+from internvl_mpo.families.registry import family_of_processor
 from internvl_mpo.records import IMAGE_PLACEHOLDER
 
 
@@ -52,8 +54,12 @@ class ImageTextEngine:
         device: "auto" (CUDA where there is one), or a torch device.
         dtype: "auto" (as the config says on CUDA, float32 elsewhere), or a torch dtype name.
         batch_size: replies generated at the same time.
-        max_tiles: most crops of all pictures of a request together, for image processors that cut crops.
+        max_tiles: most crops of all pictures of a request together; docs/families.md says what that is to each family.
         trust_remote_code: run code inside the folder.
+        four_bit: quantise the language model's weights while loading (bitsandbytes).
+
+    Attributes:
+        family: that of the model; None for models that are asked but not trained here.
 
     Raises:
         BadInputError: no such model or device, or the model has no chat template.
@@ -70,6 +76,7 @@ class ImageTextEngine:
         batch_size: int = 32,
         max_tiles: int | None = None,
         trust_remote_code: bool = False,
+        four_bit: bool = False,
     ):
         self.model_id = str(model_path)
         self.batch_size = batch_size
@@ -78,15 +85,18 @@ class ImageTextEngine:
         wanted = torch_dtype(dtype, self.device)
         try:
             self.processor = load_native_processor(self.model_id, trust_remote_code)
+            self.family = _family(self.processor)
+            keep_wide = self.family.keep_wide if self.family else ("lm_head",)
+            extra = four_bit_options(wanted, self.device, keep_wide) if four_bit else {}
             model = AutoModelForImageTextToText.from_pretrained(
-                self.model_id, dtype=wanted, trust_remote_code=trust_remote_code
+                self.model_id, dtype=wanted, trust_remote_code=trust_remote_code, **extra
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BadInputError(f"cannot load an image-text model from {self.model_id}: {reason}") from error
         if not getattr(self.processor, "chat_template", None):
             raise BadInputError(f"{self.model_id} has no chat template; give the folder of a chat model")
-        self.model = model.to(self.device).eval()
+        self.model = (model if four_bit else model.to(self.device)).eval()
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._counting = threading.Lock()
         self.revision = model_revision(self.model_id)
@@ -138,7 +148,7 @@ class ImageTextEngine:
             if self.context is not None and num_tokens > self.context:
                 return num_tokens
             pictures = [load_picture(image) for image in request.images]
-            return self._inputs(self._counting_processor, [text], [pictures])["input_ids"].shape[1]
+            return self.inputs(self._counting_processor, [text], [pictures])["input_ids"].shape[1]
 
     @functools.cached_property
     def _counting_processor(self) -> ProcessorMixin:
@@ -185,9 +195,7 @@ class ImageTextEngine:
     def _run(self, rows: list[tuple[Request, str, list[Image.Image]]]) -> list[Reply]:
         requests, texts, pictures = zip(*rows, strict=True)
         sampling = requests[0].sampling
-        inputs = self._inputs(self.processor, texts, pictures).to(self.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        inputs = self.inputs(self.processor, texts, pictures).to(self.device, self.model.dtype)
         prompt_ids = inputs["input_ids"]
         for request, ids in zip(requests, prompt_ids, strict=True):
             if request.draft:
@@ -208,12 +216,29 @@ class ImageTextEngine:
         output = output[:, prompt_ids.shape[1] :]
         return [self._reply(request, prompt_ids[row], output[row].tolist()) for row, request in enumerate(requests)]
 
-    def _inputs(
-        self, processor: ProcessorMixin, texts: Sequence[str], pictures: Sequence[list[Image.Image]]
+    def inputs(
+        self,
+        processor: ProcessorMixin,
+        texts: Sequence[str],
+        pictures: Sequence[list[Image.Image]],
+        max_tiles: int | None = None,
     ) -> BatchFeature:
+        """Return prompts, padded on the left, and their pictures as the model takes them.
+
+        Args:
+            processor: of the model.
+            texts: rendered prompts.
+            pictures: those of each prompt, the same number for all.
+            max_tiles: most crops of all pictures of a prompt together; None takes the engine's.
+        """
         settings: dict[str, Any] = {}
-        if self.max_tiles and pictures[0] and hasattr(processor.image_processor, "max_patches"):
-            settings["max_patches"] = max(1, self.max_tiles // len(pictures[0]))
+        max_tiles = max_tiles or self.max_tiles
+        if max_tiles and pictures[0]:
+            share = max(1, max_tiles // len(pictures[0]))
+            if self.family:
+                settings = self.family.limits(processor, share)
+            elif hasattr(processor.image_processor, "max_patches"):
+                settings = {"max_patches": share}
         begins = self.tokenizer.bos_token is not None and texts[0].startswith(self.tokenizer.bos_token)
         return processor(
             text=list(texts),
@@ -234,6 +259,14 @@ class ImageTextEngine:
         num_tokens = len(output) if end is None else end + 1
         reason = end_reason(request, end is not None)
         return Reply(id=request.id, text=text, finish_reason=reason, num_tokens=num_tokens)
+
+
+def _family(processor: ProcessorMixin) -> NativeFamily | None:
+    try:
+        family = family_of_processor(processor)
+    except BadInputError:
+        return None
+    return family if isinstance(family, NativeFamily) else None
 
 
 class _Drafts(StoppingCriteria):

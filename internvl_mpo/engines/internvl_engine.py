@@ -27,6 +27,7 @@ from internvl_mpo.engines.local import (
     count_tokens,
     decode_reply,
     end_reason,
+    four_bit_options,
     load_picture,
     model_revision,
     refuse_control_tokens,
@@ -40,6 +41,7 @@ from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternV
 from modeling_internvl_mpo.tokenization_internvl_mpo import SPOKEN_TOKENS
 
 _TURN_ENDS = ("<|im_end|>", "<|end|>", "<|endoftext|>", "</s>")
+KEEP_WIDE = ("vision_model", "mlp1", "output", "lm_head")  # 4-bit loading leaves these alone
 _IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
 
 Prompt = tuple[Any, ...]  # what two requests must share to be one prompt
@@ -84,7 +86,7 @@ class InternVLEngine:
                 model = AutoModel.from_pretrained(self.model_id, dtype=wanted, trust_remote_code=True)
             else:
                 self.processor = load_internvl_processor(self.model_id)
-                extra = _four_bit(wanted, self.device) if four_bit else {}
+                extra = four_bit_options(wanted, self.device, KEEP_WIDE) if four_bit else {}
                 model = InternVLChatModel.from_pretrained(self.model_id, dtype=wanted, **extra)
         except (OSError, ValueError, ImportError) as error:
             raise BadInputError(f"cannot load a model from {self.model_id}: {str(error).splitlines()[0]}") from error
@@ -334,23 +336,6 @@ class InternVLEngine:
         suppressed = suppressed.to(self.device)
         suppressed[self.stop_ids] = False
         return suppressed
-
-
-def _four_bit(dtype: Any, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for 4-bit weights.
-
-    The tower, the projector and the head stay as they are: they are small beside the language model and feel rounding
-    most.
-    """
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
-        llm_int8_skip_modules=["vision_model", "mlp1", "output", "lm_head"],
-    )
-    return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
 def load_internvl_processor(model_path: str) -> InternVLChatProcessor:

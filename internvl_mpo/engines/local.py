@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -107,6 +107,24 @@ def torch_dtype(name: str, device: torch.device) -> torch.dtype | str:
     if not isinstance(dtype, torch.dtype):
         raise BadInputError(f"dtype is '{name}'; give auto, float32, bfloat16 or float16")
     return dtype
+
+
+def four_bit_options(dtype: torch.dtype | str, device: torch.device, keep_wide: Sequence[str]) -> dict[str, Any]:
+    """Return arguments of `from_pretrained` for 4-bit weights.
+
+    Args:
+        dtype: of the arithmetic; "auto" is bfloat16.
+        device: where the weights go.
+        keep_wide: modules that stay as they are: tower, projector and head are small beside the language model and feel
+            rounding most.
+    """
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+        llm_int8_skip_modules=list(keep_wide),
+    )
+    return {"quantization_config": config, "device_map": {"": str(device)}}
 
 
 def decode_reply(

@@ -73,14 +73,14 @@ class Family(ABC):
         model_types: values of `model_type` in config.json.
         processors: names of processor classes.
         parts: module paths of each part; of two that fit a parameter the longer one counts.
-        keep_wide: modules that 4-bit loading leaves alone.
+        keep_wide: modules that 4-bit loading leaves alone, by their path in the model.
     """
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     processors: ClassVar[tuple[str, ...]]
     parts: ClassVar[Mapping[Part, tuple[str, ...]]]
-    keep_wide: ClassVar[tuple[str, ...]]
+    keep_wide: tuple[str, ...]
 
     # --- before anything heavy ----------------------------------------------------------------------------------------
 

@@ -22,7 +22,6 @@ class Idefics3(NativeFamily):
         "projector": (".model.connector.",),
         "language model": (".model.text_model.", ".lm_head."),
     }
-    keep_wide = ("vision_model", "connector", "lm_head")
 
     def picture_cost(self, processor: Any, height: int, width: int, num_images: int, max_tiles: int) -> PictureCost:
         _, num_rows, num_columns = processor.image_processor.get_number_of_image_patches(height, width)

@@ -3,6 +3,7 @@
 A family file on top of this one says what its pictures cost and what its vision tower takes; the rest is here.
 """
 
+import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,11 @@ class NativeFamily(Family):
     decoders: ClassVar[tuple[str, ...]] = DECODERS
     towers: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[Mapping[Part, tuple[str, ...]]] = STANDARD_PARTS
-    keep_wide = ("vision_tower", "multi_modal_projector", "lm_head")
+
+    @property
+    def keep_wide(self) -> tuple[str, ...]:  # from the root on: transformers takes a name for the beginning of a path
+        paths = [path for part in ("vision tower", "projector") for path in self.parts[part]]
+        return (*(path.strip(".") for path in paths), "lm_head")
 
     # --- before anything heavy ----------------------------------------------------------------------------------------
 
@@ -253,7 +258,7 @@ def load_native_processor(source: str, trust_remote_code: bool = False) -> Any:
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     wanted = PROCESSOR_MAPPING.get(type(config), None)
-    if wanted is None or _takes_videos(wanted):
+    if wanted is None or all(importlib.util.find_spec(name) for name in video_packages(wanted)):
         return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     attributes = [name for name in wanted.get_attributes() if name != "video_processor"]
     video_settings = _video_settings(source)
@@ -273,13 +278,11 @@ def load_native_processor(source: str, trust_remote_code: bool = False) -> Any:
     return Stills.from_pretrained(source, trust_remote_code=False)
 
 
-def _takes_videos(wanted: type) -> bool:
-    """Say whether what a processor class needs is there; what it needs for videos, it asks for with pictures too."""
-    from transformers.utils import is_num2words_available, is_torchvision_available
-
-    if "video_processor" not in wanted.get_attributes():
-        return True
-    return is_torchvision_available() and (wanted.__name__ != "SmolVLMProcessor" or is_num2words_available())
+def video_packages(processor_class: type) -> tuple[str, ...]:
+    """Return the packages that a processor class needs for videos, and asks for with pictures too."""
+    if "video_processor" not in processor_class.get_attributes():
+        return ()
+    return ("torchvision", "num2words") if processor_class.__name__ == "SmolVLMProcessor" else ("torchvision",)
 
 
 def _for_pictures(wanted: type) -> type:

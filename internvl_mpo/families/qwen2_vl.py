@@ -25,7 +25,6 @@ class Qwen2VL(NativeFamily):
         "projector": (".model.visual.merger.",),
         "language model": (".model.language_model.", ".lm_head."),
     }
-    keep_wide = ("visual", "lm_head")
 
     def limits(self, processor: Any, max_tiles: int) -> dict[str, Any]:
         fewest, most = self._pixels(processor, max_tiles)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.families.registry import family_of_source
 from internvl_mpo.files import link, read_json, update_json
 from internvl_mpo.publish.model_folder import write_model_folder
 
@@ -54,14 +55,11 @@ def build_adapter_folder(source: Path, output: Path, *, base_model: str) -> None
 def merge_adapter(base: Path, adapter: Path, output: Path, *, max_shard_size: int, dtype: str | None) -> None:
     """Add an adapter's weights to its base model and write the model folder."""
     import torch
-
-    from modeling_internvl_mpo import InternVLChatModel, InternVLChatProcessor
-
-    model: Any = InternVLChatModel.from_pretrained(base, dtype="auto")
     from peft import PeftModel
 
+    family = family_of_source(str(base))
+    model: Any = family.load_model(str(base), dtype="auto")
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     if dtype:
         model = model.to(getattr(torch, dtype))
-    processor = InternVLChatProcessor.from_pretrained(base)
-    write_model_folder(model, processor, output, max_shard_size=max_shard_size)
+    write_model_folder(model, family.load_processor(str(base)), output, max_shard_size=max_shard_size)

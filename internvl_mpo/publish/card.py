@@ -8,6 +8,8 @@ from typing import Any, Literal
 from internvl_mpo.benchmarks import load_benchmark
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.evaluation.model_card import add_to_card
+from internvl_mpo.families.native import video_packages
+from internvl_mpo.families.registry import family_of_type
 from internvl_mpo.files import read_json
 from internvl_mpo.jsonl import read_whole_lines
 from internvl_mpo.publish import card_texts
@@ -32,6 +34,7 @@ class CardFacts:
     Attributes:
         name: title, and the repository that code examples load.
         kind: "full", or "adapter" for a folder with LoRA weights only.
+        model_type: of the model, or of the one an adapter belongs to.
         base_model: Hub id of the model it was made from.
         relation: how, in the Hub's words: finetune, adapter, quantized, merge.
         datasets: Hub ids of the training data.
@@ -43,6 +46,7 @@ class CardFacts:
 
     name: str
     kind: Literal["full", "adapter"] = "full"
+    model_type: str = "internvl_chat"
     base_model: str | None = None
     relation: str | None = None
     datasets: Sequence[str] = ()
@@ -50,6 +54,11 @@ class CardFacts:
     run: Path | None = None
     evaluations: Sequence[Path] = ()
     inherited: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is in the official InternVL layout, whose folders bring code."""
+        return self.model_type == "internvl_chat"
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
@@ -67,7 +76,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
     header = ModelCardData(
         pipeline_tag="image-text-to-text",
         library_name="peft" if is_adapter else "transformers",
-        tags=["internvl", "mpo", *(["lora"] if is_adapter else ["custom_code"])],
+        tags=_tags(facts),
         base_model=facts.base_model,
         base_model_relation=facts.relation if facts.base_model else None,
         datasets=list(facts.datasets) or None,
@@ -86,23 +95,49 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         add_to_card(evaluation, folder, model_name=facts.name.split("/")[-1])
 
 
+def _tags(facts: CardFacts) -> list[str]:
+    code = ["custom_code"] if facts.is_chat else []
+    return ["internvl" if facts.is_chat else facts.model_type, "mpo", *(["lora"] if facts.kind == "adapter" else code)]
+
+
 def _opening(facts: CardFacts) -> str:
     origin = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else None
+    what = "An InternVL chat model" if facts.is_chat else f"A model of transformers' family `{facts.model_type}`"
     code = "The code beside the weights runs on current transformers (5.17 and newer)."
+    if not facts.is_chat:
+        code = "Its classes are part of transformers, so the folder holds no code."
     if facts.kind == "adapter":
         return f"A LoRA adapter for {origin}, trained with Mixed Preference Optimization (MPO)."
     if facts.run is not None:
         start = f", starting from {origin}" if origin else ""
-        return f"An InternVL chat model trained with Mixed Preference Optimization (MPO){start}. {code}"
-    return f"{origin}, its weights unchanged. {code}" if origin else f"An InternVL chat model. {code}"
+        return f"{what}, trained with Mixed Preference Optimization (MPO){start}. {code}"
+    return f"{origin}, its weights unchanged. {code}" if origin else f"{what}. {code}"
 
 
 def _usage(facts: CardFacts) -> list[str]:
+    if not facts.is_chat:
+        return _family_usage(facts)
     if facts.kind == "adapter":
         texts = (card_texts.ADAPTER, card_texts.VLLM_ADAPTER)
     else:
         texts = (card_texts.TRANSFORMERS, card_texts.VLLM, card_texts.SMALLER)
     return [text.format(name=facts.name, base=facts.base_model) for text in texts]
+
+
+def _family_usage(facts: CardFacts) -> list[str]:
+    """Code for a model whose classes are transformers' own, and what must be installed beside it."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    processor = PROCESSOR_MAPPING.get(CONFIG_MAPPING[facts.model_type], None)
+    needed = video_packages(processor) if processor else ()
+    is_adapter = facts.kind == "adapter"
+    family = family_of_type(facts.model_type, facts.name)
+    wide = ", ".join(f'"{name}"' for name in family.keep_wide)
+    texts = [card_texts.FAMILY_ADAPTER if is_adapter else card_texts.FAMILY]
+    texts += [card_texts.FAMILY_PACKAGES] * bool(needed) + [card_texts.FAMILY_SMALLER] * (not is_adapter)
+    known = {"name": facts.name, "base": facts.base_model, "packages": " ".join(needed), "wide": wide}
+    return [text.format(**known) for text in texts]
 
 
 def _training(facts: CardFacts, folder: Path) -> list[str]:
@@ -166,7 +201,9 @@ def _limits(facts: CardFacts) -> str:
     lines = [
         "- Answers can be wrong with confidence, the more so on small print, counting and geometry. A chain of thought "
         "that reads well is no proof.",
-        "- Pictures are cut into tiles of fixed size without keeping the aspect ratio; a video goes in as its frames.",
+        "- Pictures are cut into tiles of fixed size without keeping the aspect ratio; a video goes in as its frames."
+        if facts.is_chat
+        else "- It was loaded and asked here with text and pictures alone; what it makes of a video was not measured.",
         "- Safety, bias and languages other than English and Chinese were not measured for this checkpoint.",
     ]
     names = {name for path in facts.evaluations for name in read_json(path / "scores.json")}

@@ -79,6 +79,68 @@ four_bit = BitsAndBytesConfig(
 model = AutoModel.from_pretrained("{name}", quantization_config=four_bit, trust_remote_code=True)
 ```"""
 
+FAMILY = """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained("{name}")
+content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device, model.dtype)
+answer = model.generate(**inputs, max_new_tokens=512)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```
+
+With a LoRA adapter trained on it: `model = peft.PeftModel.from_pretrained(model, "owner/adapter")`. Servers that
+know the family (vLLM, SGLang) take the folder as it is; not run for this checkpoint."""
+
+FAMILY_ADAPTER = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base = AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto", device_map="auto")
+model = PeftModel.from_pretrained(base, "{name}")
+processor = AutoProcessor.from_pretrained("{base}")
+content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(base.device, base.dtype)
+answer = model.generate(**inputs, max_new_tokens=512)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```
+
+`model.disable_adapter()` gives the base model's answers; `model.merge_and_unload()` makes one model of the two."""
+
+FAMILY_PACKAGES = """\
+`AutoProcessor` also loads the part for videos: `pip install {packages}`."""
+
+FAMILY_SMALLER = """\
+Smaller: 4-bit weights of the language model with bitsandbytes (the vision tower and the projector stay as they are).
+Not measured for quality here.
+
+```python
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+four_bit = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_compute_dtype="bfloat16",
+    llm_int8_skip_modules=[{wide}],
+)
+model = AutoModelForImageTextToText.from_pretrained("{name}", quantization_config=four_bit)
+```"""
+
 CITATION = """\
 ```bibtex
 @article{wang2024mpo,

@@ -4,10 +4,13 @@
 
 BASE is the base model's folder if FOLDER holds an adapter, else "-". RESULT becomes a safetensors file with the ids of
 the prompt, its logits and the ids that were generated. This file imports nothing of this project, nor may others.
+An InternVL chat folder brings its code and is loaded with `trust_remote_code`, any other as a class of transformers.
 """
 
 import importlib.abc
+import json
 import sys
+from pathlib import Path
 
 
 class NoRepository(importlib.abc.MetaPathFinder):
@@ -19,18 +22,36 @@ class NoRepository(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"{name} is not part of the published folder")
 
 
+def processor_for_pictures(folder: str):
+    """Return the processor of a folder without its part for videos, for which a package is missing here."""
+    from transformers import AutoConfig, Idefics3Processor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    wanted = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder))]
+    parts = [name for name in wanted.get_attributes() if name != "video_processor"]
+    own = Idefics3Processor if wanted.__name__ == "SmolVLMProcessor" else wanted  # the same prompts and pixels
+    kind = type(wanted.__name__, (own,), {"get_attributes": classmethod(lambda cls: parts)})
+    return kind.from_pretrained(folder)
+
+
 def main(folder: str, base: str, picture: str, question: str, device: str, result: str) -> None:
     """Load, look, answer, save."""
     sys.meta_path.insert(0, NoRepository())
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModel, AutoProcessor, AutoTokenizer
+    from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     torch.manual_seed(0)
     main_folder = folder if base == "-" else base
-    model = AutoModel.from_pretrained(main_folder, dtype="auto", trust_remote_code=True).to(device).eval()
-    processor = AutoProcessor.from_pretrained(main_folder, trust_remote_code=True)
-    assert len(AutoTokenizer.from_pretrained(main_folder, trust_remote_code=True)) == len(processor.tokenizer)
+    config = json.loads(Path(main_folder, "config.json").read_text(encoding="utf-8"))
+    trust = config["model_type"] == "internvl_chat"
+    auto_class = AutoModel if trust else AutoModelForImageTextToText
+    model = auto_class.from_pretrained(main_folder, dtype="auto", trust_remote_code=trust).to(device).eval()
+    try:
+        processor = AutoProcessor.from_pretrained(main_folder, trust_remote_code=trust)
+    except ImportError:
+        processor = processor_for_pictures(main_folder)
+    assert len(AutoTokenizer.from_pretrained(main_folder, trust_remote_code=trust)) == len(processor.tokenizer)
     if base != "-":
         from peft import PeftModel
 

@@ -80,7 +80,9 @@ def publish_model(settings: ModelSettings) -> Built:
         for name in ("LICENSE", "NOTICE"):
             if (source / name).exists():
                 link(source / name, folder)
-        write_card(folder, _facts(settings, source, folder, "adapter" if variant == "adapter" else "full"))
+        model_type = read_json((base or source) / "config.json").get("model_type")
+        kind = "adapter" if variant == "adapter" else "full"
+        write_card(folder, _facts(settings, source, folder, kind, model_type))
         check_nothing_private(folder, owner=settings.owner)
         if not settings.skip_proof:
             print(_prove(folder, source, base, variant == "adapter", settings.device), flush=True)
@@ -111,7 +113,7 @@ def _check_scores(evaluation: Path, source: Path) -> None:
         )
 
 
-def _facts(settings: ModelSettings, source: Path, folder: Path, kind: str) -> CardFacts:
+def _facts(settings: ModelSettings, source: Path, folder: Path, kind: str, model_type: str) -> CardFacts:
     """Settings win over what the source's own card says; a card of somebody else is kept beside ours."""
     from huggingface_hub import ModelCard
 
@@ -125,6 +127,7 @@ def _facts(settings: ModelSettings, source: Path, folder: Path, kind: str) -> Ca
     return CardFacts(
         name=settings.push or Path(settings.output).name,
         kind=kind,
+        model_type=model_type,
         base_model=settings.base_model,
         relation=relation,
         datasets=settings.datasets,
@@ -136,7 +139,8 @@ def _facts(settings: ModelSettings, source: Path, folder: Path, kind: str) -> Ca
 
 
 def _prove(folder: Path, source: Path, base: Path | None, adapter: bool, device: str) -> str:
-    if not adapter or read_json(base / "config.json").get("auto_map") == AUTO_MAP:
+    config = read_json(base / "config.json") if adapter else {}
+    if config.get("model_type") != "internvl_chat" or config.get("auto_map") == AUTO_MAP:
         return prove_model(folder, source, base=base, is_adapter=adapter, device=device)
     with tempfile.TemporaryDirectory() as temporary:  # an official base: its own code does not run any more
         runnable = build_model_folder(base, Path(temporary) / base.name)

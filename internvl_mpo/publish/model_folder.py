@@ -1,5 +1,6 @@
 """Model folders: official weights get this project's code, a fast tokenizer, a processor and a chat template."""
 
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,8 @@ from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.registry import family_of_model
 from internvl_mpo.files import read_json, update_json
 from internvl_mpo.publish.card import CardFacts, write_card
-from internvl_mpo.publish.weights import place_weights
+from internvl_mpo.publish.family_folder import build_family_folder
+from internvl_mpo.publish.weights import check_weights, place_weights
 
 CODE_FOLDER = Path(__file__).parents[2] / "modeling_internvl_mpo"
 AUTO_MAP = {
@@ -65,7 +67,8 @@ def build_model_folder(
     """Put code, tokenizer and processor beside the weights of an InternVL folder in the official layout.
 
     Weights are checked against the configuration by their headers, then linked (copied where the file system cannot);
-    `.bin` files are read with `weights_only=True` and become safetensors.
+    `.bin` files are read with `weights_only=True` and become safetensors. A folder of another family keeps its own
+    files, see `build_family_folder`.
 
     Args:
         source: folder with config.json, weights and tokenizer files.
@@ -77,7 +80,7 @@ def build_model_folder(
         The folder that was built.
 
     Raises:
-        BadInputError: not an InternVL folder, a missing shard, or weights that do not fit the configuration.
+        BadInputError: of no family, a missing shard, or weights that do not fit the configuration.
     """
     from transformers import GenerationConfig
 
@@ -88,11 +91,7 @@ def build_model_folder(
         raise BadInputError(f"output is the source folder {source}; give another folder")
     raw = read_json(source / "config.json")
     if raw.get("model_type") != "internvl_chat":
-        raise BadInputError(
-            f"{source / 'config.json'} has model_type {raw.get('model_type')!r}; publish builds folders of InternVL "
-            "chat models ('internvl_chat'); a folder of another family needs no code and goes up as it is, with "
-            "`hf upload OWNER/NAME FOLDER`; an InternVL in the -hf layout can go through internvl_mpo.convert first"
-        )
+        return build_family_folder(source, output_dir, max_shard_size=max_shard_size, dtype=dtype)
     try:
         config = InternVLChatConfig(**raw)
         processor = InternVLChatProcessor.from_pretrained(source)
@@ -100,7 +99,8 @@ def build_model_folder(
         raise BadInputError(f"{source}: {str(error).splitlines()[0]}") from error
     config.image_token_id = processor.image_token_id
     output_dir.mkdir(parents=True, exist_ok=True)
-    place_weights(source, output_dir, config=config, max_shard_size=max_shard_size, dtype=dtype)
+    check = functools.partial(check_weights, config)
+    place_weights(source, output_dir, check=check, max_shard_size=max_shard_size, dtype=dtype)
     if dtype:
         config.dtype = dtype
     config.save_pretrained(output_dir)

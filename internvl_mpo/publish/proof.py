@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.families.registry import family_of_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,18 +122,17 @@ def _draw(path: Path) -> None:
 
 
 def _ask_here(source: Path, base: Path | None, picture: Path, device: str) -> dict[str, Any]:
-    """Prompt ids and logits of the source, through the classes of this project."""
+    """Prompt ids and logits of the source, loaded as this project loads it."""
     import torch
 
-    from modeling_internvl_mpo import InternVLChatModel, InternVLChatProcessor
-
-    model_folder = base or source
-    model = InternVLChatModel.from_pretrained(model_folder, dtype="auto").to(device).eval()
+    model_folder = str(base or source)
+    family = family_of_source(model_folder)
+    model = family.load_model(model_folder, dtype="auto").to(device).eval()
     if base is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, source).eval()
-    processor = InternVLChatProcessor.from_pretrained(model_folder)
+    processor = family.load_processor(model_folder)
     content = [{"type": "image", "path": str(picture)}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],

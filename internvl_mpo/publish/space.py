@@ -39,7 +39,7 @@ class SpaceSettings(HubSettings):
     adapter: str | None = setting(None, help="Hub id of a LoRA adapter on --base, instead of --mpo")
     four_bit: bool = setting(False, help="load weights in 4 bits")
     votes_repo: str | None = setting(None, help="data set repository on the Hub that votes are uploaded to")
-    title: str = setting("InternVL2 before and after MPO", help="of the Space")
+    title: str | None = setting(None, help="of the Space; none = the name of --base, before and after MPO")
     license: str = setting("mit", help="licence identifier")
     hardware: str | None = setting(None, help="hardware to suggest, such as zero-a10g or l4x1")
     environment: Literal["clean", "borrowed"] = setting(
@@ -53,6 +53,7 @@ class SpaceSettings(HubSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.title = self.title or f"{self.base.split('/')[-1]} before and after MPO"
         if (self.mpo is None) == (self.adapter is None):
             raise BadInputError("give --mpo OWNER/NAME, or --adapter OWNER/NAME")
         for name in filter(None, (self.base, self.mpo, self.adapter, self.votes_repo)):

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,21 @@ def weight_files(source: Path) -> list[Path]:
 
 
 def place_weights(
-    source: Path, output: Path, *, config: Any, max_shard_size: int = 5 * 10**9, dtype: str | None = None
+    source: Path,
+    output: Path,
+    *,
+    check: Callable[[list[Path]], None],
+    max_shard_size: int = 5 * 10**9,
+    dtype: str | None = None,
 ) -> None:
-    """Put the weights of a folder into another one, checked against the configuration.
+    """Put the weights of a folder into another one.
 
     Shards that are small enough are linked; `.bin` files are read with `weights_only=True` and become safetensors.
 
     Args:
         source: folder with weights.
         output: folder to fill.
-        config: an `InternVLChatConfig`.
+        check: looks at the shards in the output folder, and raises BadInputError where they do not fit config.json.
         max_shard_size: in bytes.
         dtype: cast to "bfloat16", "float16" or "float32"; None leaves the weights as they are.
 
@@ -53,8 +59,8 @@ def place_weights(
         shards = [link(path, output) for path in shards]
         if (source / INDEX).exists():
             shutil.copyfile(source / INDEX, output / INDEX)
-    headers = _check_weights(config, shards)
-    _cut_anew(output, shards, headers, limit=max_shard_size, dtype=dtype)
+    check(shards)
+    _cut_anew(output, shards, limit=max_shard_size, dtype=dtype)
 
 
 def _convert_bins(shards: list[Path], output: Path) -> list[Path]:
@@ -79,8 +85,16 @@ def _convert_bins(shards: list[Path], output: Path) -> list[Path]:
     return written
 
 
-def _check_weights(config: Any, shards: list[Path]) -> dict[str, Path]:
-    """Compare names and shapes in the shards' headers with those of the network; return tensor name -> shard."""
+def check_weights(config: Any, shards: list[Path]) -> None:
+    """Compare names and shapes in the shards' headers with those of the network.
+
+    Args:
+        config: an `InternVLChatConfig`.
+        shards: files of weights.
+
+    Raises:
+        BadInputError: they do not fit, or a file is damaged.
+    """
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -88,7 +102,6 @@ def _check_weights(config: Any, shards: list[Path]) -> dict[str, Path]:
 
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in InternVLChatModel(config).state_dict().items()}
-    found = {}
     for path in shards:
         try:
             with safe_open(path, framework="pt") as file:
@@ -98,15 +111,13 @@ def _check_weights(config: Any, shards: list[Path]) -> dict[str, Path]:
                         raise BadInputError(f"{path} has a tensor {name} that the network of config.json does not have")
                     if shape != wanted:
                         raise BadInputError(f"{path}: {name} has shape {shape}, config.json asks for {wanted}")
-                    found[name] = path
         except SafetensorError as error:
             raise BadInputError(f"{path} is damaged ({error}); download it again") from error
     if expected:
         raise BadInputError(f"the weights of {shards[0].parent} lack {next(iter(expected))}, {len(expected)} in all")
-    return found
 
 
-def _cut_anew(output: Path, shards: list[Path], where: dict[str, Path], *, limit: int, dtype: str | None) -> None:
+def _cut_anew(output: Path, shards: list[Path], *, limit: int, dtype: str | None) -> None:
     """Write new shards, one in memory at a time, if one is too large or the type of the weights changes."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -114,10 +125,11 @@ def _cut_anew(output: Path, shards: list[Path], where: dict[str, Path], *, limit
     from safetensors.torch import save_file
 
     wanted = getattr(torch, dtype) if dtype else None
-    shapes = {}
+    shapes, where = {}, {}
     for path in shards:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - the file is not a mapping
+                where[name] = path
                 piece = file.get_slice(name)
                 kind = wanted or getattr(torch, _TORCH_NAMES[piece.get_dtype()])
                 shapes[name] = torch.empty(piece.get_shape(), dtype=kind, device="meta")
