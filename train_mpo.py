@@ -10,20 +10,30 @@ that was killed goes on with the same command. Every field of transformers' Trai
 options below.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.files import check_replaceable, replaced_folder
+from internvl_mpo.errors import BadInputError, StoppedError, run_program
+from internvl_mpo.files import replaced_folder
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.reading import forms_found, iter_pairs
 from internvl_mpo.records import RowError, content_id
 from internvl_mpo.settings import show_settings, write_settings
-from internvl_mpo.training.checkpoint import SETTINGS_FILE, check_run_folder, read_state
-from internvl_mpo.training.finished import RESULT_SETTINGS, finished_step, is_same_run, write_finished
+from internvl_mpo.training.checkpoint import SETTINGS_FILE, check_run_folder, read_state, run_folder
+from internvl_mpo.training.finished import (
+    RESULT_FILES,
+    RESULT_SETTINGS,
+    check_result_folders,
+    finished_step,
+    is_same_run,
+    result_folders,
+    write_finished,
+)
 from internvl_mpo.training.first_look import look_at_arguments
 from internvl_mpo.training.pairs import TrainingPairs, check_pairs, hold_out, plan
+from internvl_mpo.training.signals import StopSignals
 
 if TYPE_CHECKING:  # what imports transformers is imported where it is used, after the cheap refusals
     from internvl_mpo.training.reference_cache import ReferenceCache
@@ -33,13 +43,19 @@ if TYPE_CHECKING:  # what imports transformers is imported where it is used, aft
 PROGRAM = "train_mpo.py"
 # Found by `plan`, so that a saved run does not give it back.
 FOUND = ("gradient_accumulation_steps",)
-# What a result folder of version 0.2 holds, which did not mark it otherwise; its settings were written last.
-RESULT_FILES = (RESULT_SETTINGS, "*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "merges.txt", "README.md")
 
 
 def main(argv: list[str]) -> int:
+    """Read the settings, keep others away from the run folder, and run."""
+    with StopSignals() as signals, contextlib.ExitStack() as stack:
+        settings = read_settings(argv)
+        if settings.process_index == 0:
+            stack.enter_context(run_folder(settings.output_dir, result_folders(settings).values()))
+        return run(settings, signals)
+
+
+def run(settings: "TrainSettings", signals: StopSignals) -> int:
     """Run the chapters below in order."""
-    settings = read_settings(argv)
     checkpoint = choose_checkpoint(settings)
     processor = load_processor(settings)
     rows, rejects = read_pairs(settings)
@@ -56,7 +72,7 @@ def main(argv: list[str]) -> int:
     reference = reference_logps(settings, identity, model, processor, pairs + held_out)
     model = choose_weights(settings, model)
     trainer = build_trainer(settings, fingerprint, model, processor, pairs, held_out, reference)
-    train(settings, trainer, checkpoint)
+    train(settings, trainer, checkpoint, signals)
     save(settings, trainer, processor)
     return 0
 
@@ -355,28 +371,32 @@ def build_trainer(
     )
 
 
-def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | None) -> None:
-    """Train to the end, from a checkpoint if there is one."""
+def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | None, signals: StopSignals) -> None:
+    """Train to the end, from a checkpoint if there is one.
+
+    Raises:
+        StoppedError: a signal came; a checkpoint is written.
+    """
     import torch
 
-    from internvl_mpo.training.checkpoint import remove_half_written
     from internvl_mpo.training.held_out import closing_line
+    from internvl_mpo.training.stopping import StopOrSave
 
     if checkpoint is not None:
         trainer.check_resumable(checkpoint)
-    if settings.world_size > 1:
-        torch.distributed.barrier()  # all ranks have looked before anything is removed
     if settings.process_index == 0:
         write_settings(settings, Path(settings.output_dir) / SETTINGS_FILE, leave_out=FOUND)
-        for name in remove_half_written(settings.output_dir):
-            print(f"{name} is half-written and was removed")
         print(f"going on from {checkpoint}" if checkpoint else "starting at step 0")
         if checkpoint and read_state(checkpoint)["global_step"] >= trainer.pairs.total_steps(settings):
             print("all steps were done there; only the results are still to be written")
     if settings.device.type == "cpu":
         # several threads add gradients of one token in any order otherwise, and no two runs are equal to the last bit
         torch.use_deterministic_algorithms(True, warn_only=True)
+    stopping = StopOrSave(signals)
+    trainer.add_callback(stopping)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if stopping.stopped_at is not None:
+        raise StoppedError(stopping.message(settings.output_dir) if settings.process_index == 0 else "")
     evaluations = [row for row in trainer.state.log_history if "eval_rewards/accuracy" in row]
     if evaluations and settings.process_index == 0:
         print(closing_line(evaluations[-1], settings.preference != "none" or settings.quality != "none"))
@@ -410,32 +430,6 @@ def save(settings: "TrainSettings", trainer: "MPOTrainer", processor: Any) -> No
             fingerprint=trainer.fingerprint,
             folders=result_folders(settings),
         )
-
-
-def result_folders(settings: "TrainSettings") -> dict[str, Path]:
-    """Return where the adapter and the model of a run are written, as far as they are asked for."""
-    folders = {}
-    if settings.save_adapter:
-        folders["adapter"] = Path(settings.output_dir) / "adapter"
-    if settings.save_merged:
-        folders["model"] = Path(settings.model_dir or Path(settings.output_dir) / "model")
-    return folders
-
-
-def check_result_folders(settings: "TrainSettings") -> None:
-    """Refuse result folders that hold something else, or that would replace what the run needs.
-
-    Raises:
-        BadInputError: naming the folder.
-    """
-    folders = result_folders(settings)
-    beside = settings.output_dir.rstrip("/")
-    used = [settings.output_dir, settings.model, *settings.data, settings.image_root, settings.reference_cache]
-    used += [settings.preflight_cache or f"{beside}.preflight", Path(settings.output_dir) / "reference"]
-    for kind, folder in folders.items():
-        others = [other for other in folders.values() if other is not folder]
-        name = "model_dir" if kind == "model" and settings.model_dir else f"the {kind} folder"
-        check_replaceable(folder, sources=[*filter(None, used), *others], name=name, unmarked=RESULT_FILES)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import gc
 import marshal
 import multiprocessing
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from internvl_mpo.answers.comparing import accepted_answers
 from internvl_mpo.answers.finding import FORMATS
 from internvl_mpo.errors import BadInputError, RowError, run_program
-from internvl_mpo.files import atomic_writer
+from internvl_mpo.files import atomic_writer, work_folder
 from internvl_mpo.jsonl import iter_json_lines
 from internvl_mpo.mmpr.release import subset_name, write_meta
 from internvl_mpo.pairing import PairingStatistics, PairRules, group_key, match_responses, pair_lines
@@ -98,9 +97,8 @@ def main(argv: list[str]) -> int:
         settings.all_wrong or (output / "all_wrong.jsonl" if as_folder else output.with_suffix(".all_wrong.jsonl"))
     )
     stats = PairingStatistics()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        buckets = partition(settings.responses, Path(folder), settings.bucket_mb * MEGABYTE, stats)
+    with work_folder(output) as folder:
+        buckets = partition(settings.responses, folder, settings.bucket_mb * MEGABYTE, stats)
         built = _map(partial(build_bucket, rules=rules), buckets, settings.workers)
         with ExitStack() as files:
             wrong_out = files.enter_context(atomic_writer(all_wrong))

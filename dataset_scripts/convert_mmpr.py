@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
 
 from internvl_mpo.errors import BadInputError, run_program
+from internvl_mpo.locks import held
 from internvl_mpo.mmpr.card import write_card
 from internvl_mpo.mmpr.convert import convert
 from internvl_mpo.mmpr.reading import forms_found
@@ -58,6 +59,11 @@ def main(argv: list[str]) -> int:
     settings = parse_settings(Settings, argv, program="dataset_scripts/convert_mmpr.py", about=__doc__)
     print(show_settings(settings, "Converting MMPR"))
     output = Path(settings.output)
+    with held(output.with_name(f".{output.name}.lock"), f"another conversion is writing {output}"):
+        return _convert(settings, output)
+
+
+def _convert(settings: Settings, output: Path) -> int:
     if settings.to_raw:
         num_rows, num_images = restore(settings.raw, output)
         print(f"{num_rows:,} rows and {num_images:,} pictures -> {output}")

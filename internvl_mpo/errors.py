@@ -1,10 +1,16 @@
 """The exceptions for what a user can get wrong, and the door every program leaves by."""
 
+import errno
 import importlib.util
 import sys
 from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # "try again" in sysexits.h: the same command goes on
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# torch and safetensors report a full disk without its number
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")
+_TORCH_WORDS = ("PytorchStreamWriter failed writing", "] . unexpected pos ")
 
 
 class BadInputError(ValueError):
@@ -19,8 +25,29 @@ class RowError(BadInputError):
         self.reason, self.where = reason, where
 
 
+class StoppedError(Exception):
+    """A signal asked the program to stop; the message says where the same command goes on, empty says nothing."""
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """Return what a full disk, a quota or a limit on file sizes says in an error or one behind it, or None."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error.strerror or str(error)
+        text = str(error)
+        found = next((words for words in _FULL_WORDS if words in text), None)
+        if found or any(words in text for words in _TORCH_WORDS):
+            return found or _FULL_WORDS[0]
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def run_program(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """Run a program's `main(argv)`; a `BadInputError` becomes one line on stderr and exit code 2.
+    """Run a program's `main(argv)`; a `BadInputError` or a full disk becomes one line on stderr and exit code 2.
+
+    A `StoppedError` becomes one line and `EXIT_STOPPED`, Ctrl-C one line and 130.
 
     Args:
         main: takes the command-line arguments without the program name, returns an exit code or None for 0.
@@ -34,9 +61,20 @@ def run_program(main: Callable[[list[str]], int | None], argv: list[str] | None 
     except BadInputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except StoppedError as stopped:
+        if str(stopped):
+            print(stopped, file=sys.stderr)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         print("interrupted; finished work is kept, the same command goes on from there", file=sys.stderr)
         return 130
+    except Exception as error:
+        reason = full_disk(error)
+        if reason is None:
+            raise
+        where = f" {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        print(f"error: cannot write{where}: {reason}; make room and give the same command again", file=sys.stderr)
+        return EXIT_BAD_INPUT
 
 
 def need_package(package: str, asker: str) -> None:

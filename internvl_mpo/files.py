@@ -2,17 +2,24 @@
 
 import contextlib
 import fnmatch
+import glob
 import json
 import os
+import platform
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import BadInputError, full_disk
+from internvl_mpo.locks import held
 
 if TYPE_CHECKING:
     import pyarrow
+
+_HOST = platform.node().replace(".", "-")
 
 
 @contextlib.contextmanager
@@ -45,14 +52,40 @@ def replaced_folder(
         yield part
         return
     check_replaceable(output, sources=sources, name=name, unmarked=unmarked)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        check_replaceable(output, sources=sources, name=name, unmarked=unmarked)
-    except BaseException:
+    with held(place.with_name(f".{place.name}.lock"), f"another program is writing {output}"):
         shutil.rmtree(part, ignore_errors=True)
-        raise
+        part.mkdir(parents=True)
+        try:
+            with naming_full_disk(output, kept="what stood there before is whole"):
+                yield part
+            check_replaceable(output, sources=sources, name=name, unmarked=unmarked)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        _put_in_place(part, place, old)
+
+
+@contextlib.contextmanager
+def work_folder(output: str | Path) -> Iterator[Path]:
+    """Give an empty hidden folder beside `output`, gone after the block; what a killed program left there goes first.
+
+    Raises:
+        BadInputError: another program works on this output.
+    """
+    output = Path(output)
+    folder = output.with_name(f".{output.name}.work")
+    with held(output.with_name(f".{output.name}.lock"), f"another program is writing {output}"):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            with naming_full_disk(folder):
+                folder.mkdir(parents=True)
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(part: Path, place: Path, old: Path) -> None:
+    """Let a finished folder take its place, with a list of its files beside it."""
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         place.rename(old)
@@ -172,18 +205,71 @@ def sync_to_disk(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming_full_disk(path: str | Path, kept: str = "") -> Iterator[None]:
+    """Turn a full disk, which every library reports otherwise, into one sentence.
+
+    Args:
+        path: what is written.
+        kept: what is still whole, for the message.
+
+    Raises:
+        BadInputError: the disk, a quota or a limit on file sizes was in the way.
+    """
+    try:
+        yield
+    except BadInputError:
+        raise
+    except Exception as error:
+        reason = full_disk(error)
+        if reason is None:
+            raise
+        raise BadInputError(
+            f"cannot write {path}: {reason}{kept and f'; {kept}'}; make room and give the same command again"
+        ) from error
+
+
+def remove_leftovers(folder: str | Path, name: str = "*") -> None:
+    """Delete what killed programs left half-written in a folder, see `atomic_path`; what others write now stays.
+
+    Args:
+        folder: need not exist.
+        name: of the file that was to be written; * for all.
+    """
+    for path in Path(folder).glob(f".{name}.part"):
+        found = re.search(r"\.(?P<host>[^.]*)\.(?P<process>\d+)\.part$", path.name)
+        with contextlib.suppress(OSError):  # another program was faster, or the folder is not ours
+            if found and path.is_file() and _is_left_behind(path, found["host"], int(found["process"])):
+                path.unlink()
+
+
+def _is_left_behind(path: Path, host: str, process: int) -> bool:
+    """Whether nobody writes a file any more: its process is gone, or an hour has passed on another machine."""
+    if host != _HOST:
+        return time.time() - path.stat().st_mtime > 3600
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives, and is somebody else's
+        pass
+    return False
+
+
+@contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a path beside `path`; the file written there takes the place of `path` when the block succeeds.
 
-    It is flushed to the disk first, and removed when the block fails.
+    It is flushed to the disk first, and removed when the block fails; what a killed program left goes with the next.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    remove_leftovers(path.parent, f"{glob.escape(path.name)}.*")
+    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.part")
     try:
-        yield temporary
-        sync_to_disk(temporary)
-        os.replace(temporary, path)
+        with naming_full_disk(path):
+            yield temporary
+            sync_to_disk(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -4,7 +4,6 @@ Half of a character outside the basic plane, which JSON can bring along, is writ
 file here is UTF-8.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from internvl_mpo.errors import BadInputError, RowError
-from internvl_mpo.files import atomic_writer
+from internvl_mpo.files import atomic_writer, naming_full_disk
+from internvl_mpo.locks import lock_file
 
 MAX_LINE = 64 << 20  # characters of a line; the longest of MMPR has some ten thousand
 
@@ -121,9 +121,10 @@ class AppendLog:
 
     def append(self, row: Mapping[str, Any]) -> int:
         """Add a row and return its offset."""
-        offset = self._file.seek(0, os.SEEK_END)
-        self._file.write(json_line(row).encode("utf-8", "backslashreplace"))
-        self._file.flush()
+        with naming_full_disk(self.path):
+            offset = self._file.seek(0, os.SEEK_END)
+            self._file.write(json_line(row).encode("utf-8", "backslashreplace"))
+            self._file.flush()
         return offset
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -147,13 +148,9 @@ class AppendLog:
         self._file.close()
 
     def _lock(self, output: str | Path) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
-        except BlockingIOError as error:
+        if lock_file(self._file.fileno()) is False:
             self._file.close()
-            raise BadInputError(f"another run is writing {output}; wait for it or give another --output") from error
-        except OSError:
-            pass  # a file system without locks
+            raise BadInputError(f"another run is writing {output}; wait for it or give another --output")
 
     def _cut_torn_line(self) -> None:
         end = self._file.seek(0, os.SEEK_END)

@@ -22,6 +22,7 @@ EVERYWHERE = {"tqdm", "yaml"}  # progress bars and settings files
 ROOMS = {
     "errors": set(),
     "programs": set(),
+    "locks": set(),
     "files": {"pyarrow"},
     "jsonl": set(),
     "html_page": {"jinja2"},
@@ -69,6 +70,7 @@ ROOMS = {
         "torch",
         "transformers",
     },
+    "launch": {"psutil", "torch"},
     "convert": {"huggingface_hub", "modeling_internvl_mpo", "safetensors", "torch", "transformers"},
     "likelihood_gap": {"torch"},
     "memory_estimate": {"modeling_internvl_mpo", "torch", "transformers"},

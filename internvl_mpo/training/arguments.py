@@ -75,6 +75,7 @@ class MPOArguments(TrainingArguments):
     logging_first_step: bool = setting(True, help="log the first step whatever logging_steps is")
     save_steps: float = setting(200, help="steps between checkpoints")
     save_total_limit: int | None = setting(2, help="checkpoints kept")
+    save_minutes: float | None = setting(None, help="also write a checkpoint when so many minutes have passed")
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work.
@@ -86,6 +87,7 @@ class MPOArguments(TrainingArguments):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}, expected 1 or more")
         check_speed_settings(self)
+        self._check_saving()
         if self.beta <= 0:
             raise BadInputError(f"beta is {self.beta}, expected more than 0")
         self._check_weights()
@@ -110,6 +112,16 @@ class MPOArguments(TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise BadInputError(f"the training settings do not fit together: {error}") from error
+
+    def _check_saving(self) -> None:
+        """Refuse what would save at a moment from which nothing goes on exactly."""
+        if self.save_minutes is not None and self.save_minutes <= 0:
+            raise BadInputError(f"save_minutes is {self.save_minutes}, expected more than 0, or none")
+        if self.enable_jit_checkpoint:
+            raise BadInputError(
+                "enable_jit_checkpoint saves in the middle of a step, from where no run goes on exactly; leave it out: "
+                "SIGTERM finishes the step, writes a whole checkpoint and ends with exit code 75 anyway"
+            )
 
     def _check_weights(self) -> None:
         """Refuse weights of the three terms that leave nothing to train on."""

@@ -6,14 +6,16 @@
 A checkpoint without `mpo_state.json` was cut off by a kill. The fingerprint names everything the losses depend on.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.files import atomic_writer
+from internvl_mpo.files import atomic_writer, remove_leftovers
+from internvl_mpo.locks import held
 
 STATE_FILE = "mpo_state.json"
 SETTINGS_FILE = "settings.yaml"
@@ -71,6 +73,27 @@ def remove_half_written(output_dir: str | Path) -> list[str]:
     for folder in halves:
         shutil.rmtree(folder)
     return [folder.name for folder in halves]
+
+
+@contextlib.contextmanager
+def run_folder(output_dir: str | Path, results: Iterable[Path] = ()) -> Iterator[None]:
+    """Hold a run's folder; what a killed run left half-written goes first, since it may be what fills the disk.
+
+    Args:
+        output_dir: folder of the run; it need not exist, and is not made.
+        results: folders that are written at its end.
+
+    Raises:
+        BadInputError: another training is writing there.
+    """
+    folder = Path(output_dir)
+    with held(folder.with_name(f".{folder.name}.lock"), f"another training is writing {folder}"):
+        for name in remove_half_written(folder):
+            print(f"{name} is half-written and was removed", flush=True)
+        remove_leftovers(folder)
+        for result in results:
+            shutil.rmtree(result.with_name(f".{result.name}.part"), ignore_errors=True)
+        yield
 
 
 def make_way(checkpoint: str | Path) -> None:

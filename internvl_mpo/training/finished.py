@@ -1,4 +1,4 @@
-"""A run that is over: what it left, so that the same command started again touches nothing.
+"""The results of a run: where they go, and what a run that is over left, so that started again it touches nothing.
 
 OUTPUT/finished.json   steps, fingerprint of the run, files of its result folders; written last
 """
@@ -6,14 +6,45 @@ OUTPUT/finished.json   steps, fingerprint of the run, files of its result folder
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.files import atomic_writer, read_json
+from internvl_mpo.files import atomic_writer, check_replaceable, read_json
 from internvl_mpo.settings import plain
+
+if TYPE_CHECKING:
+    from internvl_mpo.training.settings import TrainSettings
 
 FINISHED_FILE = "finished.json"
 RESULT_SETTINGS = "training_settings.yaml"  # in each result folder, written last
+# What a result folder of version 0.2 holds, which did not mark it otherwise; its settings were written last.
+RESULT_FILES = (RESULT_SETTINGS, "*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "merges.txt", "README.md")
+
+
+def result_folders(settings: "TrainSettings") -> dict[str, Path]:
+    """Return where the adapter and the model of a run are written, as far as they are asked for."""
+    folders = {}
+    if settings.save_adapter:
+        folders["adapter"] = Path(settings.output_dir) / "adapter"
+    if settings.save_merged:
+        folders["model"] = Path(settings.model_dir or Path(settings.output_dir) / "model")
+    return folders
+
+
+def check_result_folders(settings: "TrainSettings") -> None:
+    """Refuse result folders that hold something else, or that would replace what the run needs.
+
+    Raises:
+        BadInputError: naming the folder.
+    """
+    folders = result_folders(settings)
+    beside = settings.output_dir.rstrip("/")
+    used = [settings.output_dir, settings.model, *settings.data, settings.image_root, settings.reference_cache]
+    used += [settings.preflight_cache or f"{beside}.preflight", Path(settings.output_dir) / "reference"]
+    for kind, folder in folders.items():
+        others = [other for other in folders.values() if other is not folder]
+        name = "model_dir" if kind == "model" and settings.model_dir else f"the {kind} folder"
+        check_replaceable(folder, sources=[*filter(None, used), *others], name=name, unmarked=RESULT_FILES)
 
 
 def write_finished(

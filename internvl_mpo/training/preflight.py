@@ -32,6 +32,7 @@ from internvl_mpo.encoding import measure_group, pair_size
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.registry import family_of_processor
 from internvl_mpo.files import atomic_writer, write_parquet
+from internvl_mpo.locks import beating
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.records import RowError, content_id
@@ -42,6 +43,7 @@ _CHUNK = 64  # pairs handed to a worker at a time
 _SHARD = 20_000  # pairs after which what was found reaches the disk
 _RULES = 2  # rises when pairs are refused for other reasons than before
 _PATIENCE = 120.0  # seconds until a folder without the first rank's mark is not shared; network disks show files late
+_SILENCE = 600.0  # seconds without a sign of life of the first rank until the others stop waiting
 _WORTH_WORKERS = 2_000  # below this many pairs, starting processes takes longer than the work
 
 
@@ -86,7 +88,10 @@ class Preflight:
         new = list({d: i for i, d in enumerate(digests) if d not in known or known[d][0] != images[i]}.values())
         found: list[tuple[str, str, PairSize | str]] = []
         try:
-            with tqdm(total=len(new), desc="checking pairs", unit="pair", disable=not new) as bar:
+            with (
+                beating(self._show_life),
+                tqdm(total=len(new), desc="checking pairs", unit="pair", disable=not new) as bar,
+            ):
                 for i, result in zip(new, self._measure([rows[i] for i in new]), strict=True):
                     found.append((digests[i], images[i], result))
                     known[digests[i]] = (images[i], result)
@@ -111,6 +116,9 @@ class Preflight:
         with atomic_writer(self.folder / "done") as out:
             out.write("ok\n")
 
+    def _show_life(self, count: int) -> None:
+        os.utime(self.folder / "started")
+
     def wait(self, rows: Sequence[PairRow], token: str) -> list[PairSize | RowError]:
         """Return what `run` on the first rank finds; a file is awaited, as collectives would time out on long passes.
 
@@ -129,8 +137,7 @@ class Preflight:
                     "--preflight_cache, --output_dir and --reference_cache folders that all nodes share"
                 )
             time.sleep(0.2)
-        while not (self.folder / "done").exists():
-            time.sleep(0.2)
+        self._await_done()
         try:
             return self._results(rows, [_digest(row) for row in rows], self._read())
         except KeyError as error:
@@ -138,6 +145,26 @@ class Preflight:
                 f"{self.folder} lacks pairs that the first rank has checked; give --preflight_cache a folder that all "
                 "nodes share, and the same data"
             ) from error
+
+    def _await_done(self) -> None:
+        """Wait while the first rank shows signs of life, and while there is somebody to wait for.
+
+        Raises:
+            BadInputError: the launcher is gone, or the first rank is.
+        """
+        launcher, mark, seen = os.getppid(), None, time.monotonic()
+        while not (self.folder / "done").exists():
+            if os.getppid() != launcher:
+                raise BadInputError("the launcher of this rank is gone; start the command again")
+            now = _time_of_change(self.folder / "started")
+            if now != mark:
+                mark, seen = now, time.monotonic()
+            elif time.monotonic() - seen > _SILENCE:
+                raise BadInputError(
+                    f"the first rank, which checks the pairs, has shown no sign of life in {self.folder} for "
+                    f"{_SILENCE / 60:.0f} minutes; start the command again, it goes on from what was found"
+                )
+            time.sleep(0.2)
 
     def _is_marked(self, token: str) -> bool:
         try:
@@ -240,6 +267,13 @@ def _measure_row(row: PairRow, processor: Any, options: dict[str, Any]) -> PairS
 def _digest(row: PairRow) -> str:
     """Other than `PairRow.digest` it names the place: files are looked at again where they were moved to."""
     return content_id(row.digest, str(row.image_root))
+
+
+def _time_of_change(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 class _ImageStats:

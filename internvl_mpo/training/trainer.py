@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.files import naming_full_disk
 from internvl_mpo.logps import score_pairs
 from internvl_mpo.objective import RewardShift, mpo_loss, wpo_weights
 from internvl_mpo.packing import Group, pack_groups
@@ -34,6 +35,7 @@ from internvl_mpo.training.not_finite import PackRecord, stop_step
 from internvl_mpo.training.pairs import TrainingPairs
 from internvl_mpo.training.reference_cache import ReferenceCache
 from internvl_mpo.training.run_log import RunLog
+from internvl_mpo.training.signals import keep_from_signals
 from internvl_mpo.training.speed import apply_speed_settings
 from internvl_mpo.training.throughput import FlopModel, device_peak, memory_in_use, speed
 
@@ -126,6 +128,7 @@ class MPOTrainer(Trainer):
             batch_sampler=self.pairs.sampler(self.args),
             collate_fn=self._collate,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=keep_from_signals,
             persistent_workers=self.args.dataloader_persistent_workers,
         )
 
@@ -320,6 +323,16 @@ class MPOTrainer(Trainer):
         if self.args.should_save:
             checkpoint.make_way(folder)
         self.accelerator.wait_for_everyone()
+        whole = [path.name for path in checkpoint.whole_checkpoints(self.args.output_dir)]
+        try:
+            with naming_full_disk(folder, kept=f"{whole[-1]} before it is whole" if whole else ""):
+                self._write_checkpoint(folder, model, trial)
+        except BadInputError:
+            checkpoint.make_way(folder)  # half of it would keep the disk full
+            raise
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -331,7 +344,6 @@ class MPOTrainer(Trainer):
         if self.args.should_save:
             checkpoint.write_state(folder, self._checkpoint_state())
             checkpoint.rotate(self.args.output_dir, limit, best=self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {
