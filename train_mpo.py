@@ -292,7 +292,7 @@ def choose_weights(settings: "TrainSettings", model: Any) -> Any:
 
 def identify(settings: "TrainSettings", processor: Any) -> dict[str, Any]:
     """Return what reference log-probs depend on besides the pairs."""
-    from internvl_mpo.engines.local import model_revision
+    from internvl_mpo.engines.revision import model_revision
     from internvl_mpo.training.distributed import agree, zero_stage
     from internvl_mpo.training.reference_cache import model_digest
 

@@ -14,7 +14,8 @@ from internvl_mpo.engines import Draft, Reply, Request, Sampling
 from internvl_mpo.engines.internvl_engine import InternVLEngine
 from internvl_mpo.engines.journal import Journal, sample_seed
 from internvl_mpo.engines.loading import load_engine
-from internvl_mpo.engines.local import SeededDraw, draw_tokens, model_revision
+from internvl_mpo.engines.local import SeededDraw, draw_tokens
+from internvl_mpo.engines.revision import model_revision
 from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.jsonl import iter_jsonl

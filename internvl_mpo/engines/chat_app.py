@@ -84,7 +84,8 @@ class ChatApp:
         if path == "/health":
             await exchange.send_json({"status": "ok"})
         elif path == "/v1/models":
-            await exchange.send_json({"object": "list", "data": [{"id": self.model_name, "object": "model"}]})
+            loaded = {"root": self.engine.model_id, "revision": self.engine.revision}
+            await exchange.send_json({"object": "list", "data": [{"id": self.model_name, "object": "model", **loaded}]})
         else:
             with self._place() as grow:
                 body = await exchange.read_body(scope["headers"], grow)

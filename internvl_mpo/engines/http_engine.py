@@ -19,6 +19,7 @@ from PIL import Image
 from internvl_mpo.engines import Reply, Request, StopSign
 from internvl_mpo.engines.chat_format import STREAMED, chat_payload, read_reply, read_stream
 from internvl_mpo.engines.connections import FAULTS, Answer, Pace, ServerPool, seconds_to_wait
+from internvl_mpo.engines.revision import model_revision, why_other
 from internvl_mpo.errors import BadInputError
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})  # proxies have codes of their own above 504
@@ -32,6 +33,7 @@ class HttpEngine:
     Args:
         base_urls: one URL or several, with or without `/v1`; the least busy one gets the next request.
         model: name the servers know the model by; None asks the first server.
+        served_from: folder or Hub id that every server must have loaded; None takes what they have.
         concurrency: requests in flight at the same time.
         api_key: sent as a bearer token.
         timeout: seconds one attempt may take from connecting to the last byte.
@@ -41,17 +43,21 @@ class HttpEngine:
         requests_per_minute: most requests sent per minute; None is no limit.
 
     Raises:
-        BadInputError: a URL is malformed, or no server answers.
+        BadInputError: a URL is malformed, no server answers, or one has another model than `served_from`.
+
+    Attributes:
+        revision: of `served_from`.
     """
 
     name = "http"
-    revision = None
+    revision: str | None = None
 
     def __init__(
         self,
         base_urls: str | Sequence[str],
         model: str | None = None,
         *,
+        served_from: str | None = None,
         concurrency: int = 64,
         api_key: str | None = None,
         timeout: float = 600.0,
@@ -78,6 +84,10 @@ class HttpEngine:
         self.model_id = model or names[0]
         if names and model and model not in names:
             raise BadInputError(f"{urls[0]} serves {', '.join(names)}, not '{model}'; give one of these as --model")
+        if served_from is not None:
+            for server in self._servers:
+                self._check_loaded(server, served_from)
+            self.revision = model_revision(served_from)
 
     def generate(self, requests: Iterable[Request], done: Collection[str] = ()) -> Iterator[Reply]:
         """Yield replies as they come; see `Engine.generate`."""
@@ -190,18 +200,34 @@ class HttpEngine:
         return server.exchange(path, body, self._headers, timeout=self.timeout, silence=silence, sign=sign)
 
     def _served_models(self) -> list[str]:
-        """Names the servers list; waits for a server that is still starting only as long as a reply may take."""
+        """Names that the first server which answers lists."""
         errors = []
         for server in self._servers:
             try:
-                with self._exchange(server, "/models", None, StopSign()) as answer:
-                    content = answer.content
-                if answer.status == 200:
-                    return [entry["id"] for entry in json.loads(content)["data"]]
-                errors.append(f"{server.url} answers {answer.status}")
-            except (*FAULTS, TypeError) as fault:
-                errors.append(f"{server.url} does not answer ({fault})")
+                return list(self._list_models(server))
+            except BadInputError as error:
+                errors.append(str(error))
         raise BadInputError(f"{'; '.join(errors)}; start a server there or give another --base_url")
+
+    def _list_models(self, server: ServerPool) -> dict[str, dict[str, Any]]:
+        """What a server lists, by name; waits for one that is still starting only as long as a reply may take."""
+        try:
+            with self._exchange(server, "/models", None, StopSign()) as answer:
+                content = answer.content
+            if answer.status != 200:
+                raise BadInputError(f"{server.url} answers {answer.status}")
+            return {entry["id"]: entry for entry in json.loads(content)["data"]}
+        except BadInputError:
+            raise
+        except (*FAULTS, TypeError) as fault:
+            raise BadInputError(f"{server.url} does not answer ({fault})") from fault
+
+    def _check_loaded(self, server: ServerPool, served_from: str) -> None:
+        """Refuse a server with another model: replies of a wrong policy cannot be told from those of the right one."""
+        entry = self._list_models(server).get(self.model_id)
+        reason = f"no '{self.model_id}'" if entry is None else why_other(entry, served_from)
+        if reason:
+            raise BadInputError(f"{server.url} has loaded {reason}, and {served_from} is to answer; start it with that")
 
 
 def _stopped(request: Request) -> Reply:

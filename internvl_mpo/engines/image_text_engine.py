@@ -35,11 +35,11 @@ from internvl_mpo.engines.local import (
     end_reason,
     four_bit_options,
     load_picture,
-    model_revision,
     refuse_control_tokens,
     torch_device,
     torch_dtype,
 )
+from internvl_mpo.engines.revision import model_revision
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.native import NativeFamily, content_parts, load_native_processor
 from internvl_mpo.families.registry import family_of_processor

@@ -29,12 +29,12 @@ from internvl_mpo.engines.local import (
     end_reason,
     four_bit_options,
     load_picture,
-    model_revision,
     refuse_control_tokens,
     torch_device,
     torch_dtype,
 )
 from internvl_mpo.engines.pictures import picture_size
+from internvl_mpo.engines.revision import model_revision
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.records import IMAGE_PLACEHOLDER
 from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel, InternVLChatProcessor

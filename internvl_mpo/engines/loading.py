@@ -24,6 +24,7 @@ def load_local_engine(settings: EngineSettings) -> Engine:
         return HttpEngine(
             settings.base_url,
             settings.model,
+            served_from=settings.served_from,
             concurrency=settings.concurrency,
             api_key=os.environ.get(settings.api_key_env),
             timeout=settings.timeout,

@@ -1,15 +1,11 @@
 """What engines in this process share: device, dtype, pictures, seeded draws, streaming."""
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BitsAndBytesConfig, LogitsProcessor, PreTrainedTokenizerBase
-from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
 from internvl_mpo.engines import Request, Sampling
 from internvl_mpo.engines.pictures import EncodedPicture
@@ -158,25 +154,6 @@ def end_reason(request: Request, has_ended: bool) -> str:
     if has_ended:
         return "stop"
     return "stopped" if request.draft and request.draft.stopped.is_set() else "length"
-
-
-def model_revision(model_path: str) -> str | None:
-    """Return what identifies the weights: the commit of a Hub model, or a short hash of a folder.
-
-    The hash covers names, sizes and both ends of every file: reading 16 GB would take longer than answering.
-    """
-    folder = Path(model_path)
-    if not folder.is_dir():
-        return extract_commit_hash(cached_file(model_path, "config.json"), None)
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".model")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()[:16]
 
 
 def refuse_control_tokens(tokenizer: PreTrainedTokenizerBase, request: Request) -> None:

@@ -101,6 +101,6 @@ def _identity(settings: EngineSettings, build: Callable[[EngineSettings], Engine
     if settings.engine == "http":
         engine = build(settings)
         return engine.model_id, engine.revision
-    from internvl_mpo.engines.local import model_revision
+    from internvl_mpo.engines.revision import model_revision
 
     return str(settings.model), model_revision(str(settings.model))

@@ -26,6 +26,9 @@ class EngineSettings:
     dtype: str = setting("auto", help="auto, float32, bfloat16 or float16")
     trust_remote_code: bool = setting(False, help="run model code that comes with the weights")
     base_url: list[str] = setting([], help="http: URL of the server, several with commas")
+    served_from: str | None = setting(
+        None, help="http: folder or Hub id that every server must have loaded, looked at before the first reply"
+    )
     api_key_env: str = setting("OPENAI_API_KEY", help="http: environment variable that holds the key, if there is one")
     concurrency: int = setting(64, help="http: requests in flight at the same time")
     timeout: float = setting(600.0, help="http: seconds one attempt may take")

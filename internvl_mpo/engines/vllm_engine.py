@@ -14,7 +14,7 @@ from vllm import LLM, CompletionOutput, SamplingParams
 
 from internvl_mpo.engines import Reply, Request
 from internvl_mpo.engines.chat_format import chat_payload
-from internvl_mpo.engines.local import model_revision
+from internvl_mpo.engines.revision import model_revision
 
 try:
     from vllm.exceptions import VLLMClientError

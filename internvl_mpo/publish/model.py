@@ -101,7 +101,7 @@ def _variant(settings: ModelSettings, source: Path) -> str:
 
 def _check_scores(evaluation: Path, source: Path) -> None:
     """Refuse scores of other weights; those of a served or a Hub model cannot be compared and are taken."""
-    from internvl_mpo.engines.local import model_revision
+    from internvl_mpo.engines.revision import model_revision
 
     answers = evaluation / "answers.jsonl"
     _, first = next(iter_jsonl(answers), (None, {})) if answers.exists() else (None, {})

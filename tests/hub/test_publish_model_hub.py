@@ -20,7 +20,7 @@ from tiny import tiny_model, tiny_processor
 from tiny_world import WIDE_ENOUGH_FOR_4_BITS
 
 import internvl_mpo.publish.model as publishing
-from internvl_mpo.engines.local import model_revision
+from internvl_mpo.engines.revision import model_revision
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.publish import write_model_folder
 from internvl_mpo.publish.__main__ import main

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 from loopback import READER, LoopbackHub
 
-from internvl_mpo.engines.local import model_revision
+from internvl_mpo.engines.revision import model_revision
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.publish.hub import check_access, preview, push_folder
 
