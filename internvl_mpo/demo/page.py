@@ -87,7 +87,7 @@ class Page:
         ) as blocks:
             gr.HTML(
                 "<h1>Base and MPO think side by side</h1><p class='muted'>Ask about a picture. The same question goes "
-                "to InternVL before and after Mixed Preference Optimization.</p>",
+                "to a model before and after Mixed Preference Optimization.</p>",
                 elem_id="title",
             )
             with gr.Tabs():
