@@ -163,6 +163,8 @@ def results(settings: QuickstartSettings, done: Stages) -> dict:
         methods[method] = {
             "direct_accuracy": scores["direct"]["accuracy"],
             "cot_accuracy": scores["cot"]["accuracy"],
+            "direct_interval": scores["direct"]["interval"],
+            "cot_interval": scores["cot"]["interval"],
             "unparsable": scores["cot"]["unparsable"],
             "reward_accuracy": _reward_accuracy(out / "train" / method / "log.jsonl"),
         }

@@ -11,7 +11,7 @@ from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mini.__main__ import main
 from internvl_mpo.mini.choices import guess, is_guess, make_options
 from internvl_mpo.mini.digits import DIGIT_PIXELS, Painter
-from internvl_mpo.mini.report import lucky_guess
+from internvl_mpo.mini.report import lucky_guess, write_report
 from internvl_mpo.mini.start_model import StartSettings, token_weights, train_start_model, train_tokenizer
 from internvl_mpo.mini.tasks import TASKS, chain_of_thought
 from internvl_mpo.mini.world import WorldSettings, make_world
@@ -172,6 +172,38 @@ def test_the_report_shows_a_guess_among_the_chosen_answers_and_how_many_there_ar
     assert (found["chosen"], found["rejected"]) == (lucky, wrong)
     assert found["question"] == "What is the product of the two digits?"
     assert lucky_guess(tmp_path / "nowhere") is None
+
+
+def test_the_report_shows_what_became_worse_and_what_stayed_wrong_beside_what_became_right(world, tmp_path):
+    (tmp_path / "world").symlink_to(world)
+    questions = [json.loads(line)["id"] for line in (world / "test.jsonl").read_text().splitlines()]
+    became_right, became_wrong = set(questions[:7]), set(questions[7:8])  # of nine
+    for method, right in (("start", became_wrong), ("mpo", became_right)):
+        rows = [{"id": key, "mode": "cot", "answer": f"by {method}", "value": int(key in right)} for key in questions]
+        (tmp_path / "eval" / method).mkdir(parents=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "eval" / method / "verdicts.jsonl").write_text(lines, encoding="utf-8")
+    keys = (
+        "loss_preference",
+        "loss_quality",
+        "loss_generation",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margin",
+    )
+    (tmp_path / "train" / "mpo").mkdir(parents=True)
+    lines = "".join(json.dumps({"step": step, **dict.fromkeys(keys, 0.5)}) + "\n" for step in (1, 2, 3))
+    (tmp_path / "train" / "mpo" / "log.jsonl").write_text(lines, encoding="utf-8")
+    row = {"direct_accuracy": 50.0, "cot_accuracy": 75.0, "direct_interval": None, "cot_interval": [70.2, 79.9],
+           "unparsable": 0.0, "reward_accuracy": None}  # fmt: skip
+    found = {"methods": {"start": row, "mpo": row}, "num_test_questions": 20, "seed": 0, "total_seconds": 1.0,
+             "machine": {"cores": 2, "system": "here"}, "date": "today"}  # fmt: skip
+    text = write_report(tmp_path, found).read_text(encoding="utf-8")
+    assert "7 became right, 1 became wrong, 1 stayed wrong, 0 stayed right" in text
+    assert "became right: 6 of 7" in text and "became wrong: 1 of 1" in text and "stayed wrong: 1 of 1" in text
+    assert "stayed right:" not in text  # nothing to show
+    assert "70 to 80" in text  # the interval beside the share
+    assert "A pair" not in text and "What to type next" in text
 
 
 def test_the_closing_table_has_a_row_for_every_method():

@@ -12,7 +12,16 @@ from internvl_mpo.records import Question, read_rows
 
 NAMES = {"start": "start model", "sft": "SFT on chosen", "dpo": "DPO", "bco": "BCO", "mpo": "MPO"}
 COLORS = {"start": "#8a8f98", "sft": "#4c78a8", "dpo": "#e4a11b", "bco": "#7b5ea7", "mpo": "#1a9850"}
-NUM_PICTURES = 24
+DASHES = {"sft": (0, (4, 2)), "dpo": (0, (1, 1.5)), "bco": (0, (6, 2, 1, 2)), "mpo": "-"}  # curves may cover each other
+MARKERS = {"sft": "s", "dpo": "^", "bco": "x", "mpo": "o"}
+NUM_OF_KIND = 6  # questions shown of each of CHANGES
+# title -> whether the start model was right, whether MPO was
+CHANGES = {
+    "became right": (False, True),
+    "became wrong": (True, False),
+    "stayed wrong": (False, False),
+    "stayed right": (True, True),
+}
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> Path:
@@ -34,8 +43,10 @@ def write_report(folder: Path, found: dict[str, Any]) -> Path:
         start=methods["start"],
         mpo=methods.get("mpo", methods["start"]),
         plots=_plots(folder, [method for method in methods if method != "start"]),
-        cards=_cards(folder),
+        changes=_changes(folder),
         guess=lucky_guess(folder),
+        pair=first_pair(folder),
+        folder=folder.as_posix(),
     )
     with atomic_writer(page) as out:
         out.write(text)
@@ -53,6 +64,19 @@ def lucky_guess(folder: Path) -> dict[str, Any] | None:
     return {
         "chosen_share": 100 * len(lucky) / len(pairs),
         "rejected_share": 100 * sum(is_guess(row["rejected"]) for row in pairs) / len(pairs),
+        **_shown(folder, pair),
+    }
+
+
+def first_pair(folder: Path) -> dict[str, Any] | None:
+    """Return the first pair by correctness whose chosen answer is worked out; None where there is none."""
+    path = folder / "data" / "pairs_correctness.jsonl"
+    rows = (row for _, row in iter_jsonl(path)) if path.exists() else ()
+    return next((_shown(folder, row) for row in rows if not is_guess(row["chosen"])), None)
+
+
+def _shown(folder: Path, pair: dict[str, Any]) -> dict[str, Any]:
+    return {
         "image": embedded((folder / "world" / pair["image"]).read_bytes(), "png"),
         "question": pair["question"].rpartition("Question:")[2].strip(),
         "chosen": pair["chosen"],
@@ -81,11 +105,12 @@ def _plots(folder: Path, methods: list[str]) -> list[tuple[str, str, str]]:
         ("rewards/margin", "margin: chosen minus rejected reward"),
     ):
         figure, axes = pyplot.subplots(figsize=(4.6, 2.9), dpi=110, layout="constrained")
-        for method, rows in logs.items():
+        for number, (method, rows) in enumerate(reversed(logs.items())):  # mpo below the others, which are thinner
             if not any(row[key] for row in rows):
                 continue  # the method has no such term
             axes.plot([row["step"] for row in rows], _smooth([row[key] for row in rows]), label=NAMES[method],
-                      color=COLORS[method], linewidth=2.2 if method == "mpo" else 1.2)  # fmt: skip
+                      color=COLORS[method], linewidth=2.4 if method == "mpo" else 1.3, linestyle=DASHES[method],
+                      marker=MARKERS[method], markersize=4, markevery=(5 * number, 20))  # fmt: skip
         axes.set_xlabel("step")
         axes.set_title(key)
         axes.grid(alpha=0.3)
@@ -102,19 +127,30 @@ def _smooth(values: list[float], width: int = 5) -> list[float]:
     return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 
 
-def _cards(folder: Path) -> list[dict[str, Any]]:
-    """Pictures with the chains of thought of the start model and of MPO; those that changed come first."""
+def _changes(folder: Path) -> list[dict[str, Any]]:
+    """Questions whose chains of thought became right or wrong or stayed so: of each kind how many, and the first."""
     questions = {row.id: row for row in read_rows(folder / "world" / "test.jsonl", Question)}
     before, after = (_answers(folder / "eval" / method) for method in ("start", "mpo"))
-    order = sorted((key for key in before if key in after), key=lambda key: (before[key][1] == after[key][1], key))
+    shared = sorted(key for key in before if key in after)
+    kinds = {
+        title: [key for key in shared if (before[key][1], after[key][1]) == verdicts]
+        for title, verdicts in CHANGES.items()
+    }
     return [
         {
-            "image": embedded((folder / "world" / questions[key].images[0]).read_bytes(), "png"),
-            "question": questions[key].question,
-            "gold": questions[key].answer or "",
-            "answers": [("start model", *before[key]), ("MPO", *after[key])],
+            "title": title,
+            "count": len(keys),
+            "cards": [
+                {
+                    "image": embedded((folder / "world" / questions[key].images[0]).read_bytes(), "png"),
+                    "question": questions[key].question,
+                    "gold": questions[key].answer or "",
+                    "answers": [("start model", *before[key]), ("MPO", *after[key])],
+                }
+                for key in keys[:NUM_OF_KIND]
+            ],
         }
-        for key in order[:NUM_PICTURES]
+        for title, keys in kinds.items()
     ]
 
 
