@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_config, tiny_model, tiny_processor
+from tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
-from internvl_mpo.encoding import encode_group, measure_group
+from internvl_mpo.encoding import encode_group, measure_group, pair_size
 from internvl_mpo.logps import attach_scoring, response_logps, twin_logps
 from internvl_mpo.packing import pack_groups
 from internvl_mpo.records import PreferencePair, RowError
@@ -126,6 +127,39 @@ def test_a_long_response_is_cut_at_the_limit_and_loses_its_end(root):
     prompt = len(encode_group(processor, [text_pair()], root).prompt_ids)
     group = encode_group(processor, [text_pair(chosen="abcdefgh", rejected="ab")], root, max_length=prompt + 5)
     assert [decode(processor, response) for response in group.responses] == ["abcde", "ab<|im_end|>"]
+
+
+@pytest.mark.parametrize(("room", "num_cut"), [(9, 0), (8, 1), (4, 1), (3, 1), (2, 2)])
+def test_a_response_that_loses_no_more_than_its_end_counts_as_cut(root, room, num_cut):
+    processor, row = tiny_processor(), text_pair(chosen="abcdefgh", rejected="wx")  # 9 and 3 tokens with their ends
+    prompt = measure_group(processor, [row], root).prompt_tokens
+    size = measure_group(processor, [row], root, max_length=prompt + room)
+    assert size.cut_responses == num_cut
+    assert size.response_tokens == (min(9, room), min(3, room))
+    assert pair_size(size).num_cut == num_cut
+
+
+def test_an_answer_goes_on_from_its_header_where_a_text_of_its_own_would_begin_with_a_space(root):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True, use_regex=False)
+    processor = InternVLChatProcessor.from_config(tiny_config(), tokenizer)
+    assert decode(processor, tokenizer("yes", add_special_tokens=False)["input_ids"]) == " yes"
+    group = encode_group(processor, [text_pair(chosen="yes", rejected="no")], root)
+    assert [decode(processor, response) for response in group.responses] == ["yes<|im_end|>", "no<|im_end|>"]
+    assert measure_group(processor, [text_pair(chosen="yes", rejected="no")], root).response_tokens == (4, 3)
+
+
+def test_what_a_pair_costs_is_what_its_two_branches_add(root):
+    processor, row = tiny_processor(), text_pair(chosen="abcdef", rejected="abcxy")
+    measured = measure_group(processor, [row], root)
+    size, group = pair_size(measured), encode_group(processor, [row], root)
+    assert (size.chosen, size.rejected, size.num_tiles) == (7, 6, 0)
+    assert size.stem == 3  # abc, which both run alike
+    assert size.num_tokens == group.num_tokens == measured.num_tokens
+    assert (size.chosen_key, size.rejected_key) == measured.response_keys
+    again = measure_group(processor, [text_pair(chosen="abcxy", rejected="abcdef")], root)
+    assert again.response_keys == measured.response_keys[::-1]
+    assert len({*measured.response_keys}) == 2
 
 
 def test_spaces_around_a_response_are_not_scored(root):
