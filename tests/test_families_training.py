@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, widen_for_4_bits
 from tiny_world import make_training_pairs
 
 import train_mpo
@@ -19,6 +19,7 @@ from internvl_mpo.engines import Request, Sampling
 from internvl_mpo.engines.loading import load_model_engine
 from internvl_mpo.errors import run_program
 from internvl_mpo.families.registry import family_of_source
+from internvl_mpo.training.policy import load_model
 
 # a family with files of other names than its modules, one with three position axes, one whose tower feeds many layers
 TRAINED = ("internvl", "qwen2_5_vl", "qwen3_vl")
@@ -148,6 +149,33 @@ def test_adapters_train_on_both_towers_and_are_merged(world, tmp_path):
     towers = {name.split(".lora_")[0] for name in weights(tmp_path / "run" / "adapter")}
     assert any("visual" in name or "vision_tower" in name for name in towers)
     assert any("language_model" in name for name in towers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl"])
+def test_qlora_saves_what_it_trained_merged_and_as_an_adapter(name, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from peft import PeftModel
+
+    widen_for_4_bits(FAMILIES[name](tmp_path / "start"))
+    make_training_pairs(tmp_path)
+    lora = ["--lora_rank", "4", "--lora_on", "both", "--load_in_4bit", "true", "--save_adapter", "true"]
+    assert train(tmp_path, tmp_path / "run", *lora) == 0
+    first, last = log(tmp_path / "run")[0], log(tmp_path / "run")[-1]
+    assert abs(first["rewards/chosen"]) < 1e-3  # the cached reference is the 4-bit model, not the wide one
+    assert last["loss"] < first["loss"]
+    assert "quantization_config" not in json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    before, after = weights(tmp_path / "start"), weights(tmp_path / "run" / "model")
+    assert {key: value.shape for key, value in before.items()} == {key: value.shape for key, value in after.items()}
+    quantised = next(key for key in before if key.endswith("layers.0.mlp.up_proj.weight") and "vis" not in key)
+    assert 0.005 < (after[quantised] - before[quantised]).norm() / before[quantised].norm() < 0.3
+    family = family_of_source(str(tmp_path / "start"))
+    merged = family.load_model(str(tmp_path / "run" / "model")).eval()
+    narrow = load_model(str(tmp_path / "start"), torch.float32, in_4bit=True)
+    adapted = PeftModel.from_pretrained(narrow, tmp_path / "run" / "adapter").eval()
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        assert (merged(input_ids=ids).logits - adapted(input_ids=ids).logits).abs().max() < 1e-3
 
 
 def test_frozen_parts_do_not_move(world, tmp_path, capsys):

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from tiny import tiny_model, tiny_processor, tiny_tokenizer
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     CLIPVisionConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -246,6 +249,20 @@ FAMILIES = {
     "idefics3": tiny_idefics3,
     "smolvlm": tiny_smolvlm,
 }
+
+
+def widen_for_4_bits(folder: Path) -> None:
+    """Make a saved model anew with a language model of whole blocks of 64 weights, see `tiny_world`."""
+    config = AutoConfig.from_pretrained(folder)
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.num_attention_heads, text.head_dim = 64, 128, 4, 16
+    if hasattr(vision, "out_hidden_size"):
+        vision.out_hidden_size = 64
+    elif config.model_type == "qwen2_vl":
+        vision.hidden_size = 64
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    _save_model(folder, AutoModelForImageTextToText.from_config, config, AutoTokenizer.from_pretrained(folder))
 
 
 def _clip() -> CLIPVisionConfig:
