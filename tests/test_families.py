@@ -27,6 +27,7 @@ from internvl_mpo.packing import pack_groups, unpack_groups
 from internvl_mpo.records import PreferencePair, RowError
 from internvl_mpo.training import throughput
 from internvl_mpo.training.fake_pass import Setup, fake_pack, peak_of_a_pass
+from internvl_mpo.training.policy import add_adapters, freeze
 from internvl_mpo.training.throughput import FlopModel
 
 BUILDERS = {
@@ -191,8 +192,20 @@ def test_every_parameter_belongs_to_a_part_and_adapters_go_where_they_are_asked(
         layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         adapted = [name for name in layers if pattern.fullmatch(name)]
         assert adapted and {parts[f"{name}.weight"] for name in adapted} == {part}
-        left = [name for name in layers if name not in adapted and parts[f"{name}.weight"] == part]
-        assert left in ([], ["lm_head"])
+        left = {name for name in layers if name not in adapted and parts[f"{name}.weight"] == part}
+        unread = {layer for module in family.unread(model) for layer in module.modules()}
+        assert left - {"lm_head"} == {name for name in left if model.get_submodule(name) in unread}
+
+
+def test_every_weight_that_is_trained_has_a_gradient_adapters_included(folder, processor, root):
+    pack = pack_groups([encode_group(processor, pairs, root) for pairs in questions()])
+    for adapted in (False, True):
+        model = attach_scoring(load(folder, torch.float32)).train()
+        freeze(model)
+        if adapted:
+            model = add_adapters(model, rank=2, on="both", base="none")
+        response_logps(model, pack).sum().backward()
+        assert not [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
 
 
 def test_4_bits_are_for_the_language_model_alone(folder):

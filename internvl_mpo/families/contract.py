@@ -194,6 +194,10 @@ class Family(ABC):
     def vision_tower(self, model: nn.Module) -> nn.Module:
         """Return the vision tower."""
 
+    def unread(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        """Return modules that no log-prob depends on; they are not trained and get no adapters."""
+        return ()
+
     @abstractmethod
     def embed(self, model: nn.Module, pack: Pack) -> tuple[Tensor, dict[str, Any]]:
         """Return the embeddings of a pack, pictures in place, and further arguments of the decoder. Shape: (1, T, C)

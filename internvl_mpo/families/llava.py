@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from internvl_mpo.families.contract import PictureCost, Prompt
 from internvl_mpo.families.native import NativeFamily
-
-SQUARE_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 class Llava(NativeFamily):
@@ -16,7 +15,7 @@ class Llava(NativeFamily):
     name = "llava"
     model_types = ("llava",)
     processors = ("LlavaProcessor",)
-    towers = SQUARE_TOWERS  # Pixtral's pictures keep their shape and are another family
+    towers = ("clip_vision_model", "siglip_vision_model")  # Pixtral's pictures keep their shape and are another family
 
     def picture_cost(self, processor: Any, height: int, width: int, num_images: int, max_tiles: int) -> PictureCost:
         images = processor.image_processor
@@ -31,6 +30,14 @@ class Llava(NativeFamily):
         count = num_tokens // length
         count = count if num_rows is None else min(num_rows, count)
         return Prompt([], torch.zeros(count, 3, side, side)), count * length
+
+    def unread(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        tower, wanted = self.vision_tower(model), model.config.vision_feature_layer
+        layers = tower.encoder.layers
+        states = range(len(layers) + 1)  # what enters the layers, then what leaves each
+        last = max(states[index] for index in ([wanted] if isinstance(wanted, int) else wanted))
+        further = (getattr(tower, name, None) for name in ("post_layernorm", "head"))
+        return *layers[last:], *(module for module in further if module is not None)
 
 
 def tile_tokens(config: Any) -> int:

@@ -7,17 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from internvl_mpo.families.contract import PictureCost, Prompt
-from internvl_mpo.families.llava import SQUARE_TOWERS, tile_tokens
-from internvl_mpo.families.native import NativeFamily
+from internvl_mpo.families.llava import Llava, tile_tokens
 
 
-class LlavaNext(NativeFamily):
+class LlavaNext(Llava):
     """Grids are those of the checkpoint (`image_grid_pinpoints`), whatever `max_tiles` says."""
 
     name = "llava_next"
     model_types = ("llava_next",)
     processors = ("LlavaNextProcessor",)
-    towers = SQUARE_TOWERS
 
     def picture_cost(self, processor: Any, height: int, width: int, num_images: int, max_tiles: int) -> PictureCost:
         side = tile_side(processor)

@@ -212,6 +212,7 @@ class NativeFamily(Family):
         root = self.decoder(model) if part == "language model" else self.vision_tower(model)
         path = next(name for name, module in model.named_modules() if module is root)
         layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        unread = set(self.unread(model))
         own = [name for name in layers if name.startswith(f"{path}.") and self.part_of(f"{name}.weight") == part]
         names = {name.rpartition(".")[2] for name in own}
         # what belongs to another part although it lies in this one (Qwen's merger) is left alone
@@ -221,6 +222,7 @@ class NativeFamily(Family):
             for key in keys
             if other != part and key.startswith(f".{path}.")
         }
+        inner |= {name for name, module in model.named_modules() if module in unread}
         without = "".join(rf"(?!{re.escape(name)}\.)" for name in sorted(inner))
         return rf"(?:.*\.)?{without}{re.escape(path)}\.(?:.*\.)?(?:{'|'.join(sorted(names))})"
 

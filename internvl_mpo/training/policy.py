@@ -88,7 +88,7 @@ def freeze(
     language: bool = False,
     num_language_layers: int = 0,
 ) -> None:
-    """Switch gradients of whole parts off.
+    """Switch gradients of whole parts off, and of what no log-prob depends on.
 
     Args:
         model: of any family.
@@ -105,6 +105,8 @@ def freeze(
     for name, parameter in model.named_parameters():
         if frozen.get(family.part_of(name), False):
             parameter.requires_grad_(False)
+    for module in family.unread(model):
+        module.requires_grad_(False)
     if num_language_layers:
         layers = family.decoder(model).layers
         if num_language_layers > len(layers):
