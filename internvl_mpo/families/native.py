@@ -3,6 +3,7 @@
 A family file on top of this one says what its pictures cost and what its vision tower takes; the rest is here.
 """
 
+import importlib
 import importlib.util
 import json
 import re
@@ -258,6 +259,7 @@ def load_native_processor(source: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+    _free_pil_classes()
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     wanted = PROCESSOR_MAPPING.get(type(config), None)
     if wanted is None or all(importlib.util.find_spec(name) for name in video_packages(wanted)):
@@ -278,6 +280,15 @@ def load_native_processor(source: str, trust_remote_code: bool = False) -> Any:
 
     Stills.__name__ = Stills.__qualname__ = wanted.__name__
     return Stills.from_pretrained(source, trust_remote_code=False)
+
+
+def _free_pil_classes() -> None:
+    """Let transformers 5.17 load its PIL classes, which it lists by mistake among those that need torchvision."""
+    for model_type, name in (("idefics3", "Idefics3ImageProcessorPil"), ("smolvlm", "SmolVLMImageProcessorPil")):
+        package = importlib.import_module(f"transformers.models.{model_type}")
+        if getattr(getattr(package, name), "is_dummy", False):
+            module = importlib.import_module(f"transformers.models.{model_type}.image_processing_pil_{model_type}")
+            setattr(package, name, getattr(module, name))
 
 
 def video_packages(processor_class: type) -> tuple[str, ...]:

@@ -184,17 +184,20 @@ def fake_policy(config: Any, setup: Setup) -> Iterator[nn.Module]:
 def _fake_numbers() -> Iterator[None]:
     """Let fake tensors go where they could not.
 
-    Those that were made from numbers keep them, since vision towers read shapes of pictures from tensors; experts take
-    transformers' own product, since the shapes of torch's are known for bfloat16 only.
+    Those that were made from numbers keep them, since vision towers read shapes of pictures from tensors. All tokens go
+    to the first expert, which takes as much: torch knows the shapes of its grouped product for bfloat16 only.
     """
     from transformers.integrations import moe
 
-    before = fake_tensor.CONSTANT_NUMEL_LIMIT, moe._can_use_grouped_mm
-    fake_tensor.CONSTANT_NUMEL_LIMIT, moe._can_use_grouped_mm = 2**24, lambda *_: False
+    def to_the_first(tokens_SI: Tensor, weight_EIO: Tensor, offs: Tensor) -> Tensor:
+        return tokens_SI.to(weight_EIO.dtype) @ weight_EIO[0]
+
+    before = fake_tensor.CONSTANT_NUMEL_LIMIT, moe._grouped_mm
+    fake_tensor.CONSTANT_NUMEL_LIMIT, moe._grouped_mm = 2**24, to_the_first
     try:
         yield
     finally:
-        fake_tensor.CONSTANT_NUMEL_LIMIT, moe._can_use_grouped_mm = before
+        fake_tensor.CONSTANT_NUMEL_LIMIT, moe._grouped_mm = before
 
 
 def quantised_weights(model: nn.Module) -> set[Tensor]:
