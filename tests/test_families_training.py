@@ -167,7 +167,7 @@ def test_qlora_saves_what_it_trained_merged_and_as_an_adapter(name, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     before, after = weights(tmp_path / "start"), weights(tmp_path / "run" / "model")
     assert {key: value.shape for key, value in before.items()} == {key: value.shape for key, value in after.items()}
-    kept = [key for key in before if "projector" in key or "merger" in key]
+    kept = [key for key in before if any(part in key for part in ("projector", "merger", "connector"))]
     assert kept and all(torch.equal(after[key], before[key]) for key in kept)  # neither trained nor quantised
     quantised = next(key for key in before if key.endswith("layers.0.mlp.up_proj.weight") and "vis" not in key)
     assert 0.005 < (after[quantised] - before[quantised]).norm() / before[quantised].norm() < 0.3
