@@ -7,10 +7,10 @@ the same bytes on any number of workers.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from internvl_mpo.answers.comparing import Outcome, Verdict, compare_answers
 from internvl_mpo.answers.finding import parse_answer
@@ -82,6 +82,15 @@ class PairingStatistics:
         if dropped:
             lines.append("left out: " + ", ".join(f"{amount} {reason}" for reason, amount in dropped.items()))
         return "\n".join(lines)
+
+
+class HasLength(Protocol):
+    """Something written; `log_length` is the logarithm of its characters."""
+
+    log_length: float
+
+
+L = TypeVar("L", bound=HasLength)
 
 
 class Judged:
@@ -266,28 +275,42 @@ def _diverse(items: list[Judged], rules: PairRules, stats: PairingStatistics, as
 def _choose(
     chosen: list[Judged], rejected: list[Judged], cap: int, rules: PairRules, stats: PairingStatistics
 ) -> tuple[list[tuple[Judged, Judged]], float]:
-    """Take up to `cap` pairs: every response is used once before one is used twice, and lengths are kept in balance.
+    """Take up to `cap` pairs: every response is used once before one is used twice; see `choose_balanced`."""
+
+    def is_fit(right: Judged, other: Judged) -> bool:
+        reason = _unfit_pair(right, other, rules)
+        if reason is not None:
+            stats.add(right.response.source, f"drop {reason}")
+        return reason is None
+
+    return choose_balanced(_diagonal(chosen, rejected), cap, is_fit)
+
+
+def choose_balanced(
+    candidates: Iterator[tuple[L, L]], cap: int, is_fit: Callable[[L, L], bool]
+) -> tuple[list[tuple[L, L]], float]:
+    """Take up to `cap` fit pairs: of the next few always the one that best balances the lengths of both sides.
+
+    Args:
+        candidates: (chosen, rejected), best first.
+        cap: most pairs.
+        is_fit: whether a pair may be taken; asked once for every pair that is looked at.
 
     Returns:
         The pairs, and the sum of the logarithms of chosen over rejected length.
     """
-    waiting: list[tuple[Judged, Judged]] = []
+    waiting: list[tuple[L, L]] = []
     ratios: list[float] = []  # of those waiting
-    taken: list[tuple[Judged, Judged]] = []
+    taken: list[tuple[L, L]] = []
     balance = 0.0
-    candidates = _diagonal(chosen, rejected)
     while len(taken) < cap:
         while len(waiting) < BALANCE_WINDOW:
             pair = next(candidates, None)
             if pair is None:
                 break
-            right, other = pair
-            reason = _unfit_pair(right, other, rules)
-            if reason is None:
+            if is_fit(*pair):
                 waiting.append(pair)
-                ratios.append(right.log_length - other.log_length)
-            else:
-                stats.add(right.response.source, f"drop {reason}")
+                ratios.append(pair[0].log_length - pair[1].log_length)
         if not waiting:
             break
         distances = [abs(balance + ratio) for ratio in ratios]

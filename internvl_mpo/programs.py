@@ -23,6 +23,7 @@ COMMANDS = {
     "sample": ("dataset_scripts/sample_responses.py", "sample responses to questions"),
     "pairs": ("dataset_scripts/build_correctness_pairs.py", "responses -> preference pairs, right over wrong"),
     "ntp-pairs": ("dataset_scripts/build_dropout_ntp_pairs.py", "responses -> preference pairs by Dropout-NTP"),
+    "judged-pairs": ("dataset_scripts/build_judged_pairs.py", "responses -> preference pairs, by a judge's ratings"),
     "verify": ("dataset_scripts/verify_pairs.py", "keep the pairs a judge agrees with"),
     "check": ("dataset_scripts/check_mmpr.py", "what is wrong with preference data, and benchmark questions in it"),
     "convert": ("dataset_scripts/convert_mmpr.py", "an MMPR release -> Parquet, and back"),

@@ -25,7 +25,7 @@ IMAGE_PLACEHOLDER = "<image>"  # stands in a question for its next picture, as i
 _SHARED_KEYS = frozenset(
     ("id", "image", "images", "question", "answer", "answer_gt", "system", "history", "source", "provenance")
 )
-RULES = ("correctness", "format", "direct", "dropout_ntp", "prefix_with_image", "vote", "other")
+RULES = ("correctness", "format", "direct", "dropout_ntp", "prefix_with_image", "vote", "judged", "other")
 
 
 _CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))

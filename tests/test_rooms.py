@@ -46,6 +46,7 @@ ROOMS = {
     "encoding": {"PIL", "modeling_internvl_mpo"},
     "answers": set(),
     "pairing": set(),
+    "judged_pairs": set(),
     "engines": {"torch", "transformers", "modeling_internvl_mpo", "PIL", "jinja2", "pyarrow", "ray", "uvicorn", "vllm"},
     "benchmarks": {"PIL", "datasets", "evaluate", "gradio"},
     "evaluation": {"huggingface_hub"},

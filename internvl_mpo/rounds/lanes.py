@@ -244,15 +244,14 @@ class RoundLanes:
         options = {**ARMS[arm.removesuffix(ONE_ROUND)], **settings.training}
         if arm.endswith(ONE_ROUND):
             options["max_steps"] = settings.max_steps * settings.num_rounds
+        start = self.policy(arm, 0 if settings.reference == "first" else number - 1)
         command = [
-            *program("train_mpo.py"), "--config", settings.train, "--model", str(self.policy(arm, number - 1)),
+            *program("train_mpo.py"), "--config", settings.train, "--model", str(start),
             "--data", ",".join(map(str, sources)), "--image_root", settings.image_root,
             "--seed", str(42 + settings.seed + ROUND_SEED * (number - 1)),
             "--output_dir", str(folder / "train"), "--model_dir", str(folder / "model"),
             "--reference_cache", str(self.out / "reference"), *words(options),
         ]  # fmt: skip
-        if settings.reference == "first" and number > 1:
-            command += ["--reference_model", settings.model]
         name = f"{arm}.round_{number}.train"
         return Stage(name, f"{arm}, round {number}", command, folder / "model" / "config.json",
                      (run_file(settings.train),))  # fmt: skip

@@ -17,7 +17,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "bco": {"preference": "none", "generation": "none", "quality_weight": 1},
 }
 ONE_ROUND = "_one_round"  # an arm with this ending does all its steps in one round
-OWN = ("model", "data", "image_root", "output_dir", "model_dir", "reference_cache", "reference_model", "seed")
+OWN = ("model", "data", "image_root", "output_dir", "model_dir", "reference_cache", "seed")
 
 
 @dataclass(kw_only=True)
@@ -49,7 +49,9 @@ class RoundsSettings:
     ratio: float = setting(0.5, help="share of a description that Dropout-NTP keeps")
     fixed_pairs: list[str] = setting([], help="pairs made elsewhere (MMPR, votes.jsonl), a share of every round")
     fixed_share: float = setting(0.2, help="share of fixed pairs among the pairs of a round")
-    reference: Literal["round", "first"] = setting("round", help="policy before the round, or the first model")
+    reference: Literal["round", "first"] = setting(
+        "round", help="what a round trains, and its reference: the policy before it, or the first model anew"
+    )
     train: str = setting("configs/mini.yaml", help="run file of the training runs of a round")
     training: dict = setting({}, help="settings that differ from it, {key: value}")
     sampling: dict = setting({}, help="further settings of the sampling programs, {key: value}")
