@@ -177,6 +177,25 @@ def test_a_figure_is_drawn_where_something_varies(plan, tmp_path):
     assert (tmp_path / "images" / "ablation_guesses.png").stat().st_size > 5000
 
 
+def test_the_page_shows_the_last_evaluation_of_every_log_beside_what_was_measured(plan, tmp_path):
+    lanes = Lanes(plan, tmp_path / "out")
+    for seed, change in ((0, -0.5), (1, 0.25)):
+        finish(lanes, Cell("mpo", seed=seed), [1, 0, 0, 1 - seed])
+        folder = lanes.measured(Cell("mpo", seed=seed)).parent / "model_run"
+        folder.mkdir()
+        held_out = {"eval_nll": 1.0, "eval_logps/chosen_change": change, "eval_logps/rejected_change": -1.0,
+                    "eval_rewards/accuracy": 0.8, "eval_rewards/margin": 0.5}  # fmt: skip
+        lines = [{"step": 1, "logps/chosen_change": 0.1}, {**held_out, "eval_rewards/margin": 9.0}, held_out]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    page = tmp_path / "ablation.md"
+    page.write_text("<!-- signs: main --><!-- /signs -->", encoding="utf-8")
+    write_page(page, tmp_path / "images", plan, Results(lanes, 2))
+    text = page.read_text(encoding="utf-8")
+    wanted = "| MPO | -0.50 to +0.25 | -1.00 | 0.80 | 0.50 | 25.0 to 50.0 | 0.0% | 0.0% | 2 |"
+    assert wanted in text
+    assert "](images/ablation_signs.png)" in text and (tmp_path / "images" / "ablation_signs.png").exists()
+
+
 def test_the_page_says_what_cells_and_worlds_took_where_that_is_on_record(plan, tmp_path):
     lanes = Lanes(plan, tmp_path)
     assert cost_text(plan, lanes).endswith("none of 13 models, trained and measured.")

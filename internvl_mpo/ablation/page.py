@@ -7,6 +7,7 @@ from internvl_mpo.ablation.costs import cost_text
 from internvl_mpo.ablation.figures import draw
 from internvl_mpo.ablation.plan import Group, Plan
 from internvl_mpo.ablation.results import PER_MODEL, PER_QUESTION, Results, Row, missing_text
+from internvl_mpo.ablation.signs import draw_signs, signs_table
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_writer
 
@@ -23,7 +24,8 @@ NAMES = {
 def write_page(path: Path, images: Path, plan: Plan, results: Results) -> list[str]:
     """Fill every `<!-- results: GROUP -->` of a page with the table of the group, and draw the figures.
 
-    `<!-- costs -->` gets the processor time that worlds and models took.
+    `<!-- costs -->` gets the processor time that worlds and models took, `<!-- signs: GROUP -->` what the logs of the
+    group's runs said.
 
     Args:
         path: the page; what stands outside the marks is kept.
@@ -51,6 +53,12 @@ def write_page(path: Path, images: Path, plan: Plan, results: Results) -> list[s
     text = re.sub(r"<!-- results: ([\w-]+) -->.*?<!-- /results -->", fill, text, flags=re.DOTALL)
     costs = f"<!-- costs -->\n{cost_text(plan, results.lanes)}\n<!-- /costs -->"
     text = re.sub(r"<!-- costs -->.*?<!-- /costs -->", lambda _: costs, text, flags=re.DOTALL)
+    text = re.sub(
+        r"<!-- signs: ([\w-]+) -->.*?<!-- /signs -->",
+        lambda found: f"<!-- signs: {found[1]} -->\n{_signs(known[found[1]], images, path, results)}\n<!-- /signs -->",
+        text,
+        flags=re.DOTALL,
+    )
     with atomic_writer(path) as out:
         out.write(text)
     return shown
@@ -64,6 +72,15 @@ def _section(group: Group, images: Path, page: Path, plan: Plan, results: Result
         parts.append(f"![{group.title}]({figure.relative_to(page.parent).as_posix()})")
     parts.append(missing_text(missing, group.name))
     return "\n\n".join(part for part in parts if part)
+
+
+def _signs(group: Group, images: Path, page: Path, results: Results) -> str:
+    rows = {show(row): row for row in results.rows(group)[0] if row.cell.method != "start"}
+    if not rows:
+        return "Not run yet."
+    picture = images / "ablation_signs.png"
+    draw_signs(rows, results.lanes, picture)
+    return f"{signs_table(rows, results.lanes)}\n\n![chosen_change over the steps]({picture.relative_to(page.parent)})"
 
 
 def table(group: Group, rows: list[Row], results: Results) -> str:
