@@ -306,7 +306,19 @@ def test_every_family_has_a_tiny_model_here():
     [
         ({"model_type": "blip_2"}, "model_type 'blip_2', expected one of 'internvl_chat', 'internvl'"),
         ({"model_type": "internvl", "text_config": {"model_type": "gpt_oss"}}, "language model of type 'gpt_oss'"),
-        ({"model_type": "gemma3"}, "model_type 'gemma3'"),
+        (
+            {"model_type": "gemma3"},
+            "'gemma3' .its attention goes in both directions.*, expected one of 'internvl_chat'",
+        ),
+        (
+            {"model_type": "internvl_chat", "llm_config": {"architectures": ["Qwen3MoeForCausalLM"]}},
+            "language model Qwen3MoeForCausalLM is not supported.*checkpoint in the -hf layout",
+        ),
+        ({"model_type": "llava_qwen"}, "'llava_qwen' .that is the layout of its authors' own code.* under llava-hf"),
+        (
+            {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "mm_hidden_size": 1024},
+            "class LlavaLlamaForCausalLM is its authors",
+        ),
         (
             {"model_type": "llava", "text_config": {"model_type": "mistral", "sliding_window": 4096}},
             "attends to its last 4096 tokens only",

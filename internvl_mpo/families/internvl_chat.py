@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.contract import Family, Message, Part, PictureCost, Prompt
 from internvl_mpo.packing import Group, Pack
 
@@ -30,6 +31,17 @@ class InternVLChat(Family):
         "language model": (".language_model.",),
     }
     keep_wide = ("vision_model", "mlp1", "language_model.output", "lm_head")
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        from modeling_internvl_mpo.configuration_internvl_mpo import LANGUAGE_MODELS
+
+        kinds = (config.get("llm_config") or {}).get("architectures") or ()
+        if kinds and kinds[0] not in LANGUAGE_MODELS:
+            way = "; its checkpoint in the -hf layout is trained as family 'internvl'" if "Moe" in kinds[0] else ""
+            raise BadInputError(
+                f"InternVL chat with the language model {kinds[0]} is not supported; expected one of "
+                f"{', '.join(LANGUAGE_MODELS)}{way}"
+            )
 
     def load_processor(self, source: str) -> Any:
         from modeling_internvl_mpo import InternVLChatProcessor

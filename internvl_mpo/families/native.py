@@ -52,6 +52,14 @@ class NativeFamily(Family):
     # --- before anything heavy ----------------------------------------------------------------------------------------
 
     def check_config(self, config: Mapping[str, Any]) -> None:
+        import transformers
+
+        classes = config.get("architectures") or ()
+        if classes and not set(classes) & set(dir(transformers)):
+            raise BadInputError(
+                f"model_type is '{config.get('model_type')}', but the class {classes[0]} is its authors' code and not "
+                "part of transformers; take the checkpoint that transformers loads (mostly named -hf)"
+            )
         text, vision = config.get("text_config") or config, config.get("vision_config") or {}
         kind = text.get("model_type", self.decoders[0])
         if kind not in (*self.decoders, *self.model_types):

@@ -23,6 +23,17 @@ FAMILIES: tuple[Family, ...] = (
     *(Llava(), LlavaNext(), LlavaOnevision(), Idefics3()),
 )
 
+_BOTH_WAYS = "its attention goes in both directions over picture tokens, and a pack's goes in one"
+_OWN_CODE = "that is the layout of its authors' own code; the one of transformers is mostly published under llava-hf"
+# What is asked for often and cannot be packed, or not as it is: model_type -> the reason.
+REFUSED = {
+    **dict.fromkeys(("gemma3", "gemma3n", "paligemma"), _BOTH_WAYS),
+    **dict.fromkeys(("llava_llama", "llava_mistral", "llava_qwen"), _OWN_CODE),
+    "mllama": "its pictures enter by cross-attention, beside the tokens of a pack",
+    "pixtral": "its pictures keep their shape, and no family here has such a tower",
+    "mistral3": "its pictures keep their shape, and no family here has such a tower",
+}
+
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 _BY_PROCESSOR = {processor: family for family in FAMILIES for processor in family.processors}
 
@@ -60,7 +71,8 @@ def family_of_type(model_type: str | None, where: str) -> Family:
         BadInputError: there is none for it, naming those there are.
     """
     if model_type not in _BY_TYPE:
-        raise BadInputError(f"{where} is of model_type '{model_type}', {_KNOWN}")
+        reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
+        raise BadInputError(f"{where} is of model_type '{model_type}'{reason}, {_KNOWN}")
     return _BY_TYPE[model_type]
 
 
