@@ -1,9 +1,11 @@
 """Two ranks, text-only rows among rows with pictures: the losses and the folder of one process, for other families too.
 
-pytest tests/test_families_distributed.py
+pytest tests/test_families_distributed.py                                    two families, as the suite does
+FAMILIES="qwen3_vl idefics3" pytest tests/test_families_distributed.py       others of tiny_families.py
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from tiny_world import make_training_pairs
 from internvl_mpo.families.registry import family_of_source
 
 pytest.importorskip("deepspeed")
-TRAINED = ("internvl", "qwen2_5_vl")
+TRAINED = os.environ.get("FAMILIES", "internvl qwen2_5_vl").split()
 ENGINES = ("ddp", "zero2", "zero3")
 # packs of single groups, so that a rank meets packs without pictures while the other has some
 SMALL = ("--max_tokens_per_pack", "400", "--pairs_per_group", "1", "--pairs_per_step", "6")

@@ -105,13 +105,13 @@ def test_liger_patches_internlm2_and_leaves_the_rest_to_its_own_table(monkeypatc
     model = apply_speed_settings(tiny_model("internlm2").train(), speed_settings())
     pack = pack_groups(mixed_groups(model))
     expected = gradient(model, response_logps(model, pack))
-    use_liger_kernels(model.language_model)
+    use_liger_kernels(model.language_model.model)
     for norm in (part for part in model.language_model.modules() if type(part).__name__ == "InternLM2RMSNorm"):
         assert "forward" in vars(norm)
     assert (gradient(model, response_logps(model, pack)) - expected).norm() / expected.norm() < 5e-5
     assert not asked
 
-    qwen = tiny_model("qwen2").language_model
+    qwen = tiny_model("qwen2").language_model.model
     use_liger_kernels(qwen)
     (options,) = asked
     assert options.pop("model") is qwen
@@ -120,7 +120,7 @@ def test_liger_patches_internlm2_and_leaves_the_rest_to_its_own_table(monkeypatc
         **{"cross_entropy": False, "fused_linear_cross_entropy": False},
     }
     with pytest.raises(BadInputError, match="no kernels for a language model of type 'llama'"):
-        use_liger_kernels(tiny_model("llama").language_model)
+        use_liger_kernels(tiny_model("llama").language_model.model)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton kernels need a CUDA GPU")
@@ -131,7 +131,7 @@ def test_liger_kernels_compute_the_same(backbone):
     pack = pack_groups(mixed_groups(plain)).to("cuda")
     expected = response_logps(plain, pack)
     expected_grad = gradient(plain, expected)
-    use_liger_kernels(model.language_model)
+    use_liger_kernels(model.language_model.model)
     logps_R = response_logps(model, pack)
     assert torch.allclose(logps_R, expected, rtol=1e-5, atol=1e-4)
     grad = gradient(model, logps_R)

@@ -34,9 +34,7 @@ def apply_speed_settings(model: nn.Module, settings: Any) -> nn.Module:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if settings.use_liger_kernel:
-        if family_of_model(base).name != "internvl_chat":
-            raise BadInputError("use_liger_kernel is made for InternVL chat models only; leave it out")
-        use_liger_kernels(base.language_model)
+        use_liger_kernels(family_of_model(base).decoder(base))
     attach_scoring(model, attention=settings.packed_attention, plain_twin=settings.plain_twin)
     checkpoint_parts(base, vision=settings.checkpoint_vision, language=settings.checkpoint_language)
     return model
@@ -61,14 +59,15 @@ def check_speed_settings(settings: Any) -> None:
         raise BadInputError("use_liger_kernel needs a CUDA GPU, and torch finds none here; leave it out")
 
 
-def use_liger_kernels(language_model: nn.Module) -> None:
+def use_liger_kernels(decoder: nn.Module) -> None:
     """Replace RMS norm, rotary embedding and SwiGLU of a language model with Liger's Triton kernels.
 
-    Liger patches the models of transformers itself. InternLM2 is ours: its norms and its SwiGLU get Liger's functions;
-    its rotary embedding is a single fused addcmul that keeps nothing for the backward pass, and stays.
+    Liger patches the models of transformers itself, those inside image-text models as well; vision towers stay as they
+    are. InternLM2 is ours: its norms and its SwiGLU get Liger's functions; its rotary embedding is a single fused
+    addcmul that keeps nothing for the backward pass, and stays.
 
     Args:
-        language_model: InternLM2, Llama, Phi3, Qwen2 or Qwen3 with its head.
+        decoder: the decoder layers with their final norm, of any family.
 
     Raises:
         BadInputError: Liger does not know the architecture.
@@ -77,7 +76,7 @@ def use_liger_kernels(language_model: nn.Module) -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    kind = language_model.config.model_type
+    kind = decoder.config.model_type
     if kind != "internlm2":
         if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
             raise BadInputError(
@@ -85,8 +84,7 @@ def use_liger_kernels(language_model: nn.Module) -> None:
             )
         # The head has its own memory-saving path here, so Liger's losses stay out.
         _apply_liger_kernel_to_instance(
-            model=language_model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False,
-            fused_linear_cross_entropy=False,
+            model=decoder, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False,
         )  # fmt: skip
         return
 
@@ -96,11 +94,11 @@ def use_liger_kernels(language_model: nn.Module) -> None:
     def swiglu(mlp: nn.Module, hidden_states: Tensor) -> Tensor:
         return mlp.w2(LigerSiLUMulFunction.apply(mlp.w1(hidden_states), mlp.w3(hidden_states)))
 
-    for layer in language_model.model.layers:
+    for layer in decoder.layers:
         layer.attention_norm.forward = types.MethodType(rms_norm, layer.attention_norm)
         layer.ffn_norm.forward = types.MethodType(rms_norm, layer.ffn_norm)
         layer.feed_forward.forward = types.MethodType(swiglu, layer.feed_forward)
-    language_model.model.norm.forward = types.MethodType(rms_norm, language_model.model.norm)
+    decoder.norm.forward = types.MethodType(rms_norm, decoder.norm)
 
 
 def checkpoint_parts(model: nn.Module, *, vision: bool, language: bool) -> None:
