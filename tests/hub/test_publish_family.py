@@ -6,12 +6,13 @@ pytest tests/hub/test_publish_family.py
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
-from loopback import LoopbackHub
+from huggingface_hub import HfApi, ModelCard
+from loopback import WRITER, LoopbackHub
 from PIL import Image
 from published import make_run, run_as_stranger
 from safetensors.torch import load_file, save_file
@@ -167,3 +168,20 @@ def make_adapter(base: Path, folder: Path) -> Path:
             parameter.data.normal_(0.0, 0.2)
     adapted.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.slow
+def test_a_space_shows_models_of_a_family(hub: LoopbackHub, qwen: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """The app is started from the folder that goes to the Hub, fetches both models there, and is asked a question."""
+    monkeypatch.setattr("time.sleep", lambda seconds: threading.Event().wait(seconds))  # the app needs its time
+    api = HfApi(endpoint=hub.url, token=WRITER)
+    for name in ("ada/tiny-qwen", "ada/tiny-qwen-mpo"):
+        api.create_repo(name)
+        api.upload_folder(repo_id=name, folder_path=qwen)
+    models = ["--base", "ada/tiny-qwen", "--mpo", "ada/tiny-qwen-mpo"]
+    options = ["--output", str(tmp_path / "space"), "--environment", "borrowed", "--ask", "--timeout", "600"]
+    assert main(["space", *models, *options]) == 0
+    assert "both models answered" in capsys.readouterr().out
+    card = (tmp_path / "space" / "README.md").read_text()
+    assert "# tiny-qwen before and after MPO" in card
+    assert (tmp_path / "space" / "internvl_mpo" / "families" / "qwen2_vl.py").is_file()
