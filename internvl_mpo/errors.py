@@ -65,6 +65,13 @@ def run_program(main: Callable[[list[str]], int | None], argv: list[str] | None 
         if str(stopped):
             print(stopped, file=sys.stderr)
         return EXIT_STOPPED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(f"error: the disk is full{where}; what is done stays, free some space and the same command goes on",
+              file=sys.stderr)  # fmt: skip
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; finished work is kept, the same command goes on from there", file=sys.stderr)
         return 130

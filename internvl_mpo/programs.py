@@ -16,7 +16,6 @@ HOME = _PACKAGE / "checkout" if INSTALLED else PACKAGES
 # name of the command -> (program below HOME, or a module of the package after -m; what it does)
 COMMANDS = {
     "quickstart": ("-m internvl_mpo.quickstart", "the whole path on handwritten digits: no GPU, nothing to download"),
-    "rounds": ("-m internvl_mpo.rounds", "sample, judge, pair, train and evaluate in rounds"),
     "train": ("train_mpo.py", "train with Mixed Preference Optimization"),
     "evaluate": ("evaluate_mpo.py", "answer the questions of benchmarks, then score; also `compare` and `card`"),
     "demo": ("app.py", "base and MPO side by side in a browser"),
@@ -25,11 +24,13 @@ COMMANDS = {
     "ntp-pairs": ("dataset_scripts/build_dropout_ntp_pairs.py", "responses -> preference pairs by Dropout-NTP"),
     "judged-pairs": ("dataset_scripts/build_judged_pairs.py", "responses -> preference pairs, by a judge's ratings"),
     "verify": ("dataset_scripts/verify_pairs.py", "keep the pairs a judge agrees with"),
+    "rounds": ("-m internvl_mpo.rounds", "sample, judge, pair, train and evaluate in rounds"),
     "check": ("dataset_scripts/check_mmpr.py", "what is wrong with preference data, and benchmark questions in it"),
     "convert": ("dataset_scripts/convert_mmpr.py", "an MMPR release -> Parquet, and back"),
     "convert-model": ("-m internvl_mpo.convert", "a checkpoint, official layout <-> HF-native layout"),
     "publish": ("-m internvl_mpo.publish", "a model, a data set or the demo to the Hub, proved first"),
     "serve": ("-m internvl_mpo.engines.serve", "a model as a chat server"),
+    "with-server": ("-m internvl_mpo.engines.with_server", "run a program beside servers of a model, any server"),
     "memory": ("-m internvl_mpo.memory_estimate", "GPU memory of a training run, before a GPU is rented"),
     "replay": ("-m internvl_mpo.replay", "repeat a training step that was not finite"),
     "mini": ("-m internvl_mpo.mini", "the small world of handwritten digits, its start model, its MMPR release"),

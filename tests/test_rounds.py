@@ -1,6 +1,10 @@
 """Rounds: which questions are asked, when an arm stops, what is shared, kept, removed and drawn; nothing done twice."""
 
+import errno
 import json
+import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +116,20 @@ def test_votes_of_the_demo_are_fixed_pairs(tmp_path):
     assert main(["mix", *words, "--output", str(tmp_path / "mixed")]) == 0
     (row,) = iter_pairs(tmp_path / "mixed")
     assert row.pair.rule == "vote"
+
+
+def test_pictures_of_fixed_pairs_may_lie_in_the_image_root_of_the_questions(tmp_path, capsys):
+    (tmp_path / "root").mkdir()
+    (picture,) = make_pictures(tmp_path / "root", 1)
+    pair = {"image": Path(picture).name, "question": "What?", "chosen": "Red.", "rejected": "Blue.", "rule": "judged"}
+    write_jsonl([pair], tmp_path / "judged.jsonl")
+    write_jsonl([{"id": "1"}], tmp_path / "own.jsonl")
+    words = ["--pairs", str(tmp_path / "own.jsonl"), "--fixed", str(tmp_path / "judged.jsonl")]
+    assert run_program(main, ["mix", *words, "--output", str(tmp_path / "mixed")]) == 2
+    assert "cannot read image '0.png'" in capsys.readouterr().err
+    assert main(["mix", *words, "--output", str(tmp_path / "mixed"), "--image_root", str(tmp_path / "root")]) == 0
+    (row,) = iter_pairs(tmp_path / "mixed")
+    assert Path(row.image_root, row.pair.images[0]).read_bytes() == Path(picture).read_bytes()
 
 
 def test_pairs_drawn_before_come_again_only_when_no_other_is_left():
@@ -230,6 +248,14 @@ def test_one_round_has_as_many_steps_as_all_rounds_and_the_first_model_can_be_tr
     assert lanes.settings.rounds_of("mpo_one_round") == 1
 
 
+def test_a_launcher_stands_in_front_of_the_training_program_alone(given):
+    lanes = RoundLanes(settings_of(given, launcher="torchrun --nproc_per_node 8"))
+    train, evaluate = lanes.all_of("mpo", 1)
+    assert train.command[:3] == ["torchrun", "--nproc_per_node", "8"]
+    assert train.command[3].endswith("train_mpo.py")
+    assert "torchrun" not in evaluate.command
+
+
 def test_seeds_and_temperatures_move_with_the_rounds(given):
     lanes = RoundLanes(settings_of(given, num_rounds=3, temperatures="1.0,0.8"))
     commands = [next(s.command for s in lanes.before("mpo", 3) + lanes.all_of("mpo", 3) if s.name.endswith(name))
@@ -319,3 +345,54 @@ def test_the_quickstart_is_a_round_that_asks_all_questions_in_file_order(given, 
         differing = [(mine, word) for mine, word in zip(own[stage.name], stage.command, strict=True) if mine != word]
         assert all(Path(mine).name == Path(word).name for mine, word in differing)
         assert len(differing) == (stage.name in ("responses", "open_responses"))
+
+
+# --- on a cluster, and on a full disk ---------------------------------------------------------------------------------
+
+
+def stub(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(("#!/usr/bin/env bash", *lines)), encoding="utf-8")
+    path.chmod(0o755)
+
+
+def test_a_slurm_job_whose_time_is_up_ends_its_whole_group_and_asks_for_its_place_again(tmp_path):
+    stub(tmp_path / "scontrol", f'echo "$@" > {tmp_path / "asked"}')
+    stub(
+        tmp_path / "python",
+        f'echo "$@" > {tmp_path / "words"}',
+        "sleep 60 &",
+        f"echo $! > {tmp_path / 'child'}",
+        "wait",
+    )
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"),
+                   "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}  # fmt: skip
+    script = Path(__file__).parents[1] / "runs" / "rounds.slurm"
+    job = subprocess.Popen(["bash", str(script), "my.yaml", "--num_rounds", "4"], env=environment)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "child").exists() and (tmp_path / "child").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(30) == 0
+    assert (tmp_path / "asked").read_text().split() == ["requeue", "7"]
+    assert (tmp_path / "words").read_text().split() == [
+        "-m", "internvl_mpo.rounds", "--config", "my.yaml", "--num_rounds", "4"
+    ]  # fmt: skip
+    child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/status")
+    assert not child.exists() or "(zombie)" in child.read_text()
+
+
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(given, tmp_path, monkeypatch, capsys):
+    run = Runner({"mpo": [60.0]})
+    monkeypatch.setattr("internvl_mpo.rounds.__main__.Loop", lambda settings: Loop(settings, run))
+    config = tmp_path / "rounds.yaml"
+    config.write_text(yaml.safe_dump({**given, "num_rounds": 1}))
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out" / "results.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr("internvl_mpo.rounds.loop.results", lambda *given: (_ for _ in ()).throw(full))
+        assert run_program(main, ["--config", str(config)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "the disk is full at" in error[0]
+    done = len(run.ran)
+    assert run_program(main, ["--config", str(config)]) == 0
+    assert len(run.ran) == done

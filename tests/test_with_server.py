@@ -11,7 +11,9 @@ import pytest
 from tiny_world import make_model_folder
 
 from internvl_mpo.engines.http_engine import HttpEngine
+from internvl_mpo.engines.internvl_engine import InternVLEngine
 from internvl_mpo.engines.revision import model_revision, why_other
+from internvl_mpo.engines.serve import BatchServer
 from internvl_mpo.engines.with_server import main, server_command
 from internvl_mpo.errors import BadInputError, run_program
 
@@ -156,6 +158,14 @@ def test_a_server_with_another_revision_is_refused_before_it_is_asked(serve, mod
     with pytest.raises(BadInputError, match=rf"has loaded revision \w+, not \w+, and {new} is to answer"):
         HttpEngine(server.url, "policy", served_from=str(new))
     assert HttpEngine(server.url, "policy", served_from=str(old)).revision == model_revision(str(old))
+
+
+def test_our_own_server_tells_what_it_has_loaded(serve, models):
+    old, new = models
+    server = serve(BatchServer(InternVLEngine(old), "policy"))
+    assert HttpEngine(server.url, "policy", served_from=str(old)).revision == model_revision(str(old))
+    with pytest.raises(BadInputError, match="has loaded revision"):
+        HttpEngine(server.url, "policy", served_from=str(new))
 
 
 def test_every_one_of_several_servers_is_looked_at(serve, models):

@@ -29,6 +29,7 @@ class MixSettings:
 
     pairs: list[str] = setting(help="JSONL files with the pairs of the round")
     fixed: list[str] = setting(help="pairs to draw from: MMPR releases, JSONL, Parquet, hub:..; see train_mpo.py")
+    image_root: str = setting("", help="folder of pictures that do not lie beside their JSONL file")
     share: float = setting(0.2, help="share of drawn pairs among all")
     output: str = setting(help="folder to write")
     drawn: list[str] = setting([], help="folders of earlier rounds; their pairs are drawn again when no other is left")
@@ -54,7 +55,7 @@ def mix(settings: MixSettings) -> None:
     files = [path for folder in settings.drawn for path in Path(folder).glob("*.jsonl")]
     chosen = draw(list(rows), {row["id"] for path in files for _, row in iter_jsonl(path)}, wanted, settings.seed)
     with replaced_folder(settings.output) as folder:
-        _write([rows[id] for id in chosen], folder)
+        _write([rows[id] for id in chosen], folder, Path(settings.image_root))
     print(f"{len(chosen)} of {len(rows)} fixed pairs beside {num_own} of the round -> {settings.output}")
 
 
@@ -64,7 +65,7 @@ def draw(ids: Sequence[str], drawn: set[str], count: int, seed: int) -> list[str
     return order[:count]
 
 
-def _write(rows: Iterable[PairRow], folder: Path) -> None:
+def _write(rows: Iterable[PairRow], folder: Path, other_root: Path) -> None:
     """Write a subset for each cap on the tiles."""
     subsets: dict[str, list[PairRow]] = {}
     for row in rows:
@@ -73,7 +74,7 @@ def _write(rows: Iterable[PairRow], folder: Path) -> None:
     pictures.mkdir()
     meta = {}
     for name, members in subsets.items():
-        pairs = (replace(row.pair, images=tuple(_copy(row, image, pictures) for image in row.pair.images))
+        pairs = (replace(row.pair, images=tuple(_copy(row, image, pictures, other_root) for image in row.pair.images))
                  for row in members)  # fmt: skip
         write_rows(pairs, folder / f"{name}.jsonl")
         caps = {"max_dynamic_patch": members[0].max_tiles} if members[0].max_tiles else {}
@@ -81,11 +82,14 @@ def _write(rows: Iterable[PairRow], folder: Path) -> None:
     write_meta(folder / "meta.json", meta)
 
 
-def _copy(row: PairRow, image: str, folder: Path) -> str:
+def _copy(row: PairRow, image: str, folder: Path, other_root: Path) -> str:
     """Copy a picture, on disk or in an archive, under a name made of its content; return the name."""
     try:
-        in_archive = not isinstance(row.image_root, (str, Path))
-        content = row.image_root.read(image) if in_archive else Path(row.image_root, image).read_bytes()
+        if isinstance(row.image_root, (str, Path)):
+            own, other = Path(row.image_root, image), other_root / image
+            content = (other if other.is_file() and not own.is_file() else own).read_bytes()
+        else:
+            content = row.image_root.read(image)
     except OSError as error:
         raise BadInputError(f"{row.where}: cannot read image '{image}': {error.strerror}") from error
     name = hashlib.sha256(content).hexdigest()[:20] + PurePosixPath(image).suffix

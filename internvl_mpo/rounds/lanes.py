@@ -7,6 +7,7 @@ OUT/ARM/round_2/model/      its policy; train/ and eval/ beside it
 OUT/reference/              reference log-probs of all rounds
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -226,6 +227,7 @@ class RoundLanes:
         command = [
             *program("-m internvl_mpo.rounds"), "mix", "--pairs", ",".join(map(str, self._own_pairs(data))),
             "--fixed", ",".join(settings.fixed_pairs), "--share", str(settings.fixed_share),
+            "--image_root", settings.image_root,
             "--output", str(data / "fixed"), "--seed", str(settings.seed + ROUND_SEED * (number - 1)),
         ]  # fmt: skip
         drawn = [str(self.data(arm, earlier) / "fixed") for earlier in range(1, number)]
@@ -245,8 +247,9 @@ class RoundLanes:
         if arm.endswith(ONE_ROUND):
             options["max_steps"] = settings.max_steps * settings.num_rounds
         start = self.policy(arm, 0 if settings.reference == "first" else number - 1)
+        python, script = program("train_mpo.py")
         command = [
-            *program("train_mpo.py"), "--config", settings.train, "--model", str(start),
+            *(shlex.split(settings.launcher) or [python]), script, "--config", settings.train, "--model", str(start),
             "--data", ",".join(map(str, sources)), "--image_root", settings.image_root,
             "--seed", str(42 + settings.seed + ROUND_SEED * (number - 1)),
             "--output_dir", str(folder / "train"), "--model_dir", str(folder / "model"),

@@ -54,6 +54,7 @@ class RoundsSettings:
     )
     train: str = setting("configs/mini.yaml", help="run file of the training runs of a round")
     training: dict = setting({}, help="settings that differ from it, {key: value}")
+    launcher: str = setting("", help="words in front of train_mpo.py, as torchrun --nproc_per_node 8; empty is python")
     sampling: dict = setting({}, help="further settings of the sampling programs, {key: value}")
     evaluation: dict = setting({}, help="further settings of evaluate_mpo.py, {key: value}")
     serve: str = setting("", help="command of an OpenAI-compatible server with {model}, {port}, started to sample from")
