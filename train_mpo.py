@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from internvl_mpo.errors import BadInputError, StoppedError, run_program
 from internvl_mpo.files import replaced_folder
-from internvl_mpo.mmpr.pairs import PairRow
-from internvl_mpo.mmpr.reading import forms_found, iter_pairs
-from internvl_mpo.records import RowError, content_id
+from internvl_mpo.mmpr.reading import forms_found
+from internvl_mpo.records import content_id
 from internvl_mpo.settings import show_settings, write_settings
 from internvl_mpo.training.checkpoint import SETTINGS_FILE, check_run_folder, read_state, run_folder
 from internvl_mpo.training.finished import (
@@ -32,7 +31,7 @@ from internvl_mpo.training.finished import (
     write_finished,
 )
 from internvl_mpo.training.first_look import look_at_arguments
-from internvl_mpo.training.pairs import TrainingPairs, check_pairs, hold_out, plan
+from internvl_mpo.training.pairs import TrainingPairs, hold_out, plan, read_pairs
 from internvl_mpo.training.signals import StopSignals
 
 if TYPE_CHECKING:  # what imports transformers is imported where it is used, after the cheap refusals
@@ -58,8 +57,8 @@ def run(settings: "TrainSettings", signals: StopSignals) -> int:
     """Run the chapters below in order."""
     checkpoint = choose_checkpoint(settings)
     processor = load_processor(settings)
-    rows, rejects = read_pairs(settings)
-    pairs, held_out = hold_out(settings.held_out_share, check_pairs(settings, processor, rows, rejects))
+    show_forms(settings)
+    pairs, held_out = hold_out(settings.held_out_share, read_pairs(settings, processor))
     settings, pairs = plan(settings, pairs)
     identity = identify(settings, processor)
     fingerprint = {"data": pairs.digest(), **identity, **settings.exact()}
@@ -119,21 +118,10 @@ def choose_checkpoint(settings: "TrainSettings") -> str | None:
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def read_pairs(settings: "TrainSettings") -> tuple[list[PairRow], list[RowError]]:
-    """Return the rows and those that could not be read."""
-    from tqdm import tqdm
-
-    rows, rejects = [], []
-    with tqdm(desc="reading pairs", unit="pair", delay=1, disable=settings.process_index != 0) as bar:
-        for path in settings.data:
-            if settings.process_index == 0:
-                print(forms_found(path, settings.image_root), flush=True)
-            for row in iter_pairs(path, settings.image_root):
-                (rejects if isinstance(row, RowError) else rows).append(row)
-                bar.update()
-    if not rows and not rejects:
-        raise BadInputError(f"{', '.join(settings.data)} holds no preference pair")
-    return rows, rejects
+def show_forms(settings: "TrainSettings") -> None:
+    """Print in which forms the rows of each file of the data are written."""
+    for path in settings.data if settings.process_index == 0 else ():
+        print(forms_found(path, settings.image_root), flush=True)
 
 
 def is_over(settings: "TrainSettings", pairs: TrainingPairs, fingerprint: dict[str, Any]) -> bool:
@@ -173,9 +161,9 @@ def show_memory(settings: "TrainSettings", pairs: TrainingPairs) -> None:
     run = {**vars(settings), "optim": str(getattr(settings.optim, "value", settings.optim))}
     plugin = settings.deepspeed_plugin
     run["deepspeed"] = plugin and plugin.hf_ds_config.config
-    longest = max(size.num_tokens for size in pairs.sizes)
+    longest = int(pairs.column("num_tokens").max())
     tokens = min(settings.max_tokens_per_pack, settings.pairs_per_step * longest)
-    densest = max(size.num_tiles / size.num_tokens for size in pairs.sizes)  # a pack of the pairs with most pictures
+    densest = float((pairs.column("num_tiles") / pairs.column("num_tokens")).max())  # a pack with most pictures
     setup = Setup(
         **{
             **setup_of_run(run),
@@ -333,7 +321,7 @@ def reference_logps(
     cache = ReferenceCache(
         settings.reference_cache or Path(settings.output_dir) / "reference",
         identity,
-        {row.pair.id: row.digest for row in pairs.rows},
+        pairs.digests,
     )
     missing = set(cache.missing())
     if settings.world_size > 1:  # nobody writes before all have read, so that all agree on what is missing

@@ -7,6 +7,7 @@ answer is scored with it. What cannot be trained on is refused with a `RowError`
 
 import hashlib
 import io
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 from PIL import ExifTags, Image
 
-from internvl_mpo.families.contract import Family
+from internvl_mpo.families.contract import Family, PictureCost
 from internvl_mpo.families.registry import family_of_processor
 from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.packing import Group, tree_tokens
@@ -86,7 +87,7 @@ def encode_group(
         ValueError: the pairs do not share images and question.
     """
     family = family_of_processor(processor)
-    prompt, where = _prompt(family, processor, pairs)
+    prompt, where = rendered_prompt(family, processor, pairs)
     images = [_open(image_root, name, where) for name in pairs[0].images]
     try:
         encoded = family.encode(processor, prompt, images, _tiles_per_image(max_tiles, len(images)))
@@ -95,7 +96,7 @@ def encode_group(
     finally:
         for image in images:
             image.close()
-    _check_room(len(encoded.ids), max_length, where)
+    check_room(len(encoded.ids), max_length, where)
     responses, indices, _ = _responses(family, processor, pairs, prompt, max_length - len(encoded.ids))
     return Group(
         encoded.ids,
@@ -132,29 +133,63 @@ def measure_group(
         ValueError: as in `encode_group`.
     """
     family = family_of_processor(processor)
-    prompt, where = _prompt(family, processor, pairs)
-    limit = _tiles_per_image(max_tiles, len(pairs[0].images))
-    costs = []
-    for name in pairs[0].images:
-        with _open(image_root, name, where) as image:
-            width, height = _upright_size(image)
-            try:
-                costs.append(family.picture_cost(processor, height, width, len(pairs[0].images), limit))
-            except ValueError as error:
-                raise RowError(f"the prompt cannot be encoded: {error}", where) from error
-            try:
-                check_encodable(image, decode=decode)
-            except ValueError as error:
-                raise RowError(f"image '{name}' cannot be decoded ({error})", where) from error
-    before, *after = prompt.split(family.placeholder(processor))
-    bare = before + "".join(cost.text + text for cost, text in zip(costs, after, strict=True))
-    prompt_tokens = len(family.tokenize(processor, bare)) + sum(cost.left_out for cost in costs)
-    _check_room(prompt_tokens, max_length, where)
+    prompt, where = rendered_prompt(family, processor, pairs)
+    names = pairs[0].images
+    options = {"num_images": len(names), "max_tiles": max_tiles, "decode": decode, "where": where}
+    costs = [picture_cost(family, processor, name, image_root, **options) for name in names]
+    prompt_tokens = len(family.tokenize(processor, short_prompt(family, processor, prompt, costs)))
+    prompt_tokens += sum(cost.left_out for cost in costs)
+    check_room(prompt_tokens, max_length, where)
     responses, _, num_cut = _responses(family, processor, pairs, prompt, max_length - prompt_tokens)
     num_tokens = prompt_tokens + tree_tokens(responses)
+    keys = tuple(map(response_key, responses))
     num_tiles = sum(cost.num_tiles for cost in costs)
-    keys = tuple(map(_key, responses))
     return GroupSize(prompt_tokens, tuple(map(len, responses)), num_tiles, num_cut, num_tokens, keys)
+
+
+def picture_cost(
+    family: Family,
+    processor: Any,
+    name: str,
+    image_root: str | Path | Pictures,
+    *,
+    num_images: int,
+    max_tiles: int,
+    decode: bool,
+    where: str,
+) -> PictureCost:
+    """Return what a picture adds to its prompt, from its header.
+
+    Args:
+        family: of the processor.
+        processor: as in `encode_group`.
+        name: path of the picture.
+        image_root: as in `encode_group`.
+        num_images: pictures of the prompt.
+        max_tiles: as in `encode_group`.
+        decode: as in `measure_group`.
+        where: names the pair in messages.
+
+    Raises:
+        RowError: the picture is missing or damaged, or refused by the processor.
+    """
+    with _open(image_root, name, where) as image:
+        width, height = _upright_size(image)
+        try:
+            cost = family.picture_cost(processor, height, width, num_images, _tiles_per_image(max_tiles, num_images))
+        except ValueError as error:
+            raise RowError(f"the prompt cannot be encoded: {error}", where) from error
+        try:
+            check_encodable(image, decode=decode)
+        except ValueError as error:
+            raise RowError(f"image '{name}' cannot be decoded ({error})", where) from error
+    return cost
+
+
+def short_prompt(family: Family, processor: Any, prompt: str, costs: Sequence[PictureCost]) -> str:
+    """Return a rendered prompt with its pictures in place, each run of picture tokens written as one token."""
+    before, *after = prompt.split(family.placeholder(processor))
+    return before + "".join(cost.text + text for cost, text in zip(costs, after, strict=True))
 
 
 def pair_size(size: GroupSize) -> PairSize:
@@ -168,20 +203,35 @@ def pair_size(size: GroupSize) -> PairSize:
     return PairSize(size.prompt_tokens, chosen, rejected, size.tiles, size.cut_responses, stem, *size.response_keys)
 
 
-def _key(response: Sequence[int]) -> int:
-    return int.from_bytes(hashlib.blake2b(str(response).encode(), digest_size=7).digest(), "big")
+def response_key(response: Sequence[int]) -> int:
+    """Return a number below 2 ** 56 that tells a response, as token ids, from others."""
+    return int.from_bytes(hashlib.blake2b(array("q", response).tobytes(), digest_size=7).digest(), "big")
 
 
-def _prompt(family: Family, processor: Any, pairs: Sequence[PreferencePair]) -> tuple[str, str]:
-    """Return the rendered prompt, images not expanded, and the words that name the first pair in messages."""
-    if len({pair.group_key for pair in pairs}) != 1:
+def rendered_prompt(
+    family: Family, processor: Any, pairs: Sequence[PreferencePair], reserved: Iterable[str] | None = None
+) -> tuple[str, str]:
+    """Return the rendered prompt, images not expanded, and the words that name the first pair in messages.
+
+    Args:
+        family: of the processor.
+        processor: as in `encode_group`.
+        pairs: as in `encode_group`.
+        reserved: `family.reserved(processor)` where it is at hand.
+
+    Raises:
+        RowError: a text spells out a control token, or pictures and their places differ in number.
+        ValueError: as in `encode_group`.
+    """
+    if len(pairs) > 1 and len({pair.group_key for pair in pairs}) != 1:
         raise ValueError("a group needs pairs with the same images and question")
+    reserved = family.reserved(processor) if reserved is None else reserved
     first, where = pairs[0], f"pair {pairs[0].id}"
     turns = [*first.history, (first.question, "")]
-    _check_text(family, processor, "system", first.system or "", where)
+    check_text(processor.tokenizer, reserved, "system", first.system or "", where)
     for asked, answer in turns:
-        _check_text(family, processor, "question", asked, where)
-        _check_text(family, processor, "history", answer, where)
+        check_text(processor.tokenizer, reserved, "question", asked, where)
+        check_text(processor.tokenizer, reserved, "history", answer, where)
     num_images, marks = len(first.images), sum(asked.count(IMAGE_PLACEHOLDER) for asked, _ in turns)
     if num_images == 1 and not marks:
         turns[0] = f"{IMAGE_PLACEHOLDER}\n{turns[0][0]}", turns[0][1]
@@ -196,16 +246,31 @@ def _prompt(family: Family, processor: Any, pairs: Sequence[PreferencePair]) -> 
     return prompt, where
 
 
-def _check_text(family: Family, processor: Any, key: str, text: str, where: str) -> None:
-    """Refuse a text that would be read as more than its words: control tokens, or a place for a picture outside the
-    questions, where the family knows one.
+def check_text(tokenizer: Any, reserved: Iterable[str], key: str, text: str, where: str) -> None:
+    """Refuse a text that would be read as more than its words, or that is none.
+
+    Args:
+        tokenizer: its control tokens are refused.
+        reserved: what stands for pictures, see `Family.reserved`; a question may hold `<image>`, other texts only where
+            the family knows it for a word.
+        key: of the text in its row.
+        text: the text.
+        where: names the pair in messages.
+
+    Raises:
+        RowError: naming the token.
     """
-    marks = set(family.reserved(processor))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"half a surrogate pair (U+{ord(text[error.start]):04X})"
+        raise RowError(f"'{key}' holds {half}, which is no text; leave it out", where) from error
+    marks = set(reserved)
     if key in ("system", "history"):
         marks.add(IMAGE_PLACEHOLDER)
     elif key == "question":
         marks.discard(IMAGE_PLACEHOLDER)
-    token = find_control_token(processor.tokenizer, text) or next((mark for mark in marks if mark in text), None)
+    token = find_control_token(tokenizer, text) or next((mark for mark in marks if mark in text), None)
     if token is not None:
         raise RowError(f"'{key}' spells out the control token {token}; take it out or spell it otherwise", where)
 
@@ -235,7 +300,8 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def _check_room(num_tokens: int, max_length: int, where: str) -> None:
+def check_room(num_tokens: int, max_length: int, where: str) -> None:
+    """Refuse a prompt that leaves no room for a response."""
     if num_tokens >= max_length:
         raise RowError(f"the prompt has {num_tokens} tokens, no response fits below the limit of {max_length}", where)
 
@@ -255,31 +321,19 @@ def _responses(
     Returns:
         Distinct responses, (chosen, rejected) indices of each pair, number of distinct responses that were cut.
     """
-    tokenizer = processor.tokenizer
-    turn = family.turn(processor)
-    # A special token is a border that no merge crosses: what comes after the last one is all the context there is.
-    header = prompt[max(prompt.rfind(token) for token in [*tokenizer.all_special_tokens, prompt]) :]
-    header_ids = tokenizer(header, add_special_tokens=False)["input_ids"]
-    endings = {tokenizer.convert_ids_to_tokens(turn.end_id), tokenizer.eos_token} - {None}
+    answers = Answers(family, processor)
+    header = answers.header(prompt)
     numbers: dict[tuple[int, ...], int] = {}
     num_cut = 0
 
     def number(text: str, side: str, where: str) -> int:
         nonlocal num_cut
-        text = _without_end(text.strip(), endings)
-        if not text:
-            raise RowError(f"'{side}' is empty", where)
-        _check_text(family, processor, side, text, where)
-        text = turn.lead + text
-        ids = tokenizer(header + text, add_special_tokens=False)["input_ids"]
-        if ids[: len(header_ids)] == header_ids:
-            ids = ids[len(header_ids) :]
-        else:  # the text merges with the header, as a leading newline can; the model starts after the header
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        kept = (*ids, turn.end_id)[:room]
+        text = answers.plain(text, side, where)
+        ids = answers.tokenize(header, [text])[0]
+        kept = tuple(ids[:room])
         if kept not in numbers:
             numbers[kept] = len(numbers)
-            num_cut += len(kept) < len(ids) + 1
+            num_cut += len(kept) < len(ids)
         return numbers[kept]
 
     indices = []
@@ -291,6 +345,74 @@ def _responses(
             raise RowError(f"chosen and rejected are equal in the {room} tokens that the length limit leaves", where)
         indices.append((chosen, rejected))
     return [list(ids) for ids in numbers], indices, num_cut
+
+
+class Answers:
+    """Turns responses into the token ids that are scored, the end-of-turn token included."""
+
+    def __init__(self, family: Family, processor: Any):
+        """Ask the chat template how it joins and ends an answer.
+
+        Args:
+            family: of the processor.
+            processor: as in `encode_group`.
+        """
+        self.tokenizer, self.reserved = processor.tokenizer, family.reserved(processor)
+        self.turn = family.turn(processor)
+        self.specials = list(self.tokenizer.all_special_tokens)
+        self.endings = {self.tokenizer.convert_ids_to_tokens(self.turn.end_id), self.tokenizer.eos_token} - {None}
+
+    def header(self, prompt: str) -> str:
+        """Return the end of a rendered prompt that a response may merge with.
+
+        A special token is a border that no merge crosses: what comes after the last one is all the context there is.
+        """
+        return prompt[max(prompt.rfind(token) for token in [*self.specials, prompt]) :]
+
+    def plain(self, text: str, side: str, where: str) -> str:
+        """Return a response as it is tokenized.
+
+        Args:
+            text: as in the pair.
+            side: "chosen" or "rejected".
+            where: names the pair in messages.
+
+        Raises:
+            RowError: it is empty, or spells out a control token.
+        """
+        text = _without_end(text.strip(), self.endings)
+        if not text:
+            raise RowError(f"'{side}' is empty", where)
+        check_text(self.tokenizer, self.reserved, side, text, where)
+        return self.turn.lead + text
+
+    def tokenize(self, header: str, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text after a header, uncut, with the end-of-turn token.
+
+        Args:
+            header: of their prompt.
+            texts: from `plain`.
+        """
+        first = len(header_ids := token_ids(self.tokenizer, [header], add_special_tokens=False)[0])
+        found = token_ids(self.tokenizer, [header + text for text in texts], add_special_tokens=False)
+        for index, ids in enumerate(found):
+            if ids[:first] == header_ids:
+                found[index] = [*ids[first:], self.turn.end_id]
+            else:  # the text merges with the header, as a leading newline can; the model starts after the header
+                found[index] = [
+                    *token_ids(self.tokenizer, [texts[index]], add_special_tokens=False)[0],
+                    self.turn.end_id,
+                ]
+        return found
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    """Return the ids of some texts, as `tokenizer(texts)` gives them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.padding is None and backend.truncation is None:
+        # without offsets, which take as long again
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+    return tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
 
 
 def _without_end(text: str, endings: Iterable[str]) -> str:

@@ -11,27 +11,59 @@ another number of ranks, sees the same steps.
 
 import math
 import random
+from array import array
 from collections.abc import Hashable, Iterator, Sequence
+
+import numpy as np
 
 from internvl_mpo.pack_plan import PairSize, group_tokens, plan_packs
 
 Rows = tuple[int, ...]  # pairs of one group, as indices into the data
 
 
+class Steps(Sequence[list[Rows]]):
+    """The steps of an epoch, each a list of its groups; made when it is asked for."""
+
+    def __init__(self, order: np.ndarray, is_first: np.ndarray, pairs_per_step: int, num_steps: int | None = None):
+        """Keep the plan.
+
+        Args:
+            order: pairs as they are seen. Shape: (S,)
+            is_first: whether a pair begins a group. Shape: (S,)
+            pairs_per_step: pairs of one step.
+            num_steps: steps that are run; None runs all, of which the last may hold fewer pairs.
+        """
+        self.order, self.is_first, self.pairs_per_step = order, is_first, pairs_per_step
+        self.num_steps = math.ceil(len(order) / pairs_per_step) if num_steps is None else num_steps
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> list[Rows]:
+        if not 0 <= step < self.num_steps:
+            raise IndexError(step)
+        place = slice(step * self.pairs_per_step, (step + 1) * self.pairs_per_step)
+        rows = self.order[place].tolist()
+        starts = np.flatnonzero(self.is_first[place]).tolist()
+        if starts[:1] != [0]:  # a group at the border of two steps is cut there
+            starts.insert(0, 0)
+        return [tuple(rows[start:end]) for start, end in zip(starts, [*starts[1:], len(rows)], strict=True)]
+
+
 def plan_steps(
-    keys: Sequence[Hashable],
-    counts: Sequence[int],
+    keys: Sequence[Hashable] | np.ndarray,
+    counts: Sequence[int] | np.ndarray,
     *,
     pairs_per_step: int,
     pairs_per_group: int,
     seed: int,
     epoch: int,
-) -> list[list[Rows]]:
+) -> Steps:
     """Return the groups of every step of an epoch.
 
     Args:
-        keys: pairs with equal keys share a prompt and may share a group.
-        counts: how often each pair is seen in the epoch.
+        keys: pairs with equal keys share a prompt and may share a group. Shape: (N,)
+        counts: how often each pair is seen in the epoch. Shape: (N,)
         pairs_per_step: pairs of one optimizer step, over all ranks.
         pairs_per_group: largest number of pairs of one question that share a prompt; 1 gives the batch statistics of
             the original program.
@@ -39,27 +71,44 @@ def plan_steps(
         epoch: 0 for the first.
     """
     rng = random.Random(f"steps {seed} {epoch}")
-    members: dict[Hashable, list[int]] = {}
-    for index, (key, count) in enumerate(zip(keys, counts, strict=True)):
-        for turn in range(count):  # a repeated pair belongs to another group each time
-            members.setdefault((key, turn), []).append(index)
-    groups: list[Rows] = []
-    for rows in members.values():
-        rng.shuffle(rows)
-        groups += [tuple(rows[i : i + pairs_per_group]) for i in range(0, len(rows), pairs_per_group)]
-    rng.shuffle(groups)
+    rows, starts = _questions(keys, np.asarray(counts, np.int64))
+    ends = np.append(starts[1:], len(rows))
+    for start, end in zip(starts[ends - starts > 1].tolist(), ends[ends - starts > 1].tolist(), strict=True):
+        members = rows[start:end].tolist()
+        rng.shuffle(members)
+        rows[start:end] = members
+    # The groups: every `pairs_per_group` pairs of a question begin another one.
+    is_first = (np.arange(len(rows)) - np.repeat(starts, ends - starts)) % pairs_per_group == 0
+    firsts = np.flatnonzero(is_first)
+    lengths = np.diff(np.append(firsts, len(rows)))
+    shuffled = array("q", range(len(firsts)))
+    rng.shuffle(shuffled)
+    order = np.frombuffer(shuffled, np.int64)
+    firsts, lengths = firsts[order], lengths[order]
+    # Where each group begins in the new order; the pairs of a group stay behind one another.
+    places = np.append(0, np.cumsum(lengths)[:-1])[: len(lengths)]
+    order = np.repeat(firsts - places, lengths) + np.arange(len(rows))
+    begins = np.zeros(len(rows), bool)
+    begins[places] = True
+    return Steps(rows[order], begins, pairs_per_step)
 
-    steps: list[list[Rows]] = [[]]
-    room = pairs_per_step
-    for group in groups:
-        while group:
-            if room == 0:
-                steps.append([])
-                room = pairs_per_step
-            steps[-1].append(group[:room])  # a group at the border of two steps is cut there
-            room -= len(group[:room])
-            group = group[len(steps[-1][-1]) :]
-    return [step for step in steps if step]
+
+def _questions(keys: Sequence[Hashable] | np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs question by question as the data has them, and where each question begins. Shapes: (S,), (Q,)
+
+    A pair that is seen several times belongs to another question each time.
+    """
+    if not isinstance(keys, np.ndarray):
+        numbers: dict[Hashable, int] = {}
+        keys = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+    rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    turns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    numbers = np.unique(keys, return_inverse=True)[1][rows] * (int(counts.max(initial=0)) + 1) + turns
+    _, firsts, numbers = np.unique(numbers, return_index=True, return_inverse=True)
+    begins = firsts[numbers].astype(np.int32)  # what tells questions, in the order of the data
+    order = np.argsort(begins, kind="stable")
+    is_first = np.append(True, np.diff(begins[order]) != 0)[: len(rows)]
+    return rows[order], np.flatnonzero(is_first)
 
 
 def cut_group(rows: Rows, sizes: Sequence[PairSize], max_tokens: int) -> list[Rows]:
@@ -74,7 +123,13 @@ def cut_group(rows: Rows, sizes: Sequence[PairSize], max_tokens: int) -> list[Ro
     return parts
 
 
-def split_step(step: Sequence[Rows], sizes: Sequence[PairSize], num_packs: int, max_tokens: int) -> list[list[Rows]]:
+def split_step(
+    step: Sequence[Rows],
+    sizes: Sequence[PairSize],
+    num_packs: int,
+    max_tokens: int,
+    tokens: Sequence[int] | np.ndarray | None = None,
+) -> list[list[Rows]]:
     """Return the groups of one step as exactly `num_packs` packs of nearly equal size; no pack is empty.
 
     Args:
@@ -82,19 +137,27 @@ def split_step(step: Sequence[Rows], sizes: Sequence[PairSize], num_packs: int, 
         sizes: size of each pair of the data.
         num_packs: ranks times gradient accumulation steps.
         max_tokens: token budget of a pack; a larger group is cut. Packs may still be larger: raise `num_packs` then.
+        tokens: `num_tokens` of the sizes, where they are at hand. Shape: (N,)
 
     Raises:
         ValueError: the step has fewer pairs than there are packs.
     """
-    groups = [part for group in step for part in cut_group(group, sizes, max_tokens)]
+    groups = [part for group in step for part in ([group] if len(group) == 1 else cut_group(group, sizes, max_tokens))]
     while len(groups) < num_packs:  # cut the largest group until every pack gets one
         largest = max(range(len(groups)), key=lambda i: (len(groups[i]), -i))
         rows = groups[largest]
         if len(rows) == 1:
             raise ValueError(f"a step of {sum(map(len, step))} pairs cannot fill {num_packs} packs")
         groups[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-    plan = plan_packs([group_tokens([sizes[row] for row in group]) for group in groups], num_packs)
+    plan = plan_packs([tokens_of(group, sizes, tokens) for group in groups], num_packs)
     return [[groups[index] for index in pack] for pack in plan]
+
+
+def tokens_of(group: Rows, sizes: Sequence[PairSize], tokens: Sequence[int] | np.ndarray | None = None) -> int:
+    """Return what a group adds to a pack; see `split_step` for the arguments."""
+    if len(group) == 1 and tokens is not None:
+        return int(tokens[group[0]])
+    return group_tokens([sizes[row] for row in group])
 
 
 class StepSampler:
@@ -105,10 +168,11 @@ class StepSampler:
 
     def __init__(
         self,
-        keys: Sequence[Hashable],
-        counts: Sequence[int],
+        keys: Sequence[Hashable] | np.ndarray,
+        counts: Sequence[int] | np.ndarray,
         sizes: Sequence[PairSize],
         *,
+        tokens: Sequence[int] | np.ndarray | None = None,
         pairs_per_step: int,
         pairs_per_group: int,
         max_tokens: int,
@@ -118,7 +182,7 @@ class StepSampler:
         seed: int,
     ):
         """See `plan_steps` and `split_step` for the arguments."""
-        self.keys, self.counts, self.sizes = keys, counts, sizes
+        self.keys, self.counts, self.sizes, self.tokens = keys, counts, sizes, tokens
         self.pairs_per_step, self.pairs_per_group = pairs_per_step, pairs_per_group
         self.max_tokens = max_tokens
         self.num_ranks, self.rank = num_ranks, rank
@@ -138,10 +202,10 @@ class StepSampler:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of an epoch; a last step with fewer pairs than packs is left out."""
-        full, left = divmod(sum(self.counts), self.pairs_per_step)
+        full, left = divmod(int(np.sum(self.counts)), self.pairs_per_step)
         return full + (left >= self.num_packs)
 
-    def steps(self) -> list[list[Rows]]:
+    def steps(self) -> Steps:
         """Return the groups of every step of the current epoch."""
         planned = plan_steps(
             self.keys,
@@ -151,18 +215,23 @@ class StepSampler:
             seed=self.seed,
             epoch=self.epoch,
         )
-        return planned[: self.num_steps]
+        return Steps(planned.order, planned.is_first, self.pairs_per_step, self.num_steps)
 
     def __len__(self) -> int:
         return self.num_steps * self.gradient_accumulation_steps
 
     def packs(self, step: Sequence[Rows]) -> list[list[Rows]]:
         """Return the packs of a step, for all ranks."""
-        return split_step(step, self.sizes, self.num_packs, self.max_tokens)
+        return split_step(step, self.sizes, self.num_packs, self.max_tokens, self.tokens)
 
     def largest_pack(self, step: Sequence[Rows]) -> int:
         """Return the tokens of the largest pack of a step."""
-        return max(sum(group_tokens([self.sizes[row] for row in group]) for group in pack) for pack in self.packs(step))
+        return max(sum(tokens_of(group, self.sizes, self.tokens) for group in pack) for pack in self.packs(step))
+
+    def is_over_budget(self, step: Sequence[Rows]) -> bool:
+        """Return whether a pack of a step is larger than the budget."""
+        fewest = sum(tokens_of(group, self.sizes, self.tokens) for group in step)
+        return fewest > self.num_packs * self.max_tokens or self.largest_pack(step) > self.max_tokens
 
     def __iter__(self) -> Iterator[list[Rows]]:
         for step in self.steps():
@@ -187,7 +256,7 @@ def fit_to_budget(sampler: StepSampler, *, num_epochs: float, max_steps: int = 0
             sampler.set_epoch(epoch)
             for step in sampler.steps():
                 num_pairs = sum(map(len, step))
-                while sampler.num_packs <= num_pairs and sampler.largest_pack(step) > sampler.max_tokens:
+                while sampler.num_packs <= num_pairs and sampler.is_over_budget(step):
                     sampler.gradient_accumulation_steps += 1
                     raised = True
                 if num_pairs == sampler.pairs_per_step < sampler.num_packs:

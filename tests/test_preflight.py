@@ -5,71 +5,111 @@ pytest tests/test_preflight.py
 
 import json
 import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from tiny import tiny_processor
 
-from internvl_mpo.encoding import encode_group
+from internvl_mpo.encoding import encode_group, measure_group, pair_size
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.measuring import PairMeter
+from internvl_mpo.mmpr import sources
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.reading import iter_pairs
-from internvl_mpo.pack_plan import PairSize
-from internvl_mpo.records import PreferencePair, RowError
 from internvl_mpo.training import preflight as module
 from internvl_mpo.training.lengths import length_report, show_lengths
-from internvl_mpo.training.preflight import Preflight, same_id_twice
+from internvl_mpo.training.pair_table import PairTable
+from internvl_mpo.training.pairs import PairDigests
+from internvl_mpo.training.preflight import Preflight
 
 LIMITS = {"max_tiles": 4, "max_length": 700}
 
 
 @pytest.fixture
-def rows(tmp_path) -> list[PairRow]:
-    """Text-only rows, one and two pictures, and three rows that are unusable for different reasons."""
+def data(tmp_path, monkeypatch) -> Path:
+    """Rows without, with one and with two pictures, and three that are unusable for different reasons; blocks of 20."""
+    monkeypatch.setattr(sources, "BLOCK_ROWS", 20)
     for number in range(3):
         Image.new("RGB", (28 * (number + 1), 28), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
     lines = []
     for number in range(150):
-        row = {"question": f"Question {number}?", "chosen": "yes " * (1 + number % 5), "rejected": f"no {number}"}
-        if number % 3:
-            row["image"] = f"{number % 3}.png" if number % 2 else ["0.png", "1.png"]
+        asked = number // 3
+        row = {"question": f"Question {asked}?", "chosen": "yes " * (1 + number % 5), "rejected": f"no {number}"}
+        if asked % 3:
+            row["image"] = f"{asked % 3}.png" if asked % 2 else ["0.png", "1.png"]
             if isinstance(row["image"], list):
                 row["question"] = "<image> and <image> " + row["question"]
         if number == 41:
             row["image"] = "absent.png"
         if number == 69:
             row["question"] = "long " * 300
+        if number == 90:
+            row["rejected"] = row["chosen"]
         lines.append(json.dumps(row))
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-    return list(iter_pairs(tmp_path / "pairs.jsonl"))
+    return tmp_path / "pairs.jsonl"
 
 
-def new(folder: Path, **options) -> Preflight:
-    return Preflight(tiny_processor(), folder, **{**LIMITS, "num_workers": 0, **options})
+def new(data: Path, cache: str = "cache", **options) -> Preflight:
+    return Preflight(tiny_processor(), data.parent / cache, [data], **{**LIMITS, "num_workers": 0, **options})
 
 
 @pytest.fixture
 def measured(monkeypatch) -> list[str]:
     """Ids of the pairs that were really looked at in this process."""
     ids: list[str] = []
-    real = module._measure_row
-    monkeypatch.setattr(module, "_measure_row", lambda row, *more: ids.append(row.pair.id) or real(row, *more))
+    real = PairMeter.measure
+
+    def measure(meter, pairs):
+        ids.extend(asked.pair.id for asked in pairs)
+        return real(meter, pairs)
+
+    monkeypatch.setattr(PairMeter, "measure", measure)
     return ids
 
 
-def plain(results: list) -> list:
-    return [str(result) if isinstance(result, RowError) else result for result in results]
+def plain(table: PairTable) -> list:
+    """Everything a table says."""
+    unusable = [(table.sources[source].where(number), reason) for source, number, reason in table.unusable]
+    columns = {name: column.tolist() for name, column in table.columns.items()}
+    rows = [(row.pair, str(row.image_root), row.max_tiles, row.where) for row in map(table.row, range(len(table)))]
+    return [unusable, table.clashes, columns, rows]
 
 
-def test_sizes_are_those_of_the_encoded_pairs(rows, tmp_path):
-    results = new(tmp_path / "cache").run(rows)
-    bad = {index: result for index, result in enumerate(results) if isinstance(result, RowError)}
-    assert list(bad) == [41, 69]
-    assert "pairs.jsonl:42" in str(bad[41])
-    assert "absent.png' does not exist" in str(bad[41])
-    assert "no response fits" in str(bad[69])
-    for row, size in list(zip(rows, results, strict=True))[:30]:
+def change(data: Path, number: int, **keys) -> None:
+    lines = data.read_text().splitlines()
+    lines[number] = json.dumps({**json.loads(lines[number]), **keys})
+    data.write_text("\n".join(lines) + "\n")
+
+
+def test_the_table_holds_what_reading_and_encoding_one_by_one_give(data):
+    table = new(data).run()
+    rows = list(iter_pairs(data))
+    reasons = {table.sources[source].where(number): reason for source, number, reason in table.unusable}
+    assert [where.rpartition(":")[2] for where in reasons] == ["42", "70", "91"]
+    assert "absent.png' does not exist" in reasons[f"{data}:42"]
+    assert "no response fits" in reasons[f"{data}:70"]
+    assert "'chosen' equals 'rejected'" in reasons[f"{data}:91"]
+    good = [row for row in rows if isinstance(row, PairRow) and row.where not in reasons]
+    assert [table.row(index) for index in range(len(table))] == good
+    assert [table.pair_id(index) for index in range(len(table))] == [row.pair.id for row in good]
+    assert [f"{digest:016x}" for digest in table.columns["digest"].tolist()] == [row.digest for row in good]
+    keys = dict(zip((row.key for row in good), table.columns["key"].tolist(), strict=True))
+    assert [keys[row.key] for row in good] == table.columns["key"].tolist()
+    assert len(set(keys.values())) == len(keys) < len(good)
+    for index, row in enumerate(good):
+        size = pair_size(measure_group(tiny_processor(), [row.pair], row.image_root, **LIMITS))
+        assert table.size(index) == size
+        assert table.columns["num_tokens"][index] == size.num_tokens
+
+
+def test_sizes_are_those_of_the_encoded_pairs(data):
+    table = new(data).run()
+    for index in range(30):
+        row, size = table.row(index), table.size(index)
         group = encode_group(tiny_processor(), [row.pair], row.image_root, **LIMITS)
         assert size.prompt == len(group.prompt_ids)
         assert [size.chosen, size.rejected] == [len(response) for response in group.responses]
@@ -77,112 +117,168 @@ def test_sizes_are_those_of_the_encoded_pairs(rows, tmp_path):
         assert size.num_tiles == (0 if group.tiles is None else len(group.tiles))
 
 
-def test_workers_change_neither_order_nor_result(rows, tmp_path):
-    alone = new(tmp_path / "one").run(rows)
-    assert plain(new(tmp_path / "three", num_workers=3).run(rows)) == plain(alone)
+def test_workers_change_neither_order_nor_result(data):
+    assert plain(new(data, "three", num_workers=3).run()) == plain(new(data, "one").run())
 
 
-def test_a_second_start_looks_at_nothing_again(rows, tmp_path, measured):
-    first = new(tmp_path / "cache").run(rows)
-    assert len(measured) == 150
+def test_a_second_start_reads_no_row(data, measured, monkeypatch):
+    first = new(data).run()
+    assert len(measured) == 149  # one is no pair
+    monkeypatch.setattr(sources.SubsetSource, "blocks", lambda source: pytest.fail("a row was read"))
+    assert plain(new(data).run()) == plain(first)
+
+
+def test_texts_numbers_and_other_ranks_share_the_files(data):
+    table = pickle.loads(pickle.dumps(new(data).run()))
+    assert len(pickle.dumps(table)) < 2000
+    assert not table.columns["prompt"].flags.owndata
+    assert not table.columns["prompt"].flags.writeable
+
+
+def test_only_the_parts_that_changed_are_looked_at_again(data, measured):
+    new(data).run()
     measured.clear()
-    assert plain(new(tmp_path / "cache").run(rows)) == plain(first)
-    assert measured == []
+    change(data, 0, chosen="another answer")
+    assert plain(new(data).run()) == plain(new(data, "fresh").run())
+    assert len(measured) == 20 + 149
 
 
-def test_only_what_changed_is_looked_at_again(rows, tmp_path, measured):
-    new(tmp_path / "cache").run(rows)
+def test_a_row_put_in_front_moves_the_numbers_of_parts_that_stay(data, monkeypatch):
+    new(data).run()
+    data.write_text("".join(["\n"] * 20) + data.read_text())
+    assert plain(new(data).run()) == plain(new(data, "fresh").run())
+
+
+def test_a_picture_that_changed_or_came_is_looked_at_again(data, measured):
+    new(data).run()
     measured.clear()
-    Image.new("RGB", (84, 28)).save(tmp_path / "1.png")
-    os.utime(tmp_path / "1.png", ns=(1, 1))  # a picture rewritten within the clock's resolution still differs
-    edited = PreferencePair.from_json({**rows[0].pair.to_json(), "chosen": "another answer"})
-    rows[0] = PairRow(edited, *(getattr(rows[0], n) for n in ("image_root", "max_tiles", "where", "subset")))
-    after = new(tmp_path / "cache").run(rows)
-    expected = {rows[0].pair.id} | {row.pair.id for row in rows if "1.png" in row.pair.images}
-    assert set(measured) == expected
-    assert plain(after) == plain(new(tmp_path / "fresh").run(rows))
+    Image.new("RGB", (84, 28)).save(data.parent / "absent.png")
+    table = new(data).run()
+    assert len(measured) == 20
+    assert [number for _, number, _ in table.unusable] == [70, 91]
+    Image.new("RGB", (84, 28)).save(data.parent / "1.png")
+    os.utime(data.parent / "1.png", ns=(1, 1))  # a picture rewritten within the clock's resolution still differs
+    after = plain(new(data).run())
+    assert after == plain(new(data, "fresh").run()) != plain(table)
 
 
-@pytest.mark.parametrize("change", [{"max_tiles": 2}, {"max_length": 650}, {"verify_images": "full"}])
-def test_another_tiling_limit_or_depth_starts_anew(rows, tmp_path, measured, change):
-    new(tmp_path / "cache").run(rows)
+@pytest.mark.parametrize("option", [{"max_tiles": 2}, {"max_length": 650}, {"verify_images": "full"}])
+def test_another_tiling_limit_or_depth_starts_anew(data, measured, option):
+    new(data).run()
     measured.clear()
-    new(tmp_path / "cache", **change).run(rows)
-    assert len(measured) == 150
+    new(data, **option).run()
+    assert len(measured) == 149
 
 
-def test_another_template_starts_anew(rows, tmp_path, measured):
-    new(tmp_path / "cache").run(rows)
+def test_another_template_starts_anew(data, measured):
+    new(data).run()
     measured.clear()
     other = tiny_processor()
     other.chat_template = "{# another one #}" + other.chat_template
-    Preflight(other, tmp_path / "cache", **LIMITS, num_workers=0).run(rows)
-    assert len(measured) == 150
+    Preflight(other, data.parent / "cache", [data], **LIMITS, num_workers=0).run()
+    assert len(measured) == 149
 
 
-def test_an_interrupted_pass_goes_on_where_it_stopped(rows, tmp_path, measured, monkeypatch):
-    counted = module._measure_row
-
-    def fail_late(row, *more):
-        if len(measured) == 130:
-            raise KeyboardInterrupt
-        return counted(row, *more)
-
-    monkeypatch.setattr(module, "_measure_row", fail_late)
-    monkeypatch.setattr(module, "_SHARD", 50)
-    with pytest.raises(KeyboardInterrupt):
-        new(tmp_path / "cache").run(rows)
-    monkeypatch.setattr(module, "_measure_row", counted)
+def test_an_interrupted_pass_goes_on_where_it_stopped(data, measured, monkeypatch):
+    whole = plain(new(data, "whole").run())
+    real = PairMeter.measure
     measured.clear()
-    assert len(new(tmp_path / "cache").run(rows)) == 150
-    assert 0 < len(measured) <= 150 - 100  # two shards were whole
+
+    def fail_late(meter, pairs):
+        if len(measured) == 119:
+            raise KeyboardInterrupt
+        return real(meter, pairs)
+
+    monkeypatch.setattr(PairMeter, "measure", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        new(data).run()
+    monkeypatch.setattr(PairMeter, "measure", real)
+    measured.clear()
+    assert plain(new(data).run()) == whole
+    assert len(measured) == 30
 
 
-def test_a_picture_cut_off_behind_its_header_is_found_when_asked_for(rows, tmp_path):
+def test_parts_of_data_that_is_gone_do_not_pile_up(data):
+    first = new(data)
+    first.run()
+    kept = len(list(first.folder.iterdir()))
+    for number in range(3):
+        change(data, 0, chosen=f"answer {number}")
+        new(data).run()
+    assert len(list(first.folder.iterdir())) == kept
+
+
+def test_a_picture_cut_off_behind_its_header_is_found_when_asked_for(data):
     noise = Image.effect_noise((56, 56), 100).convert("RGB")
-    noise.save(tmp_path / "2.png")
-    whole = (tmp_path / "2.png").read_bytes()
-    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
-    wanted = [index for index, row in enumerate(rows) if row.pair.images == ("2.png",)]
-    trusting = new(tmp_path / "cache").run(rows)
-    assert not any(isinstance(trusting[index], RowError) for index in wanted)
-    thorough = new(tmp_path / "cache", verify_images="full").run(rows)
-    assert all("2.png' cannot be decoded" in str(thorough[index]) for index in wanted)
+    noise.save(data.parent / "2.png")
+    whole = (data.parent / "2.png").read_bytes()
+    (data.parent / "2.png").write_bytes(whole[: len(whole) // 2])
+    assert len(new(data).run().unusable) == 3
+    reasons = [reason for *_, reason in new(data, verify_images="full").run().unusable]
+    assert sum("2.png' cannot be decoded" in reason for reason in reasons) > 10
 
 
-def test_other_ranks_get_the_first_ranks_findings(rows, tmp_path, measured):
-    first, other = new(tmp_path / "cache"), new(tmp_path / "cache")
+def test_other_ranks_get_the_first_ranks_findings(data, measured):
+    first, other = new(data), new(data)
     token = first.reopen()
-    results = first.run(rows)
+    table = first.run()
     first.finish()
     measured.clear()
-    assert plain(other.wait(rows, token)) == plain(results)
+    assert plain(other.wait(token)) == plain(table)
     assert measured == []
 
 
-def test_a_folder_that_is_not_shared_is_named_instead_of_waited_for(rows, tmp_path, monkeypatch):
+def test_a_folder_that_is_not_shared_is_named_instead_of_waited_for(data, monkeypatch):
     monkeypatch.setattr(module, "_PATIENCE", 0.3)
-    first, other = new(tmp_path / "one_node"), new(tmp_path / "other_node")
+    first, other = new(data, "one_node"), new(data, "other_node")
     token = first.reopen()
     with pytest.raises(BadInputError, match=r"other_node.* is not the folder the first rank works in"):
-        other.wait(rows, token)
+        other.wait(token)
     other.reopen()  # an earlier run, which this node was the first rank of
     other.finish()
     with pytest.raises(BadInputError, match=r"other_node.* is not the folder the first rank works in"):
-        other.wait(rows, token)
+        other.wait(token)
 
 
-def test_one_id_for_two_contents_is_refused(rows):
-    twin = PreferencePair(question="other", chosen="a", rejected="b", id=rows[3].pair.id)
-    clashing = PairRow(twin, rows[0].image_root, None, "more.jsonl:1", "more")
-    clashes = same_id_twice([*rows, rows[3], clashing])
-    assert list(clashes) == [151]  # the same pair twice is fine
-    assert "pairs.jsonl:4" in clashes[151]
+def test_one_id_for_two_contents_is_refused(data):
+    lines = data.read_text().splitlines()
+    change(data, 3, id="same")
+    twice = data.read_text().splitlines()[3]
+    changed = json.dumps({**json.loads(twice), "chosen": "other"})
+    data.write_text("\n".join([*data.read_text().splitlines(), twice, changed]) + "\n")
+    table = new(data).run()
+    (clash,) = table.clashes  # the same pair twice is fine
+    assert table.where(clash) == f"{data}:{len(lines) + 2}"
+    assert table.clashes[clash] == f"id 'same' is also that of {data}:4, with other content"
+
+
+def test_half_a_character_is_refused_by_name_in_a_text_and_kept_elsewhere(data):
+    change(data, 0, provenance={"note": "half \ud83d of one"}, id="\ud83d")
+    change(data, 1, chosen="half \ud83d of one")
+    change(data, 2, question="half \ud83d of one")
+    table = new(data).run()
+    assert table.row(0).pair.id == "\ud83d"
+    assert table.row(0).pair.provenance == {"note": "half \ud83d of one"}
+    reasons = [reason for _, number, reason in table.unusable if number < 4]
+    assert ["'chosen' holds half a surrogate pair (U+D83D)" in reasons[0], "'question' holds" in reasons[1]] == [
+        True
+    ] * 2
+
+
+def test_pairs_are_found_by_their_ids(data):
+    table = new(data).run()
+    digests = PairDigests(table, np.arange(10, 100, 3))
+    rows = [table.row(index) for index in range(10, 100, 3)]
+    assert dict(digests.items()) == {row.pair.id: row.digest for row in rows}
+    assert all(digests[row.pair.id] == row.digest for row in rows)
+    with pytest.raises(KeyError):
+        digests[table.pair_id(0)]
 
 
 def test_the_histogram_holds_every_pair():
-    sizes = [PairSize(prompt, 10, 12, 1, prompt > 4000) for prompt in (5, 80, 90, 700, 4100)]
-    report = length_report(sizes)
+    prompts = np.array([5, 80, 90, 700, 4100])
+    same = {name: np.full(5, value) for name, value in (("chosen", 10), ("rejected", 12), ("num_tiles", 1))}
+    report = length_report({"prompt": prompts, "num_tokens": prompts + 20, "num_cut": prompts > 4000, **same})
     assert sum(report["histogram"]["counts"]) == 5
     width = report["histogram"]["bin_width"]
     assert report["histogram"]["counts"][4120 // width] == 1

@@ -1,16 +1,17 @@
 """Which pairs a step holds must not depend on ranks, packs or interruptions."""
 
+import itertools
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_mpo.mmpr.pairs import PairRow, mixture_table, repeats
+from internvl_mpo.mmpr.pairs import mixture_table, repeats
 from internvl_mpo.mmpr.reading import iter_pairs
 from internvl_mpo.mmpr.release import read_meta, split_subset_name
 from internvl_mpo.pack_plan import PairSize
-from internvl_mpo.records import PreferencePair
 from internvl_mpo.steps import StepSampler, fit_to_budget, plan_steps, split_step
 
 KEYS = ["q0"] * 5 + ["q1"] * 3 + ["q2", "q3", "q4", "q5"]
@@ -141,6 +142,36 @@ def test_a_step_that_ranks_cannot_share_within_the_budget_is_refused():
     st.integers(1, 4),
     st.integers(0, 3),
 )
+def test_the_plan_is_that_of_plain_lists(questions, pairs_per_step, pairs_per_group, epoch):
+    """Steps are a function of the seed alone, and stay so: a checkpoint of an earlier version goes on with them."""
+    counts = [question % 3 for question in questions]
+    rng = random.Random(f"steps 1 {epoch}")
+    members: dict = {}
+    for index, (key, count) in enumerate(zip(questions, counts, strict=True)):
+        for turn in range(count):
+            members.setdefault((key, turn), []).append(index)
+    groups = []
+    for rows in members.values():
+        rng.shuffle(rows)
+        groups += [tuple(rows[i : i + pairs_per_group]) for i in range(0, len(rows), pairs_per_group)]
+    rng.shuffle(groups)
+    seen = [(row, number) for number, group in enumerate(groups) for row in group]
+    planned = plan_steps(
+        np.array(questions), counts, pairs_per_step=pairs_per_step, pairs_per_group=pairs_per_group, seed=1, epoch=epoch
+    )
+    for step in range(len(planned)):
+        own = seen[step * pairs_per_step : (step + 1) * pairs_per_step]
+        twin = [tuple(row for row, _ in group) for _, group in itertools.groupby(own, key=lambda pair: pair[1])]
+        assert planned[step] == twin
+    assert sum(len(group) for step in planned for group in step) == len(seen)
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=40),
+    st.integers(1, 7),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
 def test_any_data_is_seen_exactly_as_often_as_asked(questions, pairs_per_step, pairs_per_group, epoch):
     counts = [question % 3 for question in questions]
     steps = plan_steps(
@@ -148,52 +179,63 @@ def test_any_data_is_seen_exactly_as_often_as_asked(questions, pairs_per_step, p
     )
     seen = [row for step in steps for group in step for row in group]
     assert [seen.count(row) for row in range(len(questions))] == counts
-    assert all(sum(map(len, step)) == pairs_per_step for step in steps[:-1])
+    assert all(sum(map(len, step)) == pairs_per_step for step in list(steps)[:-1])
 
 
-def rows(count: int, repeat_time: float, subset: str = "s") -> list[PairRow]:
-    pairs = [PreferencePair(question=f"{subset}{i}", chosen="a", rejected="b") for i in range(count)]
-    return [PairRow(pair, "", None, "", subset, repeat_time) for pair in pairs]
+def subsets(*sizes: tuple[str, int, float]) -> tuple[list[tuple[str, float]], np.ndarray]:
+    """Names and repeat times of subsets of (name, rows, repeat_time), and the subset of each row."""
+    return [(name, repeat_time) for name, _, repeat_time in sizes], np.repeat(
+        np.arange(len(sizes)), [count for _, count, _ in sizes]
+    )
 
 
 @pytest.mark.parametrize(("repeat_time", "total"), [(0, 0), (0.25, 25), (1, 100), (2.5, 250), (3, 300)])
 def test_repeat_time_is_honoured_exactly_also_above_one(repeat_time, total):
-    counts = repeats(rows(100, repeat_time), seed=0)
+    counts = repeats(*subsets(("s", 100, repeat_time)), seed=0)
     assert sum(counts) == total
     assert max(counts) - min(counts) <= 1
 
 
 def test_another_seed_repeats_other_rows_and_subsets_do_not_move_together():
-    draws = [repeats([*rows(40, 1.5, "a"), *rows(40, 1.5, "b")], seed=seed) for seed in range(4)]
+    data = subsets(("a", 40, 1.5), ("b", 40, 1.5))
+    draws = [repeats(*data, seed=seed).tolist() for seed in range(4)]
     assert len({tuple(draw[:40]) for draw in draws}) == 4
     assert all(draw[:40] != draw[40:] for draw in draws)
-    assert repeats([*rows(40, 1.5, "a"), *rows(40, 1.5, "b")], seed=0) == draws[0]
+    assert repeats(*data, seed=0).tolist() == draws[0]
 
 
 def test_repeat_time_belongs_to_its_subset():
-    assert repeats([*rows(4, 0.5, "a"), *rows(2, 2, "b")], seed=0)[4:] == [2, 2]
+    assert repeats(*subsets(("a", 4, 0.5), ("b", 2, 2)), seed=0)[4:].tolist() == [2, 2]
+
+
+def test_the_rows_that_are_drawn_stay_the_same_between_versions():
+    """A checkpoint knows its data by which rows were drawn: those that `random.sample` gives of the rows themselves."""
+    rows = list(range(4, 24))
+    drawn = random.Random("7 b").sample(rows, 7)
+    counts = repeats(*subsets(("a", 4, 1), ("b", 20, 0.35)), seed=7)
+    assert np.flatnonzero(counts[4:]).tolist() == [row - 4 for row in sorted(drawn)]
 
 
 @pytest.mark.parametrize("repeat_time", [0.1, 0.3, 1.1, 1.7, 2.999])
 def test_fractions_hold_for_any_number_of_rows(repeat_time):
     for count in range(1, 60):
-        counts = repeats(rows(count, repeat_time), seed=count)
+        counts = repeats(*subsets(("s", count, repeat_time)), seed=count).tolist()
         assert sum(counts) == round(count * repeat_time)
         assert set(counts) <= {int(repeat_time), int(repeat_time) + 1}
 
 
 def test_the_square_root_keeps_the_total_and_evens_out_the_subsets():
-    data = [*rows(900, 1, "large"), *rows(100, 1, "small"), *rows(50, 2, "repeated"), *rows(7, 0, "unused")]
-    plain, sqrt = repeats(data, seed=0), repeats(data, seed=0, resample="sqrt")
+    data = subsets(("large", 900, 1), ("small", 100, 1), ("repeated", 50, 2), ("unused", 7, 0))
+    plain, sqrt = repeats(*data, seed=0), repeats(*data, seed=0, resample="sqrt")
     assert sum(plain) == sum(sqrt) == 1100
     assert [sum(sqrt[:900]), sum(sqrt[900:1000]), sum(sqrt[1000:1050])] == [660, 220, 220]  # 30 : 10 : 10
     assert sum(sqrt[1050:]) == 0
-    assert set(sqrt[900:1000]) == {2, 3}
+    assert set(sqrt[900:1000].tolist()) == {2, 3}
 
 
 def test_the_table_shows_what_each_subset_adds():
-    data = [*rows(4, 0.5, "a"), *rows(2, 2, "b")]
-    table = mixture_table(data, repeats(data, seed=0), [10] * 4 + [40] * 2)
+    data = subsets(("a", 4, 0.5), ("b", 2, 2))
+    table = mixture_table(*data, repeats(*data, seed=0), np.array([10] * 4 + [40] * 2))
     cells = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
     assert cells["a"] == ["4", "0.5", "2", "33.3%", "10"]
     assert cells["b"] == ["2", "2", "4", "66.7%", "40"]

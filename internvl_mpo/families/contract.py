@@ -111,7 +111,11 @@ class Family(ABC):
 
     def tokenize(self, processor: Any, text: str) -> list[int]:
         """Return the token ids of a prompt, with whatever the tokenizer puts before it."""
-        return list(processor.tokenizer(text)["input_ids"])
+        return list(processor.tokenizer(text, add_special_tokens=self.adds_specials(processor, text))["input_ids"])
+
+    def adds_specials(self, processor: Any, text: str) -> bool:
+        """Return whether the tokenizer puts its own tokens before a prompt."""
+        return True
 
     @abstractmethod
     def encode(self, processor: Any, prompt: str, images: Sequence[Image.Image], max_tiles: int) -> Prompt:

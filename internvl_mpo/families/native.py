@@ -100,8 +100,8 @@ class NativeFamily(Family):
         parts = [{"role": message["role"], "content": content_parts(message["content"])} for message in messages]
         return processor.apply_chat_template(parts, add_generation_prompt=add_generation_prompt, tokenize=False)
 
-    def tokenize(self, processor: Any, text: str) -> list[int]:
-        return processor.tokenizer(text, add_special_tokens=not begins(processor.tokenizer, text))["input_ids"]
+    def adds_specials(self, processor: Any, text: str) -> bool:
+        return not begins(processor.tokenizer, text)
 
     def encode(self, processor: Any, prompt: str, images: Sequence[Image.Image], max_tiles: int) -> Prompt:
         if not images:

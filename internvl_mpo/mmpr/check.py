@@ -25,9 +25,9 @@ from internvl_mpo.mmpr.findings import MAX_EXAMPLES, MAX_SHOWN, CheckTask, Findi
 from internvl_mpo.mmpr.lines import cuts, read_lines
 from internvl_mpo.mmpr.manifest import MANIFEST, file_facts, read_manifest
 from internvl_mpo.mmpr.parquet import REQUIRED, to_pair
-from internvl_mpo.mmpr.reading import is_parquet
 from internvl_mpo.mmpr.release import Subset, parse_line, read_subsets
 from internvl_mpo.mmpr.shard_plan import INDEX_BYTES, line_start
+from internvl_mpo.mmpr.sources import is_parquet
 from internvl_mpo.prompts import language_of
 from internvl_mpo.records import PreferencePair
 from internvl_mpo.text_checks import is_repetitive, without_images

@@ -5,8 +5,11 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from internvl_mpo.records import PreferencePair, content_id
 
@@ -45,33 +48,44 @@ class PairRow:
         Two folders may both hold a `1.png`. Of the folder only the name counts, since all above it changes when the
         data moves; folders of one name are told apart by the ids, which no two pairs of a run share.
         """
-        pair, folder = self.pair, os.path.basename(os.path.abspath(str(self.image_root)))
+        pair, folder = self.pair, _last_part(str(self.image_root))
         texts = (pair.question, pair.chosen, pair.rejected)
         return content_id(pair.id, folder, pair.images, *texts, self.max_tiles, *pair.context)
 
 
-def repeats(rows: Sequence[PairRow], seed: int, resample: Resample = "none") -> list[int]:
+@lru_cache(maxsize=4096)
+def _last_part(path: str) -> str:
+    return os.path.basename(os.path.abspath(path))
+
+
+def repeats(
+    subsets: Sequence[tuple[str, float]], members: np.ndarray, seed: int, resample: Resample = "none"
+) -> np.ndarray:
     """Return how often each row is seen in an epoch.
 
     Args:
-        rows: usable rows.
+        subsets: name and `repeat_time` of each subset.
+        members: of the usable rows, the number of each one's subset. Shape: (N,)
         seed: decides which rows of a subset are seen once more than the others.
         resample: "none" sees each subset `repeat_time` times, so that its counts add up to round(rows * repeat_time).
             "sqrt" keeps the total of that and shares it out in proportion to the square root of each subset's part, as
             the original's `use_data_resampling` does on average by drawing; here the counts are exact.
+
+    Returns:
+        The counts. Shape: (N,)
     """
-    members: dict[tuple[str, float], list[int]] = {}
-    for index, row in enumerate(rows):
-        members.setdefault((row.subset, row.repeat_time), []).append(index)
-    totals = {key: round(len(indices) * key[1]) for key, indices in members.items()}
+    found, firsts, sizes = np.unique(members, return_index=True, return_counts=True)
+    order = np.argsort(firsts)  # as the rows come
+    rows = {int(number): int(size) for number, size in zip(found[order], sizes[order], strict=True)}
+    totals = {number: round(size * subsets[number][1]) for number, size in rows.items()}
     if resample == "sqrt":
-        totals = _share_out(sum(totals.values()), {key: math.sqrt(total) for key, total in totals.items()})
-    counts = [0] * len(rows)
-    for key, indices in members.items():
-        whole, extra = divmod(totals[key], len(indices))
-        once_more = set(random.Random(f"{seed} {key[0]}").sample(indices, extra))
-        for index in indices:
-            counts[index] = whole + (index in once_more)
+        totals = _share_out(sum(totals.values()), {number: math.sqrt(total) for number, total in totals.items()})
+    counts = np.zeros(len(members), np.int32)
+    for number, size in rows.items():
+        whole, extra = divmod(totals[number], size)
+        indices = np.flatnonzero(members == number)
+        counts[indices] = whole
+        counts[indices[random.Random(f"{seed} {subsets[number][0]}").sample(range(size), extra)]] += 1
     return counts
 
 
@@ -85,29 +99,34 @@ def _share_out(total: int, weights: dict[Any, float]) -> dict[Any, int]:
     return shares
 
 
-def mixture_table(rows: Sequence[PairRow], counts: Sequence[int], costs: Sequence[int]) -> str:
+def mixture_table(
+    subsets: Sequence[tuple[str, float]], members: np.ndarray, counts: np.ndarray, costs: np.ndarray
+) -> str:
     """Return a table of what each subset adds to an epoch, for a terminal.
 
     Args:
-        rows: usable rows.
-        counts: how often each of them is seen, from `repeats`.
-        costs: tokens of each of them.
+        subsets: name and `repeat_time` of each subset.
+        members: of the usable rows, the number of each one's subset. Shape: (N,)
+        counts: how often each of them is seen, from `repeats`. Shape: (N,)
+        costs: tokens of each of them. Shape: (N,)
     """
-    subsets: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        subsets.setdefault(row.subset, []).append(index)
-    total = sum(counts) or 1
-    tokens = [count * cost for count, cost in zip(counts, costs, strict=True)]
-    width = min(60, max(len("subset"), *map(len, subsets)))
+    rows = np.bincount(members, minlength=len(subsets)).tolist()
+    seen = np.bincount(members, counts, minlength=len(subsets)).astype(int).tolist()
+    tokens = np.bincount(members, counts * costs.astype(np.int64), minlength=len(subsets)).tolist()
+    present = [number for number, count in enumerate(rows) if count]
+    names = dict.fromkeys(subsets[number][0] for number in present)
+    width = min(60, max(len("subset"), *map(len, names)))
     lines = [f"{'subset':<{width}}  {'rows':>10}  {'repeat':>7}  {'seen':>10}  {'share':>7}  {'tokens each':>11}"]
-    for name, indices in subsets.items():
-        seen = sum(counts[index] for index in indices)
-        each = sum(tokens[index] for index in indices) / seen if seen else 0
-        repeat_times = {rows[index].repeat_time for index in indices}
+    for name in names:
+        own = [number for number in present if subsets[number][0] == name]
+        num_rows, num_seen, num_tokens = (sum(column[number] for number in own) for column in (rows, seen, tokens))
+        repeat_times = {subsets[number][1] for number in own}
         repeat = f"{repeat_times.pop():g}" if len(repeat_times) == 1 else "mixed"
+        each = num_tokens / num_seen if num_seen else 0
         lines.append(
-            f"{name:<{width}}  {len(indices):>10,}  {repeat:>7}  {seen:>10,}  {seen / total:>7.1%}  {each:>11,.0f}"
+            f"{name:<{width}}  {num_rows:>10,}  {repeat:>7}  {num_seen:>10,}  {num_seen / (sum(seen) or 1):>7.1%}"
+            f"  {each:>11,.0f}"
         )
-    each = sum(tokens) / total
-    lines.append(f"{'all':<{width}}  {len(rows):>10,}  {'':>7}  {sum(counts):>10,}  {1:>7.1%}  {each:>11,.0f}")
+    each = sum(tokens) / (sum(seen) or 1)
+    lines.append(f"{'all':<{width}}  {sum(rows):>10,}  {'':>7}  {sum(seen):>10,}  {1:>7.1%}  {each:>11,.0f}")
     return "\n".join(lines)

@@ -20,13 +20,12 @@ Pictures are dictionary-encoded: pairs of one question lie together and share on
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.files import relative
-from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.release import Subset
 from internvl_mpo.mmpr.tables import load_table
 from internvl_mpo.records import IMAGE_PLACEHOLDER, PreferencePair
@@ -261,26 +260,3 @@ class EmbeddedPictures:
             if picture["path"].as_py() == name and picture["bytes"].is_valid:
                 return picture["bytes"].as_py()
         raise RowError(f"image '{name}' is not among those of row {self.index} of {self.folder}")
-
-
-def iter_rows(data: str | Path) -> Iterator[PairRow | RowError]:
-    """Yield the pairs of a data set for training, see `mmpr.iter_pairs`; pictures stay on the disk.
-
-    Raises:
-        BadInputError: see `open_dataset`.
-    """
-    table = open_dataset(data)
-    texts = table.remove_columns(["images", "prompt"])
-    index = 0
-    for batch in texts.iter(batch_size=1000):
-        for columns in batch.to_pylist():
-            where = f"{data}, row {index}"
-            try:
-                pair = to_pair(columns)
-            except (RowError, ValueError, LookupError, TypeError) as error:
-                yield RowError(getattr(error, "reason", f"not a pair ({error})"), where)
-            else:
-                pictures = EmbeddedPictures(table, index, f"{data}/{columns['image_root']}")
-                max_tiles, repeat_time = columns["max_dynamic_patch"], columns["repeat_time"]
-                yield PairRow(pair, pictures, max_tiles, where, columns["subset"], repeat_time)
-            index += 1

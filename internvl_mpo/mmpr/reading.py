@@ -4,18 +4,15 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from internvl_mpo.errors import RowError
 from internvl_mpo.formats import to_own_form
 from internvl_mpo.mmpr.files import PictureFolder
 from internvl_mpo.mmpr.lines import read_lines
-from internvl_mpo.mmpr.manifest import MANIFEST
 from internvl_mpo.mmpr.pairs import PairRow
-from internvl_mpo.mmpr.parquet import REQUIRED, iter_rows
 from internvl_mpo.mmpr.release import parse_line, read_subsets
-from internvl_mpo.mmpr.tables import columns_of, is_table
+from internvl_mpo.mmpr.sources import is_parquet, open_sources
 from internvl_mpo.records import Question
 
 FIRST_ROWS = 100  # of each file, looked at for its form
@@ -33,23 +30,10 @@ def iter_pairs(data: str | Path, image_root: str | Path | None = None) -> Iterat
     Raises:
         BadInputError: a file is missing or unreadable.
     """
-    if is_parquet(data):
-        yield from iter_rows(data)
-        return
-    for subset in read_subsets(data, image_root):
-        for number, (_, _, line) in enumerate(read_lines(subset.annotation), start=1):
-            if line.isspace():
-                continue
-            where = f"{subset.annotation}:{number}"
-            try:
-                pair = subset.pair(parse_line(line, where), where)
-            except RowError as error:
-                yield error
-                continue
-            images = tuple(map(subset.pictures.below, pair.images))
-            if images != pair.images:
-                pair = replace(pair, images=images)
-            yield PairRow(pair, subset.root, subset.max_tiles, where, subset.name, subset.repeat_time)
+    for source in open_sources(data, image_root):
+        for block in source.blocks():
+            for _, row in source.rows(block):
+                yield row
 
 
 def iter_questions(data: str | Path, image_root: str | Path | None = None) -> Iterator[tuple[Question, PictureFolder]]:
@@ -73,17 +57,6 @@ def iter_questions(data: str | Path, image_root: str | Path | None = None) -> It
             except RowError as error:
                 raise RowError(error.reason, where) from error
             yield Question.from_json(row, source=subset.name, where=where), subset.pictures
-
-
-# --- data sets --------------------------------------------------------------------------------------------------------
-
-
-def is_parquet(data: str | Path) -> bool:
-    """Return whether `data` names MMPR as Parquet, as convert_mmpr.py makes it: a folder or file of it, or `hub:..`."""
-    if not is_table(data):
-        return False
-    columns = columns_of(data)
-    return columns is None or set(REQUIRED) <= set(columns) or (Path(data) / MANIFEST).is_file()
 
 
 def forms_found(data: str | Path, image_root: str | Path | None = None, *, is_pair: bool = True) -> str:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,7 +87,7 @@ class Subset:
         added = {} if row.get("rule") else {"rule": rule}
         if not row.get("id") and self.entry:
             keys = ("image", "question", "answer_gt", "chosen", "rejected")
-            folder = PurePosixPath(str(self.entry["root"])).name
+            folder = _last_part(str(self.entry["root"]))
             added["id"] = content_id(folder, [row.get(key) for key in keys])
         pair = PreferencePair.from_json({**row, **added}, source=source, where=where)
         for name in filter(is_absolute, pair.images):
@@ -114,6 +115,11 @@ class Subset:
         return self.pictures.claims
 
 
+@lru_cache(maxsize=4096)
+def _last_part(path: str) -> str:
+    return PurePosixPath(path).name
+
+
 def _absolute_names(text: Annotation) -> Iterator[str]:
     for _, _, line in read_lines(text):
         with suppress(RowError):
@@ -121,6 +127,7 @@ def _absolute_names(text: Annotation) -> Iterator[str]:
                 yield from filter(is_absolute, images_of(to_own_form(parse_line(line, ""))[1]))
 
 
+@lru_cache(maxsize=4096)
 def split_subset_name(name: str) -> tuple[str, str]:
     """Return (source, rule) of a subset name; a name without a known suffix has rule "other"."""
     for suffix, rule in _RULE_OF_SUFFIX:

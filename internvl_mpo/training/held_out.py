@@ -51,7 +51,7 @@ class HeldOut:
             prefix: of the names.
         """
         # Every rank does the same number of packs, so that sharded models meet in the same collectives.
-        costs = [size.num_tokens for size in self.pairs.sizes]
+        costs = self.pairs.column("num_tokens").tolist()
         packs = fill_packs(costs, max(self.args.max_tokens_per_pack, max(costs)))
         ranks, rank = self.args.world_size, self.args.process_index
         meter = MeanMeter()
@@ -87,8 +87,8 @@ class HeldOut:
         """
         count, limit = self.args.num_eval_samples, self.args.eval_sample_tokens
         questions: dict[Any, int] = {}
-        for index, row in enumerate(self.pairs.rows):
-            questions.setdefault(row.key, index)
+        for index, key in enumerate(self.pairs.column("key").tolist()):
+            questions.setdefault(key, index)
         spread = max(1, len(questions) // max(1, count))  # over all files, which lie one after another
         asked = list(questions.values())[::spread][:count]
         precision = torch.bfloat16 if self.args.bf16 else torch.float16

@@ -1,38 +1,27 @@
 """The lengths of the pairs of a run, shown before training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from internvl_mpo.pack_plan import PairSize
-
-# --- lengths ----------------------------------------------------------------------------------------------------------
+import numpy as np
 
 
-def length_report(sizes: Sequence[PairSize], num_bins: int = 12) -> dict[str, Any]:
+def length_report(columns: Mapping[str, np.ndarray], num_bins: int = 12) -> dict[str, Any]:
     """Return quantiles and a histogram of token counts, JSON-able.
 
     Args:
-        sizes: of the usable pairs, at least one.
+        columns: `num_tokens` and fields of `PairSize` of the usable pairs, at least one. Shape of each: (N,)
         num_bins: most bars of the histogram; borders are round numbers.
     """
-    totals = [size.num_tokens for size in sizes]
-    step = _round_step(max(totals) / num_bins)
-    counts = [0] * (max(totals) // step + 1)
-    for total in totals:
-        counts[total // step] += 1
-    columns = {
-        "pair": totals,
-        "prompt": [size.prompt for size in sizes],
-        "chosen": [size.chosen for size in sizes],
-        "rejected": [size.rejected for size in sizes],
-        "tiles": [size.num_tiles for size in sizes],
-    }
+    totals = columns["num_tokens"]
+    step = _round_step(int(totals.max()) / num_bins)
+    names = {"pair": "num_tokens", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "tiles": "num_tiles"}
     return {
-        "num_pairs": len(sizes),
-        "num_cut_responses": sum(size.num_cut for size in sizes),
-        **{name: _quantiles(values) for name, values in columns.items()},
-        "histogram": {"bin_width": step, "counts": counts},
+        "num_pairs": len(totals),
+        "num_cut_responses": int(columns["num_cut"].sum()),
+        **{name: _quantiles(columns[column]) for name, column in names.items()},
+        "histogram": {"bin_width": step, "counts": np.bincount(totals // step).tolist()},
     }
 
 
@@ -56,16 +45,16 @@ def show_lengths(report: dict[str, Any], width: int = 40) -> str:
     return "\n".join(lines)
 
 
-def _quantiles(values: Sequence[int]) -> dict[str, float]:
-    ordered = sorted(values)
-    at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731 - used three times below
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    ordered = np.sort(values)
+    at = lambda share: int(ordered[min(len(ordered) - 1, int(share * len(ordered)))])  # noqa: E731 - used three times
     return {
-        "mean": sum(ordered) / len(ordered),
-        "min": ordered[0],
+        "mean": int(ordered.sum(dtype=np.int64)) / len(ordered),
+        "min": int(ordered[0]),
         "p50": at(0.5),
         "p90": at(0.9),
         "p99": at(0.99),
-        "max": ordered[-1],
+        "max": int(ordered[-1]),
     }
 
 

@@ -15,6 +15,7 @@ from internvl_mpo.files import atomic_writer
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.distributed import from_all_ranks
+from internvl_mpo.training.pairs import TrainingPairs
 
 _NUM_NAMED = 5  # pairs spelled out in the message
 
@@ -43,7 +44,7 @@ def stop_step(
     step: int,
     model: nn.Module,
     args: MPOArguments,
-    rows: Sequence[PairRow],
+    pairs: TrainingPairs,
     reward_shift: float,
 ) -> BadInputError:
     """Write down the step so far and return the error to raise, the same on all ranks; a collective.
@@ -55,7 +56,7 @@ def stop_step(
         step: its number.
         model: the policy, not wrapped.
         args: settings; dumps go to `output_dir`.
-        rows: all pairs of the run.
+        pairs: of the run.
         reward_shift: delta of the quality term.
     """
     found = from_all_ranks((list(pair_ids), weights_not_finite(model, args.process_index)), args)
@@ -85,7 +86,7 @@ def stop_step(
         "weights_not_finite": broken,
     }
     if pair_ids:
-        dump_step(paths[args.process_index], header, [r for r in rows if r.pair.id in references], references)
+        dump_step(paths[args.process_index], header, pairs.rows_of(references), references)
     from_all_ranks(None, args)  # a launcher kills the others when the first one ends: all dumps must be written
     suspects = [pair_id for ids, _ in found for pair_id in ids]
     shown = ", ".join(suspects[:_NUM_NAMED]) + (", ..." if len(suspects) > _NUM_NAMED else "")

@@ -1,12 +1,15 @@
 """Pairs of a run: checked, measured, planned into steps."""
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_writer
@@ -15,61 +18,158 @@ from internvl_mpo.mmpr.pairs import PairRow, mixture_table, repeats
 from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.records import RowError
 from internvl_mpo.steps import StepSampler, fit_to_budget
+from internvl_mpo.training.pair_table import PairTable, text_hash
 
 if TYPE_CHECKING:
     from internvl_mpo.training.arguments import MPOArguments
     from internvl_mpo.training.settings import TrainSettings
 
+REPORTED = ("num_tokens", "prompt", "chosen", "rejected", "num_tiles", "num_cut")  # columns of the length report
+_CHUNK = 1 << 16  # pairs that are Python objects at a time
+
+
+class PairRows(Sequence[PairRow]):
+    """Some pairs of a table, each read when it is asked for."""
+
+    def __init__(self, table: PairTable, indices: np.ndarray):
+        """Remember which; `indices` are rows of the table. Shape: (P,)"""
+        self.table, self.indices = table, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> PairRow:
+        return self.table.row(int(self.indices[index]))
+
+
+class PairSizes(Sequence[PairSize]):
+    """Sizes of some pairs of a table."""
+
+    def __init__(self, table: PairTable, indices: np.ndarray):
+        """Remember which; `indices` are rows of the table. Shape: (P,)"""
+        self.table, self.indices = table, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> PairSize:
+        return self.table.size(int(self.indices[index]))
+
+
+class PairDigests(Mapping[str, str]):
+    """`PairRow.digest` of some pairs of a table by their ids, in twelve bytes a pair."""
+
+    def __init__(self, table: PairTable, indices: np.ndarray):
+        """Sort them; `indices` are rows of the table. Shape: (P,)"""
+        self.table, self.indices = table, indices
+        hashes = table.columns["id_hash"][indices]
+        self._order = np.argsort(hashes, kind="stable").astype(np.int32)
+        self._hashes = hashes[self._order]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[str]:
+        return (pair_id for pair_id, _ in self.items())
+
+    def __getitem__(self, pair_id: str) -> str:
+        return f"{self.table.columns['digest'][self.index(pair_id)]:016x}"
+
+    def index(self, pair_id: str) -> int:
+        """Return the row of the table that has an id.
+
+        Raises:
+            KeyError: there is none.
+        """
+        wanted = text_hash(pair_id)
+        place = int(np.searchsorted(self._hashes, np.uint64(wanted)))
+        if place == len(self._hashes) or int(self._hashes[place]) != wanted:
+            raise KeyError(pair_id)
+        return int(self.indices[self._order[place]])
+
+    def items(self) -> Iterator[tuple[str, str]]:
+        """Yield (id, digest) of every pair, in order."""
+        for start in range(0, len(self.indices), _CHUNK):
+            indices = self.indices[start : start + _CHUNK]
+            digests = self.table.columns["digest"][indices].tolist()
+            for index, digest in zip(indices.tolist(), digests, strict=True):
+                yield self.table.pair_id(index), f"{digest:016x}"
+
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """Pairs of a run and what is known of each, in the same order.
+    """Pairs of a run; P of the N pairs of a table, which stay on the disk.
 
     Attributes:
-        rows: the pairs and where they come from.
-        sizes: their tokens and tiles.
-        counts: how often each is seen in an epoch.
+        table: the pairs of the data.
+        indices: which of them. Shape: (P,)
+        counts: how often each is seen in an epoch. Shape: (P,)
     """
 
-    rows: Sequence[PairRow]
-    sizes: Sequence[PairSize]
-    counts: Sequence[int]
+    table: PairTable
+    indices: np.ndarray
+    counts: np.ndarray
 
     def __post_init__(self) -> None:
-        if not len(self.rows) == len(self.sizes) == len(self.counts):
-            raise ValueError(f"{len(self.rows)} rows, {len(self.sizes)} sizes, {len(self.counts)} counts")
+        if len(self.indices) != len(self.counts):
+            raise ValueError(f"{len(self.indices)} pairs, {len(self.counts)} counts")
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
     def __add__(self, other: "TrainingPairs") -> "TrainingPairs":
-        columns = ((self.rows, other.rows), (self.sizes, other.sizes), (self.counts, other.counts))
-        return TrainingPairs(*([*mine, *more] for mine, more in columns))
+        joined = (np.concatenate(both) for both in ((self.indices, other.indices), (self.counts, other.counts)))
+        return TrainingPairs(self.table, *joined)
 
-    def select(self, indices: Iterable[int]) -> "TrainingPairs":
-        """Return some of the pairs, in the order given."""
-        indices = list(indices)
-        columns = (self.rows, self.sizes, self.counts)
-        return TrainingPairs(*([column[index] for index in indices] for column in columns))
+    def select(self, chosen: np.ndarray) -> "TrainingPairs":
+        """Return some of the pairs, by their numbers or as one truth value for each."""
+        return TrainingPairs(self.table, self.indices[chosen], self.counts[chosen])
+
+    @property
+    def rows(self) -> PairRows:
+        """The pairs and where they come from."""
+        return PairRows(self.table, self.indices)
+
+    @property
+    def sizes(self) -> PairSizes:
+        """Their tokens and tiles."""
+        return PairSizes(self.table, self.indices)
+
+    @functools.cached_property
+    def digests(self) -> PairDigests:
+        """`PairRow.digest` of each by its id."""
+        return PairDigests(self.table, self.indices)
+
+    def rows_of(self, pair_ids: Iterable[str]) -> list[PairRow]:
+        """Return the pairs of some ids, in the order of the data."""
+        return [self.table.row(index) for index in sorted({self.digests.index(pair_id) for pair_id in pair_ids})]
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of `pair_table.NUMBERS`. Shape: (P,)"""
+        return self.table.columns[name][self.indices]
 
     @property
     def num_seen(self) -> int:
         """Pairs of an epoch, repeated ones counted each time."""
-        return sum(self.counts)
+        return int(self.counts.sum())
 
     def digest(self) -> str:
         """Return a digest of the pairs, their order, and how often each is seen."""
         data = hashlib.sha256()
-        for row, count in zip(self.rows, self.counts, strict=True):
-            data.update(f"{row.digest} {count}\n".encode())
+        for start in range(0, len(self), _CHUNK):
+            indices, counts = (column[start : start + _CHUNK] for column in (self.indices, self.counts))
+            digests = self.table.columns["digest"][indices].tolist()
+            lines = (f"{digest:016x} {count}\n" for digest, count in zip(digests, counts.tolist(), strict=True))
+            data.update("".join(lines).encode())
         return data.hexdigest()[:16]
 
     def sampler(self, args: "MPOArguments") -> StepSampler:
         """Return the sampler of this rank."""
         return StepSampler(
-            [row.key for row in self.rows],
+            self.column("key"),
             self.counts,
             self.sizes,
+            tokens=self.column("num_tokens"),
             pairs_per_step=args.pairs_per_step,
             pairs_per_group=args.pairs_per_group,
             max_tokens=args.max_tokens_per_pack,
@@ -84,24 +184,24 @@ class TrainingPairs:
         return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.sampler(args).num_steps)
 
 
-def check_pairs(
-    settings: "TrainSettings", processor: Any, rows: list[PairRow], rejects: list[RowError]
-) -> TrainingPairs:
-    """Look at every row; return the usable ones, each to be seen once.
+def read_pairs(settings: "TrainSettings", processor: Any) -> TrainingPairs:
+    """Read and look at every row of the data; return the usable ones, each to be seen once.
 
     The first rank does the work, the others wait for what it leaves on disk.
 
     Raises:
-        BadInputError: rows are unusable and may not be skipped.
+        BadInputError: a file is missing, there is no row, or rows are unusable and may not be skipped.
     """
     from internvl_mpo.training.distributed import agree
     from internvl_mpo.training.lengths import length_report, show_lengths
-    from internvl_mpo.training.preflight import Preflight, same_id_twice
+    from internvl_mpo.training.preflight import Preflight
 
     beside = settings.output_dir.rstrip("/")
     preflight = Preflight(
         processor,
         settings.preflight_cache or f"{beside}.preflight",
+        settings.data,
+        image_root=settings.image_root,
         max_tiles=settings.max_tiles,
         max_length=settings.max_length,
         verify_images=settings.verify_images,
@@ -110,27 +210,40 @@ def check_pairs(
     is_main = settings.process_index == 0
     token = agree(preflight.reopen() if is_main else None, settings)
     if is_main:
-        results = preflight.run(rows)
+        table = preflight.run()
         preflight.finish()
     else:
-        results = preflight.wait(rows, token)
-    for index, reason in same_id_twice(rows).items():
-        results[index] = RowError(reason, rows[index].where)
-    for index, size in enumerate(results):
-        if not isinstance(size, RowError) and size.num_tokens > settings.max_tokens_per_pack:
-            limit = f"more than max_tokens_per_pack {settings.max_tokens_per_pack}"
-            results[index] = RowError(f"the pair has {size.num_tokens} tokens, {limit}", rows[index].where)
-
-    bad = [result for result in results if isinstance(result, RowError)]
-    good = [(row, size) for row, size in zip(rows, results, strict=True) if not isinstance(size, RowError)]
-    stop_on_rejects(settings, rejects + bad, num_good=len(good))
-    pairs = TrainingPairs([row for row, _ in good], [size for _, size in good], [1] * len(good))
+        table = preflight.wait(token)
+    if not len(table) and not table.unusable:
+        raise BadInputError(f"{', '.join(settings.data)} holds no preference pair")
+    rejects, usable = rejects_of(table, settings.max_tokens_per_pack)
+    stop_on_rejects(settings, rejects, num_good=len(usable))
+    pairs = TrainingPairs(table, usable, np.ones(len(usable), np.int32))
     if is_main:
-        report = length_report(pairs.sizes)
+        report = length_report({name: pairs.column(name) for name in REPORTED})
         print(show_lengths(report), flush=True)
         with atomic_writer(f"{beside}.preflight.json") as out:
-            json.dump({**report, "num_rejected": len(rejects) + len(bad), "data": settings.data}, out, indent=2)
+            json.dump({**report, "num_rejected": len(rejects), "data": settings.data}, out, indent=2)
     return pairs
+
+
+def rejects_of(table: PairTable, max_tokens: int) -> tuple[list[RowError], np.ndarray]:
+    """Return why rows of the data cannot be trained on, and the pairs that can. Shape: (P,)
+
+    Args:
+        table: the pairs of the data.
+        max_tokens: token budget of a pack.
+    """
+    rejects = [RowError(reason, table.sources[source].where(number)) for source, number, reason in table.unusable]
+    is_good = table.columns["num_tokens"] <= max_tokens
+    for index in np.flatnonzero(~is_good).tolist():
+        size = f"the pair has {table.columns['num_tokens'][index]} tokens"
+        rejects.append(RowError(f"{size}, more than max_tokens_per_pack {max_tokens}", table.where(index)))
+    for index, reason in table.clashes.items():
+        if is_good[index]:
+            rejects.append(RowError(reason, table.where(index)))
+        is_good[index] = False
+    return rejects, np.flatnonzero(is_good).astype(np.int32)
 
 
 def stop_on_rejects(settings: "TrainSettings", rejects: list[RowError], num_good: int) -> None:
@@ -168,18 +281,13 @@ def hold_out(share: float, pairs: TrainingPairs) -> tuple[TrainingPairs, Trainin
         BadInputError: no question is left to train on.
     """
     if not share:
-        return pairs, pairs.select(())
-    numbers = [_share_of(row.pair.group_key) for row in pairs.rows]
-    border = max(share, math.nextafter(min(numbers), 1))
-    kept = pairs.select(index for index, number in enumerate(numbers) if number >= border)
-    if not kept.rows:
+        return pairs, pairs.select(np.zeros(0, np.int32))
+    numbers = pairs.column("share") / 2**56
+    is_kept = numbers >= max(share, math.nextafter(float(numbers.min()), 1))
+    kept = pairs.select(is_kept)
+    if not len(kept):
         raise BadInputError(f"held_out_share {share} leaves no question to train on; lower it, or give more data")
-    return kept, pairs.select(index for index, number in enumerate(numbers) if number < border)
-
-
-def _share_of(key: str) -> float:
-    """A number in [0, 1) that depends on the question only, so that its pairs stay on one side."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
+    return kept, pairs.select(~is_kept)
 
 
 def plan(settings: "TrainSettings", pairs: TrainingPairs) -> tuple["TrainSettings", TrainingPairs]:
@@ -193,11 +301,14 @@ def plan(settings: "TrainSettings", pairs: TrainingPairs) -> tuple["TrainSetting
     """
     from internvl_mpo.preference_terms import SORTED  # imports torch, which the cheap refusals do without
 
-    counts = repeats(pairs.rows, settings.seed, settings.resample)
+    subsets = list(dict.fromkeys((kind.subset, kind.repeat_time) for kind in pairs.table.kinds))
+    subset_of = np.array([subsets.index((kind.subset, kind.repeat_time)) for kind in pairs.table.kinds])
+    members = subset_of[pairs.column("kind")]
+    counts = repeats(subsets, members, settings.seed, settings.resample)
     is_main = settings.process_index == 0
     if is_main:
-        print(mixture_table(pairs.rows, counts, [size.num_tokens for size in pairs.sizes]), flush=True)
-    pairs = replace(pairs, counts=counts).select(index for index, count in enumerate(counts) if count)
+        print(mixture_table(subsets, members, counts, pairs.column("num_tokens")), flush=True)
+    pairs = replace(pairs, counts=counts).select(counts > 0)
     if pairs.num_seen < settings.pairs_per_step:
         raise BadInputError(
             f"one epoch has {pairs.num_seen} pairs, fewer than the {settings.pairs_per_step} of one step; lower "

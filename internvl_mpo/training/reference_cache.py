@@ -82,8 +82,8 @@ class ReferenceCache:
 
     def missing(self, pair_ids: Sequence[str] | None = None) -> list[str]:
         """Return the ids that have no log-probs yet, in order; None asks for all pairs of the run."""
-        ids = self.digests if pair_ids is None else pair_ids
-        return [pair_id for pair_id in ids if self._digest(pair_id) not in self._logps]
+        pairs = self.digests.items() if pair_ids is None else ((pair_id, self._digest(pair_id)) for pair_id in pair_ids)
+        return [pair_id for pair_id, digest in pairs if digest not in self._logps]
 
     def add(self, pair_ids: Sequence[str], chosen_logps: Tensor, rejected_logps: Tensor) -> None:
         """Take log-probs in; every `shard_size` pairs a shard reaches the disk, the rest with `flush`.

@@ -43,12 +43,12 @@ def fill_cache(
     rows, sizes = pairs.rows, pairs.sizes
     left = set(missing)
     groups: dict[Any, list[int]] = {}
-    for index, row in enumerate(rows):
-        if row.pair.id in left:
-            left.discard(row.pair.id)  # a pair that appears twice is computed once
-            groups.setdefault(row.key, []).append(index)
+    for index, (pair_id, key) in enumerate(zip(pairs.digests, pairs.column("key").tolist(), strict=True)):
+        if pair_id in left:
+            left.discard(pair_id)  # a pair that appears twice is computed once
+            groups.setdefault(key, []).append(index)
     # All pairs of a question share its prompt here, as far as the budget goes; the result does not depend on it.
-    budget = max(args.max_tokens_per_pack, max(size.num_tokens for size in sizes))
+    budget = max(args.max_tokens_per_pack, int(pairs.column("num_tokens").max()))
     members = [part for group in groups.values() for part in cut_group(tuple(group), sizes, budget)]
     packs = fill_packs([group_tokens([sizes[index] for index in part]) for part in members], budget)
     # With partitioned weights all ranks must call the model equally often: the last round is filled up.

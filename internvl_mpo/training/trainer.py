@@ -257,7 +257,7 @@ class MPOTrainer(Trainer):
             step=self.state.global_step + 1,
             model=self.accelerator.unwrap_model(self.model),
             args=self.args,
-            rows=self.pairs.rows,
+            pairs=self.pairs,
             reward_shift=self.shift.value,
         )
 

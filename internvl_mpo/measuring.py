@@ -1,0 +1,184 @@
+"""Sizes of many pairs at once: what `encoding.measure_group` finds for each alone, several times as fast.
+
+Pairs of one question share its prompt and its pictures, and a response stands in several of them, so each is looked at
+once, and responses are tokenized together.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from internvl_mpo.encoding import (
+    Answers,
+    Pictures,
+    check_room,
+    picture_cost,
+    rendered_prompt,
+    response_key,
+    short_prompt,
+    token_ids,
+)
+from internvl_mpo.families.contract import PictureCost
+from internvl_mpo.families.registry import family_of_processor
+from internvl_mpo.pack_plan import PairSize
+from internvl_mpo.packing import num_common
+from internvl_mpo.records import PreferencePair, RowError
+
+_BATCH = 256  # pairs whose responses are tokenized together
+
+
+class Asked(NamedTuple):
+    """A pair to be measured.
+
+    Attributes:
+        pair: the pair.
+        image_root: what its image paths are relative to, see `encode_group`.
+        max_tiles: cap on the tiles per image.
+        key: equal for pairs that share pictures, prompt and tiling.
+    """
+
+    pair: PreferencePair
+    image_root: str | Path | Pictures
+    max_tiles: int
+    key: Hashable
+
+
+class _Prompt(NamedTuple):
+    """What pairs of one question share: tokens, tiles, and the end that a response may merge with."""
+
+    num_tokens: int
+    num_tiles: int
+    header: str
+
+
+class _Rendered(NamedTuple):
+    """A prompt before it is tokenized: its text, the end that a response may merge with, what its pictures cost."""
+
+    text: str
+    header: str
+    costs: list[PictureCost]
+
+
+class _Response(NamedTuple):
+    ids: list[int]
+    is_cut: bool
+    key: int
+
+
+class PairMeter:
+    """Measures pairs; one for each process."""
+
+    def __init__(self, processor: Any, *, max_length: int, decode: bool = False):
+        """Ask the processor what all pairs share.
+
+        Args:
+            processor: as in `encode_group`.
+            max_length: as in `encode_group`.
+            decode: as in `measure_group`.
+        """
+        self.processor, self.max_length, self.decode = processor, max_length, decode
+        self.family = family_of_processor(processor)
+        self.answers = Answers(self.family, processor)
+        self._prompts: dict[Hashable, _Prompt | str] = {}
+        self._pictures: dict[tuple[str, str, int, int], PictureCost | str] = {}
+        self._plains: dict[str, str] = {}
+
+    def measure(self, pairs: Sequence[Asked]) -> Iterator[PairSize | str]:
+        """Yield the size of each pair, or the reason why `encode_group` would refuse it, in order."""
+        for known in (self._prompts, self._pictures, self._plains):
+            known.clear()
+        for start in range(0, len(pairs), _BATCH):
+            yield from self._batch(pairs[start : start + _BATCH])
+
+    def _batch(self, pairs: Sequence[Asked]) -> list[PairSize | str]:
+        self._measure_prompts(pairs)
+        found: list[PairSize | str | None] = [None] * len(pairs)
+        texts: list[tuple[str, str] | None] = [None] * len(pairs)
+        for index, asked in enumerate(pairs):
+            prompt = self._prompts[asked.key]
+            try:
+                if isinstance(prompt, str):
+                    raise RowError(prompt)
+                texts[index] = self._plain(asked.pair.chosen, "chosen"), self._plain(asked.pair.rejected, "rejected")
+            except RowError as error:
+                found[index] = error.reason
+        responses = self._responses(pairs, texts)
+        for index, both in enumerate(texts):
+            if both is not None:
+                prompt = self._prompts[pairs[index].key]
+                chosen, rejected = (responses[prompt, text] for text in both)
+                found[index] = self._size(prompt, chosen, rejected)
+        return found
+
+    def _measure_prompts(self, pairs: Sequence[Asked]) -> None:
+        """Take in what pairs share with others of their question, or why it is refused."""
+        rendered: dict[bool, dict[Hashable, _Rendered]] = {}
+        for asked in {asked.key: asked for asked in pairs if asked.key not in self._prompts}.values():
+            try:
+                one = self._render(asked)
+            except RowError as error:
+                self._prompts[asked.key] = error.reason
+            else:
+                rendered.setdefault(self.family.adds_specials(self.processor, one.text), {})[asked.key] = one
+        for add_special_tokens, group in rendered.items():
+            texts = [one.text for one in group.values()]
+            tokens = token_ids(self.processor.tokenizer, texts, add_special_tokens=add_special_tokens)
+            for (key, one), ids in zip(group.items(), tokens, strict=True):
+                num_tokens = len(ids) + sum(cost.left_out for cost in one.costs)
+                try:
+                    check_room(num_tokens, self.max_length, "")
+                except RowError as error:
+                    self._prompts[key] = error.reason
+                else:
+                    self._prompts[key] = _Prompt(num_tokens, sum(cost.num_tiles for cost in one.costs), one.header)
+
+    def _render(self, asked: Asked) -> _Rendered:
+        prompt, _ = rendered_prompt(self.family, self.processor, [asked.pair], self.answers.reserved)
+        costs = [self._picture(asked, name) for name in asked.pair.images]
+        text = short_prompt(self.family, self.processor, prompt, costs)
+        return _Rendered(text, self.answers.header(prompt), costs)
+
+    def _picture(self, asked: Asked, name: str) -> PictureCost:
+        num_images = len(asked.pair.images)
+        key = str(asked.image_root), name, num_images, asked.max_tiles
+        if key not in self._pictures:
+            options = {"num_images": num_images, "max_tiles": asked.max_tiles, "decode": self.decode, "where": ""}
+            try:
+                found = picture_cost(self.family, self.processor, name, asked.image_root, **options)
+            except RowError as error:
+                found = error.reason
+            self._pictures[key] = found
+        if isinstance(self._pictures[key], str):
+            raise RowError(self._pictures[key])
+        return self._pictures[key]
+
+    def _plain(self, text: str, side: str) -> str:
+        if text not in self._plains:
+            self._plains[text] = self.answers.plain(text, side, "")
+        return self._plains[text]
+
+    def _responses(
+        self, pairs: Sequence[Asked], texts: Sequence[tuple[str, str] | None]
+    ) -> dict[tuple[_Prompt, str], _Response]:
+        """Tokenize the responses of some pairs, each once."""
+        wanted: dict[str, dict[tuple[_Prompt, str], None]] = {}
+        for asked, both in zip(pairs, texts, strict=True):
+            for text in both or ():
+                prompt = self._prompts[asked.key]
+                wanted.setdefault(prompt.header, {})[prompt, text] = None
+        found = {}
+        for header, group in wanted.items():
+            tokens = self.answers.tokenize(header, [text for _, text in group])
+            for (prompt, text), ids in zip(group, tokens, strict=True):
+                kept = ids[: self.max_length - prompt.num_tokens]
+                found[prompt, text] = _Response(kept, len(kept) < len(ids), response_key(kept))
+        return found
+
+    def _size(self, prompt: _Prompt, chosen: _Response, rejected: _Response) -> PairSize | str:
+        if chosen.ids == rejected.ids:
+            room = self.max_length - prompt.num_tokens
+            return f"chosen and rejected are equal in the {room} tokens that the length limit leaves"
+        stem = num_common(chosen.ids[:-1], rejected.ids[:-1])
+        num_cut = chosen.is_cut + rejected.is_cut
+        lengths = (prompt.num_tokens, len(chosen.ids), len(rejected.ids))
+        return PairSize(*lengths, prompt.num_tiles, num_cut, stem, chosen.key, rejected.key)

@@ -1,0 +1,149 @@
+"""Parts of a table of pairs: one block of a source, read, looked at, and written. See `pair_table` and `preflight`."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+
+from internvl_mpo.files import atomic_writer
+from internvl_mpo.measuring import Asked, PairMeter
+from internvl_mpo.mmpr.pairs import PairRow
+from internvl_mpo.mmpr.sources import Block, PairSource
+from internvl_mpo.pack_plan import PairSize
+from internvl_mpo.records import RowError, content_id
+from internvl_mpo.training.pair_table import NUMBERS, read_facts, text_hash, text_of_pair, write_batch
+
+
+class PartWriter:
+    """Makes parts; one for each process."""
+
+    def __init__(
+        self,
+        processor: Any,
+        folder: Path,
+        sources: Sequence[PairSource],
+        *,
+        max_tiles: int,
+        max_length: int,
+        decode: bool,
+    ):
+        """See `Preflight` for the arguments."""
+        self.folder, self.sources, self.max_tiles = folder, sources, max_tiles
+        self.meter = PairMeter(processor, max_length=max_length, decode=decode)
+        self._settings = [content_id(source.settings()) for source in sources]
+
+    def write(self, source: int, block: Block) -> tuple[str, int]:
+        """Return the name of a block's part and the number of its pairs; one that is there already is not made again.
+
+        Args:
+            source: number of the source.
+            block: of it.
+        """
+        name = self._name(source, block)
+        if (self.folder / f"{name}.json").is_file():
+            facts = read_facts(self.folder, name)
+            if not pictures_changed(facts):
+                return name, facts["num_pairs"]
+        rows = list(self.sources[source].rows(block))
+        pictures = picture_facts(row for _, row in rows if isinstance(row, PairRow))
+        good, unusable = self._look(rows, block.first)
+        kinds: dict[tuple, int] = {}
+        if good:
+            write_batch(_columns(good, kinds), self.folder / f"{name}.arrow")
+        facts = {"num_pairs": len(good), "kinds": list(kinds), "unusable": unusable, "pictures": pictures}
+        with atomic_writer(self.folder / f"{name}.json") as out:
+            json.dump(facts, out, ensure_ascii=False)
+        return name, len(good)
+
+    def _name(self, source: int, block: Block) -> str:
+        """Name a part after the text of its rows and what else they depend on."""
+        digest = hashlib.blake2b(self._settings[source].encode(), digest_size=12)
+        if block.lines is None:
+            digest.update(f" {block.first} {block.num_rows}".encode())
+        for line in block.lines or ():
+            digest.update(line)
+        return digest.hexdigest()
+
+    def _look(
+        self, rows: Sequence[tuple[int, PairRow | RowError]], first: int
+    ) -> tuple[list[tuple[int, PairRow, PairSize]], list[tuple[int, str]]]:
+        """Return (number, pair, size) of the usable rows, and (number, reason) of the others, numbers from 0."""
+        asked = [
+            Asked(row.pair, row.image_root, row.max_tiles or self.max_tiles, question_of(row))
+            for _, row in rows
+            if isinstance(row, PairRow)
+        ]
+        sizes = self.meter.measure(asked)
+        good, unusable = [], []
+        for number, row in rows:
+            found = row if isinstance(row, RowError) else next(sizes)
+            if isinstance(found, PairSize):
+                good.append((number - first, row, found))
+            else:
+                unusable.append((number - first, found.reason if isinstance(found, RowError) else found))
+        return good, unusable
+
+
+def _columns(rows: Sequence[tuple[int, PairRow, PairSize]], kinds: dict[tuple, int]) -> dict[str, pyarrow.Array]:
+    """Return texts and numbers of pairs, and add their kinds to `kinds`."""
+    numbers: dict[str, list[int]] = {name: [] for name in NUMBERS}
+    keys: dict[tuple, tuple[int, int]] = {}
+    for number, row, size in rows:
+        question, folder = question_of(row), str(row.image_root)
+        if question not in keys:
+            key = row.key
+            keys[question] = int(content_id(*key), 16), question_share(key[0])
+        kind = (row.subset, row.repeat_time, row.max_tiles, folder)
+        values = {
+            **size._asdict(),
+            "num_tokens": size.num_tokens,
+            "digest": int(row.digest, 16),
+            "key": keys[question][0],
+            "share": keys[question][1],
+            "id_hash": text_hash(row.pair.id),
+            "number": number,
+            "kind": kinds.setdefault(kind, len(kinds)),
+        }
+        for name, value in values.items():
+            numbers[name].append(value)
+    columns = {name: pyarrow.array(values, pyarrow.from_numpy_dtype(NUMBERS[name])) for name, values in numbers.items()}
+    ids = [row.pair.id.encode("utf-8", "backslashreplace") for _, row, _ in rows]
+    texts = [text_of_pair(row.pair) for _, row, _ in rows]
+    return {**columns, "id": pyarrow.array(ids, pyarrow.string()), "pair": pyarrow.array(texts, pyarrow.string())}
+
+
+def question_of(row: PairRow) -> tuple:
+    """Return what `PairRow.key` is a digest of."""
+    pair = row.pair
+    return pair.images, pair.question, pair.system, pair.history, str(row.image_root), row.max_tiles
+
+
+def question_share(group_key: str) -> int:
+    """Return a number below 2 ** 56 that depends on the question only, so that its pairs stay on one side."""
+    return int.from_bytes(hashlib.sha256(group_key.encode()).digest()[:7], "big")
+
+
+def picture_facts(rows: Iterable[PairRow]) -> dict[str, str]:
+    """Return size and time of change of the image files of some pairs; pictures in archives and tables have none."""
+    roots: dict[Any, dict[str, None]] = {}
+    for row in rows:
+        if isinstance(row.image_root, (str, Path)):
+            roots.setdefault(row.image_root, {}).update(dict.fromkeys(row.pair.images))
+    return {path: _stat(path) for root, names in roots.items() for path in (os.path.join(root, name) for name in names)}
+
+
+def pictures_changed(facts: Mapping[str, Any]) -> bool:
+    """Return whether a picture of a part is another file than it was, see `read_facts`."""
+    return any(_stat(path) != known for path, known in facts["pictures"].items())
+
+
+def _stat(path: str) -> str:
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):
+        return "absent"
+    return f"{stat.st_size}:{stat.st_mtime_ns}"
