@@ -64,20 +64,32 @@ _TEXT = {
     "num_key_value_heads": 2,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+_OTHER_TEXT = {
+    "qwen3_moe": _EXPERTS,
+    "gpt_oss": {
+        **_TEXT,
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "num_key_value_heads": 1},
+        **{"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        **{"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+}
 _QWEN_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def tiny_internvl(folder: Path, backbone: str = "qwen2") -> Path:
-    """InternVL in transformers' layout: tiles of 28 pixels, one token each; `qwen3_moe` has experts."""
+    """InternVL in transformers' layout: tiles of 28 pixels, one token each; `qwen3_moe` and `gpt_oss` have experts."""
     official = folder.with_name(folder.name + "_official")
-    model = tiny_model("qwen3" if backbone == "qwen3_moe" else backbone)
+    model = tiny_model("qwen3" if backbone in _OTHER_TEXT else backbone)
     model.save_pretrained(official)
     tiny_processor(model.config).save_pretrained(official)
     convert(official, folder)
-    if backbone == "qwen3_moe":
+    if backbone in _OTHER_TEXT:
         config = InternVLConfig.from_pretrained(folder)
-        text = {**config.text_config.to_dict(), **_EXPERTS, "model_type": "qwen3_moe"}
+        kept = config.text_config.to_dict()
+        if backbone == "gpt_oss":
+            kept = {name: kept[name] for name in ("vocab_size", "pad_token_id", "eos_token_id")}
+        text = {**kept, **_OTHER_TEXT[backbone], "model_type": backbone}
         config = InternVLConfig(**{**config.to_dict(), "text_config": text})
         tokenizer = AutoProcessor.from_pretrained(official).tokenizer
         for path in folder.glob("*.safetensors*"):

@@ -23,8 +23,8 @@ from internvl_mpo.packing import Group, Pack
 from internvl_mpo.records import IMAGE_PLACEHOLDER
 from modeling_internvl_mpo.image_processing_internvl_mpo import to_rgb
 
-# Decoders whose attention a pack serves: causal over the whole context, no sinks, no soft caps on scores or logits.
-DECODERS = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+# Decoders whose attention a pack serves: causal, no soft caps on scores or logits. Windows and sinks are served.
+DECODERS = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt_oss")
 STANDARD_PARTS: dict[Part, tuple[str, ...]] = {
     "vision tower": (".model.vision_tower.",),
     "projector": (".model.multi_modal_projector.", ".model.image_newline"),
@@ -72,12 +72,6 @@ class NativeFamily(Family):
             raise BadInputError(
                 f"{self.name} with a vision tower of type '{tower}' is not supported; expected one of "
                 f"{', '.join(self.towers)}"
-            )
-        slides = text.get("use_sliding_window", text.get("sliding_window") is not None)
-        if slides or "sliding_attention" in (text.get("layer_types") or ()):
-            raise BadInputError(
-                f"the language model attends to its last {text.get('sliding_window')} tokens only, which packs do not "
-                "serve; set use_sliding_window to false (or sliding_window to null) in config.json if it was trained so"
             )
 
     def load_processor(self, source: str) -> Any:

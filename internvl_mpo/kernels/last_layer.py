@@ -41,9 +41,11 @@ def trim_last_layer(decoder: nn.Module) -> None:
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None if kept_U is None else (args[0].index_select(1, kept_U), *args[1:])
 
-    def spread(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def spread(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if kept_U is None:
             return None
+        if isinstance(output, tuple):  # gpt-oss gives the scores of its router as well
+            return spread(module, args, output[0]), *output[1:]
         return output.new_zeros(1, num_tokens, output.shape[-1]).index_copy(1, kept_U, output)
 
     layer.register_forward_pre_hook(enter, with_kwargs=True)

@@ -11,6 +11,7 @@ Three back ends compute the same thing:
 - flex: FlexAttention with a block mask; one kernel for the pack. CUDA only, since it has no backward pass on the CPU.
 
 "auto" takes varlen on CUDA where flash-attn is installed and the precision is right, else flex, and segments elsewhere.
+Layers that see the last tokens of their path only (sliding windows) or have sinks (gpt-oss) run in flex and segments.
 
 Letters: T tokens of a pack, B segments in one call, Q and K query and key tokens of a call, H heads, N key-value heads.
 """
@@ -35,8 +36,8 @@ from internvl_mpo.packing import Layout, Segment
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-# Arguments of attention functions that change the result and that no back end here computes.
-_UNSERVED = ("sliding_window", "softcap", "s_aux")
+# An argument of attention functions that changes the result and that no back end here computes.
+_UNSERVED = "softcap"
 
 PackedAttention = Literal["auto", "segments", "flex", "varlen"]
 
@@ -61,7 +62,15 @@ def use_packed_attention(model: PreTrainedModel, backend: str = "auto") -> None:
 
 
 def segment_attention(
-    layout: Layout, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, *, scored_only: bool = False
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    *,
+    scored_only: bool = False,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attend along the tree of a pack with SDPA.
 
@@ -72,32 +81,58 @@ def segment_attention(
         value: Shape: (1, N, T, head_dim)
         scaling: factor on the scores; None means head_dim ** -0.5.
         scored_only: leave tokens that predict no scored token at 0; enough for the last layer.
+        window: tokens of its path that a token sees, itself included; None means all.
+        sinks_H: a score of each head that takes a share of the attention and gives nothing. Shape: (H,)
 
     Returns:
         Shape: (1, T, H, head_dim)
     """
-    name = ("segments", scored_only)
+    name = ("segments", scored_only, window)
     if name not in layout.plan:
-        layout.plan[name] = _plan(layout, scored_only)
+        layout.plan[name] = _plan(layout, scored_only, window)
     plan = layout.plan[name]
     query_rows = _rows(query)[plan.query_index].split(plan.query_sizes)
     key_rows = _rows(key)[plan.key_index].split(plan.key_sizes)
     value_rows = _rows(value)[plan.key_index].split(plan.key_sizes)
     outputs = []
     for call, q, k, v in zip(plan.calls, query_rows, key_rows, value_rows, strict=True):
-        out_BHQD = F.scaled_dot_product_attention(
+        out_BHQD = _attend(
             q.view(call.num_segments, -1, query.shape[1], query.shape[3]).transpose(1, 2),
             k.view(call.num_segments, -1, key.shape[1], key.shape[3]).transpose(1, 2),
             v.view(call.num_segments, -1, value.shape[1], value.shape[3]).transpose(1, 2),
-            attn_mask=call.mask,
-            is_causal=call.mask is None,
-            scale=scaling,
-            enable_gqa=key.shape[1] != query.shape[1],
+            call.mask,
+            scaling,
+            sinks_H,
         )
         outputs.append(out_BHQD.transpose(1, 2).flatten(0, 1))
     if scored_only:
         outputs.append(outputs[0].new_zeros(1, *outputs[0].shape[1:]))
     return torch.cat(outputs)[plan.output_index][None]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, sinks_H: Tensor | None
+) -> Tensor:
+    """SDPA, with sinks where there are some: a further key of zeros, whose score is the mask and whose value is 0."""
+    if sinks_H is not None:
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        if mask is None:
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+            mask = mask.tril(num_keys - num_queries)[None, None]
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+        sinks_BHQ1 = sinks_H.to(query.dtype)[None, :, None, None].expand(len(query), -1, num_queries, 1)
+        mask = torch.cat([mask.expand(len(query), query.shape[1], -1, -1), sinks_BHQ1], dim=-1)
+        key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
 
 
 @dataclass(frozen=True)
@@ -120,12 +155,13 @@ class _Plan:
     output_index: Tensor
 
 
-def _plan(layout: Layout, scored_only: bool) -> _Plan:
+def _plan(layout: Layout, scored_only: bool, window: int | None) -> _Plan:
     device = layout.visible_until_T.device
     queries, paths = _queries(layout, scored_only), _paths(layout.segments)
     asking = [index for index, query in enumerate(queries) if query]
-    whole = [index for index in asking if len(queries[index]) == len(paths[index])]  # a prompt, all of it
-    others = [index for index in asking if len(queries[index]) != len(paths[index])]
+    # a prompt, all of it; where windows cut some of it off, it needs a mask as the others do
+    whole = [i for i in asking if len(queries[i]) == len(paths[i]) <= (window or len(paths[i]))]
+    others = [index for index in asking if index not in whole]
     calls, query_index, query_sizes, key_index, key_sizes = [], [], [], [], []
     output_index = torch.full((len(layout.visible_until_T),), -1)  # -1: the row of zeros behind all others
     num_rows = 0
@@ -140,7 +176,12 @@ def _plan(layout: Layout, scored_only: bool) -> _Plan:
             if not causal:
                 lengths_B = torch.tensor([len(paths[index]) for index in batch])
                 real_BK = torch.arange(longest_key) < lengths_B[:, None]
-                mask = ((key_BK[:, None] <= query_BQ[:, :, None]) & real_BK[:, None])[:, None].to(device)
+                mask = (key_BK[:, None] <= query_BQ[:, :, None]) & real_BK[:, None]
+                if window is not None:
+                    # a token's place on its path: queries are the end of it
+                    end_B1 = torch.tensor([[len(paths[index]) - queries[index].stop] for index in batch])
+                    mask &= (query_BQ + end_B1)[:, :, None] - torch.arange(longest_key) < window
+                mask = mask[:, None].to(device)
             for row, index in enumerate(batch):
                 first = num_rows + row * longest_query
                 output_index[list(queries[index])] = torch.arange(first, first + len(queries[index]))
@@ -275,18 +316,32 @@ def _varlen_plan(layout: Layout, scored_only: bool) -> _VarlenPlan:
     )
 
 
-def flex_attention(layout: Layout, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def flex_attention(
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    *,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """Attend along the tree of a pack with FlexAttention; arguments and result as in `segment_attention`."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotary embeddings return float32
     num_tokens = query.shape[2]
     padding = (0, 0, 0, _static_size(num_tokens) - num_tokens)
-    out_BHTD = _flex_kernel(query.is_cuda)(
+    found = _flex_kernel(query.is_cuda)(
         *(F.pad(heads, padding) for heads in (query, key, value)),
-        block_mask=flex_block_mask(layout),
+        block_mask=flex_block_mask(layout, window),
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
+        return_lse=sinks_H is not None,
     )
-    return out_BHTD[:, :, :num_tokens].transpose(1, 2)
+    if sinks_H is None:
+        return found[:, :, :num_tokens].transpose(1, 2)
+    out_BHTD, logsumexp_BHT = (part[:, :, :num_tokens] for part in found)
+    share_BHT = torch.sigmoid(logsumexp_BHT - sinks_H[:, None])  # what is left for keys
+    return (out_BHTD * share_BHT[..., None].to(out_BHTD.dtype)).transpose(1, 2)
 
 
 def _static_size(num_tokens: int) -> int:
@@ -301,23 +356,33 @@ def _flex_kernel(compiled: bool) -> Callable[..., Tensor]:
     return torch.compile(flex.flex_attention, dynamic=False) if compiled else flex.flex_attention
 
 
-def flex_block_mask(layout: Layout) -> "BlockMask":
-    """Return the mask of a pack for FlexAttention, made once per pack."""
+def flex_block_mask(layout: Layout, window: int | None = None) -> "BlockMask":
+    """Return the mask of a pack for FlexAttention, made once per pack and window."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     num_tokens = len(layout.visible_until_T)
     size = _static_size(num_tokens)
     until_T = F.pad(layout.visible_until_T, (0, size - num_tokens))  # nobody sees padding
+    place_T = F.pad(_places(layout).to(until_T.device), (0, size - num_tokens)) if window else until_T
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & (q < until_T[k])
+        seen = (k <= q) & (q < until_T[k])
+        return seen & (place_T[q] - place_T[k] < window) if window else seen
 
-    if "flex" not in layout.plan:
+    name = ("flex", window)
+    if name not in layout.plan:
         # not compiled, it would make the dense mask first
-        layout.plan["flex"] = create_block_mask(
+        layout.plan[name] = create_block_mask(
             sees, None, None, size, size, device=until_T.device, _compile=until_T.is_cuda
         )
-    return layout.plan["flex"]
+    return layout.plan[name]
+
+
+def _places(layout: Layout) -> Tensor:
+    """Return how many tokens of its path stand before each token. Shape: (T,)"""
+    lengths = [len(path) for path in _paths(layout.segments)]
+    segments = zip(layout.segments, lengths, strict=True)
+    return torch.cat([torch.arange(end - (segment.stop - segment.start), end) for segment, end in segments])
 
 
 @functools.cache
@@ -337,25 +402,34 @@ def _packed_attention(
     dropout: float = 0.0,
     pack_layout: Layout | None = None,
     scored_only: bool = False,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if pack_layout is None:
+        if s_aux is not None:  # transformers' SDPA would leave them out
+            return _attend(query, key, value, attention_mask, scaling, s_aux).transpose(1, 2), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     if dropout:
         raise ValueError("attention dropout must be 0 where log-probs are compared; set attention_dropout to 0")
-    for name in _UNSERVED:  # without a word they would be left out
-        if kwargs.get(name) is not None:
-            raise ValueError(f"packed attention knows no {name}, which this model's layers ask for; use plain_twin")
+    if kwargs.get(_UNSERVED) is not None:  # without a word it would be left out
+        raise ValueError(f"packed attention knows no {_UNSERVED}, which this model's layers ask for; use plain_twin")
+    is_plain = sliding_window is None and s_aux is None
     if backend == "auto":
         backend = "segments"
         if query.is_cuda:
-            backend = "varlen" if value.dtype in (torch.float16, torch.bfloat16) and has_flash_attention() else "flex"
+            narrow = value.dtype in (torch.float16, torch.bfloat16)
+            backend = "varlen" if is_plain and narrow and has_flash_attention() else "flex"
+    if backend == "varlen":
+        if not is_plain:
+            raise ValueError("packed attention varlen knows no sliding windows and no sinks; take auto")
+        return varlen_attention(pack_layout, query, key, value, scaling, scored_only=scored_only), None
+    options: dict[str, Any] = {"window": sliding_window, "sinks_H": s_aux}
     if backend == "flex":
-        return flex_attention(pack_layout, query, key, value, scaling), None
-    attend = varlen_attention if backend == "varlen" else segment_attention
-    return attend(pack_layout, query, key, value, scaling, scored_only=scored_only), None
+        return flex_attention(pack_layout, query, key, value, scaling, **options), None
+    return segment_attention(pack_layout, query, key, value, scaling, scored_only=scored_only, **options), None
 
 
 _BACKENDS = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import weakref
 from collections.abc import Iterator, Mapping
@@ -264,8 +265,9 @@ def fake_pack(config: Any, setup: Setup) -> Pack:
     pack = pack_groups(groups)
     if setup.attention == "segments":  # the plan of a layout needs numbers, which fake tensors do not have
         row = torch.zeros(1, 1, pack.num_tokens, 1)
-        for scored_only in (False, True):
-            segment_attention(pack.layout, row, row, row, None, scored_only=scored_only)
+        windows = {None, getattr(config.get_text_config(), "sliding_window", None)}
+        for scored_only, window in itertools.product((False, True), windows):
+            segment_attention(pack.layout, row, row, row, None, scored_only=scored_only, window=window)
     if pictures.tiles is None or not len(pictures.tiles):
         return pack
     return replace(pack, pixel_values=pictures.tiles, image_inputs=pictures.image_inputs)
