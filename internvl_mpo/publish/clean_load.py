@@ -22,12 +22,17 @@ class NoRepository(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"{name} is not part of the published folder")
 
 
-def processor_for_pictures(folder: str):
-    """Return the processor of a folder without its part for videos, for which a package is missing here."""
-    from transformers import AutoConfig, Idefics3Processor
+def load_processor(folder: str, trust: bool):
+    """Return the processor of a folder, without its part for videos where a package for that is missing here."""
+    from transformers import AutoConfig, AutoProcessor, Idefics3Processor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    wanted = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder))]
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust)
+    except (ImportError, ValueError):  # families differ in how they say it
+        wanted = None if trust else PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder)), None)
+        if wanted is None or "video_processor" not in wanted.get_attributes():
+            raise
     parts = [name for name in wanted.get_attributes() if name != "video_processor"]
     own = Idefics3Processor if wanted.__name__ == "SmolVLMProcessor" else wanted  # the same prompts and pixels
     kind = type(wanted.__name__, (own,), {"get_attributes": classmethod(lambda cls: parts)})
@@ -39,7 +44,7 @@ def main(folder: str, base: str, picture: str, question: str, device: str, resul
     sys.meta_path.insert(0, NoRepository())
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
     torch.manual_seed(0)
     main_folder = folder if base == "-" else base
@@ -47,10 +52,7 @@ def main(folder: str, base: str, picture: str, question: str, device: str, resul
     trust = config["model_type"] == "internvl_chat"
     auto_class = AutoModel if trust else AutoModelForImageTextToText
     model = auto_class.from_pretrained(main_folder, dtype="auto", trust_remote_code=trust).to(device).eval()
-    try:
-        processor = AutoProcessor.from_pretrained(main_folder, trust_remote_code=trust)
-    except ImportError:
-        processor = processor_for_pictures(main_folder)
+    processor = load_processor(main_folder, trust)
     assert len(AutoTokenizer.from_pretrained(main_folder, trust_remote_code=trust)) == len(processor.tokenizer)
     if base != "-":
         from peft import PeftModel

@@ -21,6 +21,7 @@ from tiny_families import FAMILIES, tiny_qwen3_vl
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.registry import family_of_source
 from internvl_mpo.publish.__main__ import main
+from internvl_mpo.publish.clean_load import load_processor
 
 BUILDERS = {**FAMILIES, "qwen3_vl_moe": lambda folder: tiny_qwen3_vl(folder, experts=True)}
 IDS = torch.arange(40, 60)[None]
@@ -61,6 +62,12 @@ def test_a_folder_holds_what_its_class_reads_and_nothing_else(name: str, tmp_pat
     assert json.loads((folder / "config.json").read_text()) == config
     assert (folder / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert torch.equal(logits(folder), logits(source))
+    picture = Image.effect_noise((61, 29), 90).convert("RGB")
+    strangers, ours = load_processor(str(folder), False), family_of_source(str(source)).load_processor(str(source))
+    text = ours.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
+    found, expected = (one(text=[text], images=[[picture]], return_tensors="pt") for one in (strangers, ours))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
     card = ModelCard.load(folder / "README.md")
     assert {config["model_type"], "mpo"} == set(card.data.tags)
     assert "trust_remote_code" not in card.content
