@@ -7,7 +7,7 @@ JOBS ?= 2
 UV := $(shell command -v uv 2>/dev/null)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test test-fast lint format clean
+.PHONY: quickstart test test-fast lint format gpu-proof clean
 
 quickstart: $(VENV)/.installed-base  ## the whole path on handwritten digits: data, training, evaluation, report
 	$(BIN)/python -m internvl_mpo.quickstart --output $(OUTPUT)
@@ -18,6 +18,9 @@ test: $(VENV)/.installed-test lint  ## the whole suite
 
 test-fast: $(VENV)/.installed-test  ## without the tests that train or generate for long
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+
+gpu-proof: $(VENV)/.installed-test  ## speed, memory and numbers on the GPU here, in ten minutes
+	$(BIN)/python bench/gpu_proof.py --minutes 10
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

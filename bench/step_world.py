@@ -51,6 +51,7 @@ PRESETS = {
     "grouped": replace(PROPORTIONAL, tiles=(5, 5, 5, 5), same_question=True),
     # The rejected response repeats the first half of the chosen one.
     "dropout_ntp": replace(PROPORTIONAL, answer=250, shared_half=True),
+    "real1b": Shape(896, 24, 14, 2, 4864, 151655, 1024, 24, 16, 4096, tiles=(5,), answer=250),
     "real8b": Shape(4096, 32, 32, 8, 14336, 92553, 1024, 24, 16, 4096, tiles=(5,), answer=250),
 }
 
