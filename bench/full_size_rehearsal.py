@@ -5,11 +5,11 @@
     python bench/full_size_rehearsal.py --tokenizer FOLDER --size tiny      the same path in a minute, to test the path
 
 FOLDER holds the tokenizer of Qwen2 (vocab.json, merges.txt, tokenizer_config.json), as in Qwen/Qwen2-0.5B-Instruct. The
-model has InternVL2-1B's real shape and random weights. Its folder is published; then, with adapters and with all weights,
-two steps of two pairs are trained, a picture of 12 tiles and its thumbnail in each, killed with SIGKILL when the first
-checkpoint stands, and started again; the result is published, loaded by the Auto classes in a process of its own, and
-asked. Every stage is one command; a stage that is finished is not run again. The highest resident memory of each is
-taken from the kernel, and that of training compared with `python -m internvl_mpo.memory_estimate`.
+model has InternVL2-1B's real shape and random weights. Its folder is published; then, with adapters and with all
+weights, two steps of two pairs are trained, a picture of 12 tiles and its thumbnail in each, killed with SIGKILL when
+the first checkpoint stands, and started again; the result is published, loaded by the Auto classes in a process of its
+own, and asked. Every stage is one command; a stage that is finished is not run again. The highest resident memory of
+each is taken from the kernel, and that of training compared with `python -m internvl_mpo.memory_estimate`.
 """
 
 import json

@@ -86,7 +86,7 @@ class Machine:
             torch.cuda.synchronize()
 
     def peak(self, work: Callable[[], Any]) -> float | None:
-        """Return the most memory the device's tensors held during `work`, in GiB; None on a CPU, which does not tell."""
+        """Return the most memory the device's tensors held during `work`, in GiB; None on a CPU."""
         if self.device != "cuda":
             work()
             return None

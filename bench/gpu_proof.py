@@ -4,9 +4,9 @@
     python bench/gpu_proof.py --stages environment,parity     some stages
     python bench/gpu_proof.py --device cpu --size tiny        the same stages on tiny shapes, to test the program
 
-Weights are random and made on the device from the real shapes; nothing is downloaded. Every stage is a process of its own
-with a limit of its own, and writes each figure when it has it: a run that is cut off leaves what it measured. The result
-is OUTPUT/gpu_proof.json and OUTPUT/gpu_proof.md, written anew after each stage. What did not fit is named there.
+Weights are random and made on the device from the real shapes; nothing is downloaded. Every stage is a process of its
+own with a limit of its own, and writes each figure when it has it: a run that is cut off leaves what it measured. The
+result is OUTPUT/gpu_proof.json and OUTPUT/gpu_proof.md, written anew after each stage. What did not fit is named there.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Lets Liger's Triton kernels run in Triton's interpreter, on a CPU: slow, but the same code as on a GPU.
 
-TRITON_INTERPRET=1 must be in the environment before `triton` is imported. Two things are missing in the interpreter (seen
-with Triton 3.4 to 3.9, Liger 0.8): numbers given to a kernel stay Python floats, which have no `.to`; and functions of
-libdevice do nothing.
+TRITON_INTERPRET=1 must be in the environment before `triton` is imported. Two things are missing in the interpreter
+(seen with Triton 3.4 to 3.9, Liger 0.8): numbers given to a kernel stay Python floats, which have no `.to`; and
+functions of libdevice do nothing.
 """
 
 import importlib
@@ -30,5 +30,6 @@ def prepare() -> None:
         return plain(value)
 
     interpreter._implicit_cvt = convert
-    # not an import statement: the package has a function of this name. The interpreter changes `tl` while a kernel runs.
+    # Not an import statement: the package has a function of this name. A lambda: the interpreter changes `tl` while a
+    # kernel runs.
     importlib.import_module("liger_kernel.ops.rms_norm").rsqrt = lambda value: tl.rsqrt(value)
