@@ -148,7 +148,9 @@ def kill_often(settings: Settings, seconds: float) -> list[str]:
     while len(moments) < settings.kills:
         process = start(settings)
         try:
-            process.wait(rng.uniform(0.02, 0.3) * seconds)
+            # most kills come soon, where stages are short; some let a training stage end before
+            longest = 0.08 if rng.random() < 0.7 else 0.35
+            process.wait(rng.uniform(0.002, longest) * seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

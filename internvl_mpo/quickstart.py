@@ -23,17 +23,13 @@ from internvl_mpo.files import atomic_writer
 from internvl_mpo.jsonl import read_whole_lines
 from internvl_mpo.mini.report import NAMES, write_report
 from internvl_mpo.programs import program
-from internvl_mpo.rounds.lanes import Sampler
+from internvl_mpo.rounds.lanes import Sampler, words
+from internvl_mpo.rounds.settings import ARMS
 from internvl_mpo.settings import parse_settings, read_yaml, setting
 from internvl_mpo.stages import Lane, Stage, Stages
 
 # name -> what it changes in configs/mini.yaml; "start" is not trained
-METHODS = {
-    "sft": ["--preference", "none", "--quality", "none"],
-    "dpo": ["--quality", "none", "--generation", "none", "--preference_weight", "1"],
-    "bco": ["--preference", "none", "--generation", "none", "--quality_weight", "1"],
-    "mpo": [],
-}
+METHODS = {method: words(changed) for method, changed in ARMS.items()}
 FIRST = ("sft", "mpo")  # what the method has to beat, and the method
 # kind of world -> options of `mini world`, of `mini start`, and of the training runs
 WORLDS = {

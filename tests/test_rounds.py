@@ -293,8 +293,8 @@ def test_the_page_escapes_what_models_say_and_says_whether_rounds_end_above_one_
     page = write_page(loop.lanes, write_results(loop)).read_text(encoding="utf-8")
     assert "&lt;b&gt;?" in page
     assert "<b>?" not in page
-    assert "mpo after 2 rounds is" in " ".join(page.split())
-    assert "mpo_one_round with as many steps in all" in " ".join(page.split())
+    words = " ".join(page.split())
+    assert "mpo after 2 rounds, beside mpo_one_round with as many steps in all: <b>+50.0 points</b>" in words
 
 
 def test_servers_stand_around_every_sampling_stage_and_must_have_the_policy(given):
@@ -318,6 +318,11 @@ def test_servers_stand_around_every_sampling_stage_and_must_have_the_policy(give
         ({"serve": "vllm serve {model}"}, "{model} and {port}"),
         ({"serve": "s {model} {port}", "sampling": {"engine": "vllm"}}, "take engine"),
         ({"temperatures": "0"}, "above 0"),
+        ({"sampling": {"batch_sise": 8}}, "did you mean 'batch_size'"),
+        ({"sampling": {"temperature": 1.2}}, "sampling holds 'temperature'"),
+        ({"evaluation": {"limits": 8}}, "did you mean 'limit'"),
+        ({"benchmark": "minni"}, "minni"),
+        ({"held_out": "none.jsonl"}, "held_out 'none.jsonl' does not exist"),
         ({"questions": "none.jsonl"}, "questions 'none.jsonl' does not exist"),
         ({"fixed_share": 1}, "fixed_share is 1"),
         ({"model": "nowhere"}, "no model folder"),

@@ -261,8 +261,9 @@ class RoundLanes:
 
     def _evaluate(self, name: str, arm: str, number: int) -> Stage:
         settings, target = self.settings, self.evaluation(arm, number)
+        data = {"data": settings.held_out} if settings.held_out else {}
         command = [
             *program("evaluate_mpo.py"), "--model", str(self.policy(arm, number)), "--benchmarks", settings.benchmark,
-            "--data", settings.held_out, "--mode", settings.mode, "--output", str(target), *words(settings.evaluation),
+            *words(data), "--mode", settings.mode, "--output", str(target), *words(settings.evaluation),
         ]  # fmt: skip
         return Stage(f"{name}.evaluate", "held-out questions", command, target / "scores.json")

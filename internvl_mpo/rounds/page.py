@@ -26,11 +26,15 @@ def write_page(lanes: RoundLanes, found: dict[str, Any]) -> Path:
         found: what `results` returned.
     """
     first = next(iter(found["arms"]))
+
+    def shows(arm: str, rows: dict[str, Any]) -> bool:  # the first round is the same for every arm
+        return len(rows["rounds"]) > (1 if arm == first else 2)
+
     text = render_page(
         "rounds/page.html",
         found=found,
         curves=_curves(found),
-        histograms=[(arm, _histogram(rows["rounds"][1:])) for arm, rows in found["arms"].items() if rows["rounds"][1:]],
+        histograms=[(arm, _histogram(rows["rounds"][1:])) for arm, rows in found["arms"].items() if shows(arm, rows)],
         comparisons=list(_comparisons(lanes, found)),
         followed=followed(lanes, first, len(found["arms"][first]["rounds"]) - 1),
         first=first,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import read_json
 from internvl_mpo.jsonl import iter_jsonl
 from internvl_mpo.rounds.lanes import RoundLanes
@@ -16,9 +17,14 @@ def held_out(lanes: RoundLanes, arm: str, number: int) -> dict[str, Any]:
     """Return the score of a policy on the held-out questions, in per cent; round 0 is the first policy.
 
     The keys are `accuracy`, `interval` (95 % over questions), `unparsable` and `num_questions`.
+
+    Raises:
+        BadInputError: no held-out answer has a score.
     """
     settings = lanes.settings
     scores = read_json(lanes.evaluation(arm, number) / "scores.json")[settings.benchmark][settings.mode]
+    if scores[scores["headline"]] is None:
+        raise BadInputError(f"{lanes.evaluation(arm, number)} holds no answer with a score; look at its report.html")
     return {
         "accuracy": scores[scores["headline"]],
         "interval": scores["interval"],

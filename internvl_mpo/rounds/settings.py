@@ -1,23 +1,28 @@
 """Settings of a run in rounds, checked before anything is sampled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from internvl_mpo.benchmarks import load_benchmark
+from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.evaluation.settings import EvaluateSettings
 from internvl_mpo.programs import run_file
 from internvl_mpo.settings import check_keys, read_yaml, setting
 from internvl_mpo.training.first_look import setting_keys
 
 # arm -> what it changes in the training runs
 ARMS: dict[str, dict[str, Any]] = {
-    "mpo": {},
     "sft": {"preference": "none", "quality": "none"},
     "dpo": {"quality": "none", "generation": "none", "preference_weight": 1},
     "bco": {"preference": "none", "generation": "none", "quality_weight": 1},
+    "mpo": {},
 }
 ONE_ROUND = "_one_round"  # an arm with this ending does all its steps in one round
 OWN = ("model", "data", "image_root", "output_dir", "model_dir", "reference_cache", "seed")
+OWN_OF_SAMPLING = ("model", "temperature", "served_from")
+OWN_OF_EVALUATION = ("model", "benchmarks", "data", "mode", "output", "score_only")
 
 
 @dataclass(kw_only=True)
@@ -29,7 +34,7 @@ class RoundsSettings:
     questions: list[str] = setting(help="files of questions with a ground truth, in any form of docs/data.md")
     open_questions: list[str] = setting([], help="files of questions without one, for Dropout-NTP; empty leaves it out")
     image_root: str = setting(help="folder the image paths of all questions are relative to")
-    held_out: str = setting(help="questions that no round trains on: data of the benchmark")
+    held_out: str | None = setting(None, help="data of the benchmark, on which no round trains; empty is the Hub's")
     benchmark: str = setting("mini", help="how held-out answers are scored; mini takes any file of questions")
     mode: Literal["direct", "cot"] = setting("cot", help="how held-out questions are asked")
     num_rounds: int = setting(3, help="most rounds")
@@ -81,7 +86,21 @@ class RoundsSettings:
             raise BadInputError(f"serve is '{self.serve}', expected a command with {{model}} and {{port}} in it")
         if self.serve and {"engine", "base_url", "runner"} & set(self.sampling):
             raise BadInputError("serve starts the servers itself; take engine, base_url and runner out of sampling")
+        self._check_programs()
         self._check_training()
+
+    def _check_programs(self) -> None:
+        """Refuse settings of the other programs, likewise."""
+        sampler = [field.name for field in fields(EngineSettings)] + ["max_new_tokens"]
+        evaluation = [field.name for field in fields(EvaluateSettings)]
+        for name, keys, own in (("sampling", sampler, OWN_OF_SAMPLING), ("evaluation", evaluation, OWN_OF_EVALUATION)):
+            given = getattr(self, name)
+            taken = [key for key in own if key in given]
+            if taken:
+                raise BadInputError(f"{name} holds '{taken[0]}', which the rounds set themselves; take it out")
+            check_keys(given, dict.fromkeys(keys, False), name)
+        if self.mode not in load_benchmark(self.benchmark).MAX_NEW_TOKENS:
+            raise BadInputError(f"{self.benchmark} is never asked in mode {self.mode}; give the other --mode")
 
     def _check_training(self) -> None:
         """Refuse settings of the training runs hours before they would be read."""
@@ -103,6 +122,7 @@ class RoundsSettings:
         """
         named = {key: getattr(self, key) for key in ("questions", "open_questions", "fixed_pairs")}
         named |= {"image_root": [self.image_root], "train": [str(run_file(self.train))]}
+        named["held_out"] = [self.held_out] if self.held_out else []
         for key, paths in named.items():
             for path in paths:
                 if not path.startswith("hub:") and not Path(path).exists():
