@@ -101,7 +101,8 @@ def check_weights(config: Any, shards: list[Path]) -> None:
     from modeling_internvl_mpo import InternVLChatModel
 
     with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in InternVLChatModel(config).state_dict().items()}
+        network = InternVLChatModel(config)
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     for path in shards:
         try:
             with safe_open(path, framework="pt") as file:
@@ -113,8 +114,9 @@ def check_weights(config: Any, shards: list[Path]) -> None:
                         raise BadInputError(f"{path}: {name} has shape {shape}, config.json asks for {wanted}")
         except SafetensorError as error:
             raise BadInputError(f"{path} is damaged ({error}); download it again") from error
-    if expected:
-        raise BadInputError(f"the weights of {shards[0].parent} lack {next(iter(expected))}, {len(expected)} in all")
+    missing = [name for name in expected if name not in network.all_tied_weights_keys]  # a tied matrix is stored once
+    if missing:
+        raise BadInputError(f"the weights of {shards[0].parent} lack {missing[0]}, {len(missing)} in all")
 
 
 def _cut_anew(output: Path, shards: list[Path], *, limit: int, dtype: str | None) -> None:
