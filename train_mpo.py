@@ -393,7 +393,7 @@ def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | No
 def save(settings: "TrainSettings", trainer: "MPOTrainer", processor: Any) -> None:
     """Write the folders of the trained model, so that each is there whole or not at all."""
     from internvl_mpo.families.registry import family_of_model
-    from internvl_mpo.publish import write_model_folder
+    from internvl_mpo.publish import write_adapter_card, write_adapter_companions, write_model_folder
     from internvl_mpo.training.policy import check_saved_weights, plain_base, whole_weights, write_adapter
 
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -402,7 +402,15 @@ def save(settings: "TrainSettings", trainer: "MPOTrainer", processor: Any) -> No
         weights = whole_weights(model, keep=is_main) if kind == "model" else {}
         with replaced_folder(target, name=f"{kind} folder", unmarked=RESULT_FILES, is_main=is_main) as folder:
             if kind == "adapter":
-                write_adapter(model, processor, folder, keep=is_main)
+                write_adapter(model, folder, keep=is_main)
+                if is_main:
+                    write_adapter_companions(folder, processor)
+                    write_adapter_card(
+                        folder,
+                        name=target.name,
+                        model_type=model.config.model_type,
+                        base=settings.model,
+                    )
             elif is_main:
                 write_model_folder(plain_base(model), processor, folder, weights=weights)
                 weights = family_of_model(plain_base(model)).saved_weights(plain_base(model), weights)

@@ -4,6 +4,7 @@ pytest tests/test_families_training.py
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,14 @@ def test_adapters_train_on_both_towers_and_are_merged(world, tmp_path):
     towers = {name.split(".lora_")[0] for name in weights(tmp_path / "run" / "adapter")}
     assert any("visual" in name or "vision_tower" in name for name in towers)
     assert any("language_model" in name for name in towers)
+    adapter = tmp_path / "run" / "adapter"
+    (code,) = re.findall(r"```python\n(.*?)```", (adapter / "README.md").read_text(), flags=re.DOTALL)
+    assert f'AutoProcessor.from_pretrained("{world / "start"}")' in code  # which may want torchvision
+    scope: dict = {}
+    exec(code.partition("processor =")[0].replace('"adapter"', f'"{adapter}"'), scope)  # what the card says
+    with torch.no_grad():
+        assert (merged(input_ids=ids).logits - scope["model"](input_ids=ids).logits).abs().max() < 1e-4
+    assert not list(adapter.glob("*.py"))
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ pytest tests/test_policy.py
 
 import copy
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ from tiny import tiny_model
 from tiny_world import WIDE_ENOUGH_FOR_4_BITS, make_model_folder, make_training_pairs
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.publish.proof import clean_environment
 from internvl_mpo.training.live_reference import MovingReference
 from internvl_mpo.training.policy import (
     add_adapters,
@@ -26,6 +29,14 @@ from internvl_mpo.training.policy import (
     whole_weights,
 )
 
+NO_REPOSITORY = """
+import sys
+class NoRepository:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_internvl_mpo", "internvl_mpo"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoRepository())
+"""
 LORA = ("--lora_rank", "2", "--max_steps", "2")
 
 
@@ -163,6 +174,36 @@ def test_an_adapter_folder_loads_through_auto_model_and_peft_and_answers_alike(w
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_card_of_an_adapter_loads_it_from_two_folders_in_a_clean_process(world, tmp_path):
+    """The base has the official layout and no code of its own; nothing but the two folders is there."""
+    assert train(world, tmp_path / "run", *LORA, "--save_adapter", "true", "--learning_rate", "0.05") == 0
+    (tmp_path / "there").mkdir()
+    (tmp_path / "run" / "adapter").rename(tmp_path / "there" / "adapter")
+    base = shutil.copytree(world / "start", tmp_path / "there" / "base", ignore=shutil.ignore_patterns("*.py"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "auto_map"}))
+    shutil.copy(world / "1.png", tmp_path / "there" / "picture.png")
+
+    card = (tmp_path / "there" / "adapter" / "README.md").read_text()
+    assert "More Information Needed" not in card
+    assert "base_model:" not in card, "a folder of this machine is no model of the Hub"
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    code = code.replace(f'"{world / "start"}"', '"base"').replace("max_new_tokens=512", "max_new_tokens=3")
+    ids = torch.arange(5, 15)[None]
+    code += f"\nimport torch\nprint(model(input_ids=torch.tensor({ids.tolist()})).logits[0, -1, :5].tolist())"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", NO_REPOSITORY + code],
+        cwd=tmp_path / "there",
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = load_model(str(tmp_path / "run" / "model"), torch.float32)(input_ids=ids).logits[0, -1, :5]
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_processor
+from tiny_world import make_model_folder
 from transformers import GenerationConfig, InternVLForConditionalGeneration
 
 from internvl_mpo.convert import convert
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.publish import AUTO_MAP, build_model_folder, write_model_folder
+from internvl_mpo.publish import AUTO_MAP, build_model_folder, write_adapter_card, write_model_folder
 from internvl_mpo.publish.__main__ import main
 from modeling_internvl_mpo import InternVLChatConfig, InternVLChatModel
 from modeling_internvl_mpo.configuration_internvl_mpo import STALE_KEYS
@@ -238,6 +239,31 @@ def test_a_bin_file_with_code_in_it_is_never_run(official: Callable[..., Path], 
     with pytest.raises(BadInputError, match="not a plain file of tensors"):
         build_model_folder(source, tmp_path / "built")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("base", ["owner/base", "./base", "/models/base"])
+def test_the_card_of_a_trained_adapter_says_where_its_base_is(tmp_path: Path, base: str) -> None:
+    write_adapter_card(tmp_path, name="adapter", model_type="internvl_chat", base=base)
+    card = (tmp_path / "README.md").read_text()
+    assert f'from_pretrained("{base}", dtype="auto"' in card
+    assert ("base_model: owner/base" in card, "https://huggingface.co/owner/base" in card) == (
+        base == "owner/base",
+    ) * 2
+
+
+def test_a_language_model_that_ties_its_embeddings_stores_them_once(tmp_path: Path) -> None:
+    """As SmolLM2 does; no official InternVL does, so nothing else here would notice."""
+    source = make_model_folder(tmp_path / "source", llm_config={"tie_word_embeddings": True})
+    assert "language_model.lm_head.weight" not in load_file(source / "model.safetensors")
+    built = build_model_folder(source, tmp_path / "built")
+    ids = torch.arange(5, 15)[None]
+    before, after = (InternVLChatModel.from_pretrained(folder)(input_ids=ids).logits for folder in (source, built))
+    assert torch.equal(before, after)
+    tensors = load_file(source / "model.safetensors")
+    name = "language_model.model.embed_tokens.weight"
+    save_file({key: tensors[key] for key in tensors if key != name}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInputError, match=f"lack {name}, 1 in all"):
+        build_model_folder(source, tmp_path / "again")
 
 
 def test_weights_that_do_not_fit_are_named(official: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
-"""Adapter-only folders: LoRA weights and the Hub id of the model they belong to; or both merged into one model."""
+"""Adapter-only folders: LoRA weights, the name of their base, and what loads both; or both merged into one model."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.families.registry import family_of_source
+from internvl_mpo.families.registry import family_of_processor, family_of_source
 from internvl_mpo.files import link, read_json, update_json
-from internvl_mpo.publish.model_folder import write_model_folder
+from internvl_mpo.publish.card import CardFacts, write_card
+from internvl_mpo.publish.model_folder import copy_code, write_model_folder
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -32,12 +34,13 @@ def find_base(adapter: Path, given: str | None) -> Path:
     return Path(named)
 
 
-def build_adapter_folder(source: Path, output: Path, *, base_model: str) -> None:
-    """Copy an adapter and let it name its base model by Hub id.
+def build_adapter_folder(source: Path, output: Path, *, base: Path, base_model: str) -> None:
+    """Copy an adapter, let it name its base model by Hub id, and put beside it what its base may lack.
 
     Args:
         source: folder that peft saved.
         output: folder to fill.
+        base: folder of the model the adapter was trained on.
         base_model: owner/name of the model the adapter was trained on.
 
     Raises:
@@ -50,6 +53,33 @@ def build_adapter_folder(source: Path, output: Path, *, base_model: str) -> None
     # peft notes the class it wrapped, which lives in a module cache that nobody else has
     config |= {"base_model_name_or_path": base_model, "auto_mapping": None, "task_type": "CAUSAL_LM", "revision": None}
     update_json(output / ADAPTER_CONFIG, config)
+    family = family_of_source(str(base))
+    if family.name == "internvl_chat":  # the others' bases bring all that is needed
+        write_adapter_companions(output, family.load_processor(str(base)))
+
+
+def write_adapter_companions(folder: Path, processor: Any) -> None:
+    """Put beside adapter weights what loads them on their base: the processor and, for InternVL chat, the code.
+
+    The code comes along because the base may hold none, or the official one, which is of an older transformers.
+    """
+    processor.save_pretrained(folder)
+    if family_of_processor(processor).name == "internvl_chat":
+        copy_code(folder)
+
+
+def write_adapter_card(folder: Path, *, name: str, model_type: str, base: str) -> None:
+    """Write the page of an adapter that comes out of training, with code that loads it.
+
+    Args:
+        folder: that of the adapter; peft's template there is replaced.
+        name: of the folder when it is in its place.
+        model_type: of the base model.
+        base: folder or Hub id of the base model, as adapter_config.json has it.
+    """
+    is_on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
+    named = {"base_model": base, "relation": "adapter"} if is_on_hub else {"base_folder": base}
+    write_card(folder, CardFacts(name=name, kind="adapter", model_type=model_type, **named))
 
 
 def merge_adapter(base: Path, adapter: Path, output: Path, *, max_shard_size: int, dtype: str | None) -> None:

@@ -36,6 +36,7 @@ class CardFacts:
         kind: "full", or "adapter" for a folder with LoRA weights only.
         model_type: of the model, or of the one an adapter belongs to.
         base_model: Hub id of the model it was made from.
+        base_folder: of the model an adapter was trained on, where that is not on the Hub.
         relation: how, in the Hub's words: finetune, adapter, quantized, merge.
         datasets: Hub ids of the training data.
         license: identifier such as mit.
@@ -48,6 +49,7 @@ class CardFacts:
     kind: Literal["full", "adapter"] = "full"
     model_type: str = "internvl_chat"
     base_model: str | None = None
+    base_folder: str | None = None
     relation: str | None = None
     datasets: Sequence[str] = ()
     license: str | None = None
@@ -101,7 +103,9 @@ def _tags(facts: CardFacts) -> list[str]:
 
 
 def _opening(facts: CardFacts) -> str:
-    origin = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else None
+    origin = f"`{facts.base_folder}`" if facts.base_folder else None
+    if facts.base_model:
+        origin = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     what = "An InternVL chat model" if facts.is_chat else f"A model of transformers' family `{facts.model_type}`"
     code = "The code beside the weights runs on current transformers (5.17 and newer)."
     if not facts.is_chat:
@@ -121,7 +125,7 @@ def _usage(facts: CardFacts) -> list[str]:
         texts = (card_texts.ADAPTER, card_texts.VLLM_ADAPTER)
     else:
         texts = (card_texts.TRANSFORMERS, card_texts.VLLM, card_texts.SMALLER)
-    return [text.format(name=facts.name, base=facts.base_model) for text in texts]
+    return [text.format(name=facts.name, base=facts.base_model or facts.base_folder) for text in texts]
 
 
 def _family_usage(facts: CardFacts) -> list[str]:
@@ -136,7 +140,12 @@ def _family_usage(facts: CardFacts) -> list[str]:
     wide = ", ".join(f'"{name}"' for name in family.keep_wide)
     texts = [card_texts.FAMILY_ADAPTER if is_adapter else card_texts.FAMILY]
     texts += [card_texts.FAMILY_PACKAGES] * bool(needed) + [card_texts.FAMILY_SMALLER] * (not is_adapter)
-    known = {"name": facts.name, "base": facts.base_model, "packages": " ".join(needed), "wide": wide}
+    known = {
+        "name": facts.name,
+        "base": facts.base_model or facts.base_folder,
+        "packages": " ".join(needed),
+        "wide": wide,
+    }
     return [text.format(**known) for text in texts]
 
 

@@ -23,11 +23,13 @@ With a LoRA adapter trained on it: `model = peft.PeftModel.from_pretrained(model
 ADAPTER = """\
 ```python
 from peft import PeftModel
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-base = AutoModel.from_pretrained("{base}", dtype="auto", device_map="auto", trust_remote_code=True)
+model_class = get_class_from_dynamic_module("modeling_internvl_mpo.InternVLChatModel", "{name}")
+base = model_class.from_pretrained("{base}", dtype="auto", device_map="auto")
 model = PeftModel.from_pretrained(base, "{name}")
-processor = AutoProcessor.from_pretrained("{base}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
@@ -41,8 +43,8 @@ print(processor.decode(answer, skip_special_tokens=True))
 ```
 
 `model.disable_adapter()` gives the base model's answers; `model.merge_and_unload()` makes one model of the two. The
-code of the official InternVL2 repositories does not run on current transformers: with one of those as the base, install
-MPO for InternVL, `import modeling_internvl_mpo` first, and leave `trust_remote_code` out."""
+code beside the adapter runs on current transformers (5.17 and newer); of the base model only the weights are read, not
+its code, which in the official InternVL2 repositories is for an older transformers."""
 
 VLLM = """\
 vLLM, SGLang and LMDeploy know this layout (`InternVLChatModel`); not run for this checkpoint:

@@ -39,25 +39,37 @@ def load_processor(folder: str, trust: bool):
     return kind.from_pretrained(folder)
 
 
+def load(folder: str, base: str):
+    """Return model and processor: of a model folder by the Auto classes, of an adapter as its card says it."""
+    from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    where = folder if base == "-" else base
+    is_chat = json.loads(Path(where, "config.json").read_text(encoding="utf-8"))["model_type"] == "internvl_chat"
+    if base != "-" and is_chat:  # by the code beside the adapter, whatever the base holds
+        where, model_class = folder, get_class_from_dynamic_module("modeling_internvl_mpo.InternVLChatModel", folder)
+        model = model_class.from_pretrained(base, dtype="auto")
+    else:
+        auto_class = AutoModel if is_chat else AutoModelForImageTextToText
+        model = auto_class.from_pretrained(where, dtype="auto", trust_remote_code=is_chat)
+    if base != "-":
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder)
+    processor = load_processor(where, is_chat)
+    assert len(AutoTokenizer.from_pretrained(where, trust_remote_code=is_chat)) == len(processor.tokenizer)
+    return model, processor
+
+
 def main(folder: str, base: str, picture: str, question: str, device: str, result: str) -> None:
     """Load, look, answer, save."""
     sys.meta_path.insert(0, NoRepository())
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
     torch.manual_seed(0)
-    main_folder = folder if base == "-" else base
-    config = json.loads(Path(main_folder, "config.json").read_text(encoding="utf-8"))
-    trust = config["model_type"] == "internvl_chat"
-    auto_class = AutoModel if trust else AutoModelForImageTextToText
-    model = auto_class.from_pretrained(main_folder, dtype="auto", trust_remote_code=trust).to(device).eval()
-    processor = load_processor(main_folder, trust)
-    assert len(AutoTokenizer.from_pretrained(main_folder, trust_remote_code=trust)) == len(processor.tokenizer)
-    if base != "-":
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, folder).eval()
+    model, processor = load(folder, base)
+    model = model.to(device).eval()
     content = [{"type": "image", "path": picture}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],

@@ -1,7 +1,6 @@
 """`publish model`: full, adapter-only and merged variants, with card, curves and scores, proved before they go out."""
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from internvl_mpo.jsonl import iter_jsonl
 from internvl_mpo.publish.adapter import build_adapter_folder, find_base, is_adapter, merge_adapter
 from internvl_mpo.publish.card import CardFacts, write_card
 from internvl_mpo.publish.hygiene import check_nothing_private
-from internvl_mpo.publish.model_folder import AUTO_MAP, build_model_folder
+from internvl_mpo.publish.model_folder import build_model_folder
 from internvl_mpo.publish.proof import prove_model
 from internvl_mpo.publish.settings import Built, HubSettings
 from internvl_mpo.publish.weights import parse_size
@@ -72,7 +71,7 @@ def publish_model(settings: ModelSettings) -> Built:
     with replaced_folder(settings.output, sources=sources) as folder:
         shard = parse_size(settings.max_shard_size)
         if variant == "adapter":
-            build_adapter_folder(source, folder, base_model=settings.base_model)
+            build_adapter_folder(source, folder, base=base, base_model=settings.base_model)
         elif variant == "merged":
             merge_adapter(base, source, folder, max_shard_size=shard, dtype=settings.dtype)
         else:
@@ -85,7 +84,8 @@ def publish_model(settings: ModelSettings) -> Built:
         write_card(folder, _facts(settings, source, folder, kind, model_type))
         check_nothing_private(folder, owner=settings.owner)
         if not settings.skip_proof:
-            print(_prove(folder, source, base, variant == "adapter", settings.device), flush=True)
+            is_alone = variant == "adapter"
+            print(prove_model(folder, source, base=base, is_adapter=is_alone, device=settings.device), flush=True)
     return Built(Path(settings.output))
 
 
@@ -136,12 +136,3 @@ def _facts(settings: ModelSettings, source: Path, folder: Path, kind: str, model
         evaluations=[Path(path) for path in settings.evaluation],
         inherited={key: header[key] for key in _INHERITED if key in header},
     )
-
-
-def _prove(folder: Path, source: Path, base: Path | None, adapter: bool, device: str) -> str:
-    config = read_json(base / "config.json") if adapter else {}
-    if config.get("model_type") != "internvl_chat" or config.get("auto_map") == AUTO_MAP:
-        return prove_model(folder, source, base=base, is_adapter=adapter, device=device)
-    with tempfile.TemporaryDirectory() as temporary:  # an official base: its own code does not run any more
-        runnable = build_model_folder(base, Path(temporary) / base.name)
-        return prove_model(folder, source, base=runnable, is_adapter=True, device=device)

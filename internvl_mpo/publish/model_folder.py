@@ -114,12 +114,17 @@ def build_model_folder(
     return output_dir
 
 
+def copy_code(folder: Path) -> None:
+    """Copy the code that `trust_remote_code` runs: flat files, each able to import its neighbours there."""
+    for path in sorted(CODE_FOLDER.glob("*.py")):
+        if path.name != "__init__.py":  # registers with the Auto classes, which remote code must not do
+            shutil.copyfile(path, folder / path.name)
+
+
 def write_companions(output_dir: Path, processor: Any, generation_config: Any) -> None:
     """Write everything but weights: code, `auto_map`, tokenizer, processor, generation settings, card."""
     processor.save_pretrained(output_dir)
-    for path in sorted(CODE_FOLDER.glob("*.py")):
-        if path.name != "__init__.py":  # registers with the Auto classes, which remote code must not do
-            shutil.copyfile(path, output_dir / path.name)
+    copy_code(output_dir)
     update_json(output_dir / "config.json", {"architectures": ["InternVLChatModel"], "auto_map": AUTO_MAP})
     # Readers differ in which of the two files they open, so both say everything.
     image_settings = processor.image_processor.to_dict()

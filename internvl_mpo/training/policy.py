@@ -199,20 +199,17 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
-def write_adapter(model: nn.Module, processor: Any, folder: str | Path, *, keep: bool = True) -> None:
-    """Write the adapters of a PEFT policy alone: adapter_model.safetensors, adapter_config.json, processor files.
+def write_adapter(model: nn.Module, folder: str | Path, *, keep: bool = True) -> None:
+    """Write the adapters of a PEFT policy alone: adapter_model.safetensors and adapter_config.json.
 
     Args:
         model: PEFT model, not wrapped; all ranks must call this under ZeRO-3.
-        processor: its processor.
         folder: made if absent.
         keep: whether this rank writes.
     """
     with gathered(p for name, p in model.named_parameters() if ".lora_" in name):
-        if not keep:
-            return
-        model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+        if keep:
+            model.save_pretrained(folder)
 
 
 @torch.no_grad()
