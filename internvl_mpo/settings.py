@@ -39,8 +39,8 @@ T = TypeVar("T")
 _OWN = "internvl_mpo"  # marks the fields a program declares itself, apart from those it inherits
 MAX_CONFIG_DEPTH = 100  # brackets, or dashes of lists in lists; the reader would take minutes for many more
 MAX_CONFIG_VALUES = 100_000  # of a config file, aliases counted as often as they are used
-# user:password@host of a URL; the second form is a password with a slash in it
-_PASSWORD = re.compile(r"//[^/?#\s]*@|//[^/?#\s:]+:(?!\d+(?:[/?#,]|$))\S*@")
+# user:password@host of a URL; the second form is a password with a slash in it, which may begin like a port: 123/45
+_PASSWORD = re.compile(r"//[^/?#\s]*@|//[^/?#\s:]+:\S*@")
 
 
 def setting(default: Any = dataclasses.MISSING, *, help: str) -> Any:
@@ -146,7 +146,7 @@ def coerce(value: Any, hint: Any, key: str, where: str) -> Any:
     if holds_password(value, is_url=key.endswith("url")):
         raise BadInputError(
             f"setting '{key}' ({where}) holds a password in its address, which would be shown and saved; take it out "
-            "and give the key in the environment variable that --api_key_env names"
+            "and give the key in the environment variable that --api_key_env names; an '@' of the path is written %40"
         )
     options = _union(hint)
     choices = [option for option in options if option is not type(None)]
@@ -165,14 +165,13 @@ def holds_password(value: Any, *, is_url: bool = False) -> bool:
 
     Args:
         value: of a setting.
-        is_url: it is an address even where it has no `http://` in front.
+        is_url: it is an address of a server, however it is spelled; an `@` belongs to no such address without a user.
     """
     if isinstance(value, (list, tuple)):
         return any(holds_password(item, is_url=is_url) for item in value)
     if not isinstance(value, str):
         return False
-    urls = [url.strip() for url in value.split(",")] if is_url else []
-    return bool(_PASSWORD.search(value)) or any(_PASSWORD.search(f"//{url}") for url in urls if "//" not in url)
+    return "@" in value if is_url else bool(_PASSWORD.search(value))
 
 
 def quoted(value: Any) -> str:
@@ -354,7 +353,7 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
     while position < len(rest):
         word = rest[position]
         if not word.startswith("--"):
-            shown = "with a password" if holds_password(word, is_url=True) else quoted(word)
+            shown = "with an '@', which may end a password" if holds_password(word, is_url=True) else quoted(word)
             raise BadInputError(f"unexpected argument {shown}; settings are given as --key value")
         key, equals, value = word[2:].partition("=")
         if not equals:

@@ -205,19 +205,36 @@ class Asking:
         ["--base_url", "me:hunter2@host:8000"],
         ["--base_url", "http://me:hunter2/with?slash@host"],
         ["--base_url", "http://me:hunter2,comma@host"],
+        ["--base_url", "http://me:123/45hunter2@host"],  # begins like a port and a path
+        ["--base_url", "http://me:pass@hunter2@host"],
+        ["--base_url", "http://me:pa#hunter2@host"],
+        ["--base_url", "http://me%3Ahunter2@host"],
+        ["--base_url", "http://hunter2@[::1]:8000/v1"],
+        ["--base_url", "http:/me:hunter2@host"],
+        ["--base_url", "http:\\\\me:hunter2@host"],
+        ["--data", "https://me:123/hunter2@host/file"],
+        ["--data", "https://me:hunter2@[2001:db8::1]/file"],
+        ["--data", "https://hunter2%40@host/file"],
         ["--data", "https://me:hunter2@host/file"],
         ["http://me:hunter2@host:8000/v1"],
     ],
 )
 def test_a_password_in_an_address_is_refused_and_not_shown(argv):
-    with pytest.raises(BadInputError, match="a password") as refused:
+    with pytest.raises(BadInputError, match="password") as refused:
         parse_settings(Asking, argv, program="program.py", about="About.")
     assert "hunter2" not in str(refused.value)
 
 
-@pytest.mark.parametrize("url", ["http://host:8000/v1", "host:8000", "http://a:1/v1,http://b:2", "http://host:80/@x"])
+@pytest.mark.parametrize(
+    "url", ["http://host:8000/v1", "host:8000", "http://a:1/v1,http://b:2", "http://[::1]:80/%40x"]
+)
 def test_an_address_without_a_password_is_taken(url):
     assert build_settings(Asking, {"base_url": url}).base_url == url.split(",")
+
+
+@pytest.mark.parametrize("data", ["https://hub/owner/name@rev", "me@host:/data", "a@b.json", "hf://owner/name@main"])
+def test_an_at_sign_outside_of_an_address_is_taken(data):
+    assert build_settings(Asking, {"data": data}).data == data
 
 
 def test_a_wrong_key_beside_a_config_file_is_not_blamed_on_the_file_alone(tmp_path):

@@ -1,6 +1,7 @@
 """What `train_mpo.py` refuses, by name and before work starts."""
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
@@ -11,10 +12,10 @@ import pytest
 from test_train_mpo import ROOT, arguments, train, unbroken, world, write_pair  # noqa: F401 - fixtures among them
 
 import train_mpo
-from internvl_mpo.errors import run_program
+from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.settings import write_settings
 from internvl_mpo.training.first_look import first_bad_row, setting_keys
-from internvl_mpo.training.settings import TrainSettings
+from internvl_mpo.training.settings import TrainSettings, check_trackers
 
 
 def test_no_arguments_print_how_to_use_it(capsys):
@@ -120,6 +121,21 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_named_before_any_work(
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"report_to names '{name}'" in message
         assert words in message
+
+
+def test_mlflow_that_is_not_installed_is_one_sentence_and_leaves_nothing_that_fails_later(monkeypatch):
+    """Its callback fails in `__del__` if it never began, which Python reports as a second traceback."""
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_mlflow_available", lambda: False)
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with pytest.raises(BadInputError, match=r"report_to names 'mlflow': .*pip install") as refused:
+        check_trackers(["mlflow"])
+    assert "\n" not in str(refused.value)
+    del refused
+    gc.collect()
+    assert unraisable == []
 
 
 @pytest.mark.parametrize("more", [["--eval_steps", "200"], ["--eval_strategy", "epoch"], ["--eval_on_start"]])

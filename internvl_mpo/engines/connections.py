@@ -52,7 +52,10 @@ class ServerPool:
 
     def __init__(self, url: str):
         if holds_password(url, is_url=True):  # it would be printed, and saved with the settings
-            raise BadInputError("the base URL holds a password; take it out and give it by --api_key_env instead")
+            raise BadInputError(
+                "the base URL holds a password; take it out and give it by --api_key_env instead; "
+                "an '@' of the path is written %40"
+            )
         try:
             parts = urlsplit(url if "//" in url else f"http://{url}")
             if parts.scheme not in ("http", "https") or not parts.hostname:
