@@ -154,10 +154,29 @@ def test_upload_ask_stream_formulas_vote(page, demo, tmp_path):
     assert left == [], "the upload is deleted as soon as it has been read"
 
 
+@pytest.mark.parametrize("send", ["Enter", "button"])
+def test_a_question_sent_while_a_picture_is_on_its_way_says_that_it_waits(page, demo, tmp_path, send):
+    held = []
+    page.route("**/upload?**", lambda route: held.append(route))
+    page.set_input_files("#box input[type=file]", picture_file(tmp_path))
+    page.fill("#box textarea", "What is it?")
+    assert page.locator("#waiting").is_hidden(), "nothing has been sent"
+    asked = len(demo.backend.questions)
+    page.press("#box textarea", "Enter") if send == "Enter" else page.click("#box .submit-button")
+    page.wait_for_function("document.querySelector('#waiting').innerText.includes('still being uploaded')")
+    assert (page.input_value("#box textarea"), len(demo.backend.questions)) == ("What is it?", asked)
+    for route in held:
+        route.continue_()
+    wait_answered(page)
+    assert page.locator("#waiting").is_hidden()
+    assert [len(question.chats["mpo"][-1].images) for question in demo.backend.questions[asked:]] == [1]
+
+
 def test_stop_really_stops_the_engine(page, demo):
     ask(page, "count")
     page.wait_for_function("document.querySelector('#chat-b')?.innerText.includes('5 6 7')")
     assert demo.running() == 1
+    assert all(button.is_disabled() for button in page.locator("#votes button").all()), "nobody judges half an answer"
     page.click("#stop")
     assert wait_until(lambda: demo.running() == 0, 5)
     written = demo.backend.activity.num_tokens

@@ -120,6 +120,7 @@ class Page:
             voted = gr.HTML(show.status_html(""), elem_id="vote-status")
         with gr.Column(elem_id="composer"):
             box = widgets.build_box()
+            gr.HTML("<p class='muted' role='status'></p>", elem_id="waiting")
             with gr.Row(elem_id="actions"):
                 stop = gr.Button("Stop", size="sm", interactive=False, variant="stop", elem_id="stop")
                 retry = gr.Button("Retry", size="sm", interactive=False, elem_id="retry")
@@ -156,7 +157,8 @@ class Page:
         cards.select(self._take_example, None, [box, controls.style], **AT_ONCE)
         photo.change(self._add_photo, [photo, box], [box, photo], **AT_ONCE)
         blocks.load(self._open, None, [conversation, *view], **AT_ONCE)
-        blocks.load(None, None, None, js=widgets.NAMES)
+        for script in (widgets.NAMES, widgets.SAY_WAITING):
+            blocks.load(None, None, None, js=script)
 
     def _view(self, conversation: Conversation, running: bool = False, said: str = "") -> list[Any]:
         """Values of every output that shows the conversation, in the order of `view` above."""

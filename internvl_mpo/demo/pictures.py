@@ -5,8 +5,10 @@ import binascii
 import contextlib
 import io
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -17,7 +19,10 @@ from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid, to_rg
 THUMBNAIL_PIXELS = 480
 EDGE = "#8a94a3"  # of a drawn tile: to be seen on white and on black
 SHRUNK = 4  # a photo of 48 megapixels is common, and nothing is lost: tiles are smaller
-_OPENING = threading.Lock()
+LARGE = 4_000_000  # pixels; of pictures above it one is decoded at a time, since each takes up to 300 MB meanwhile
+_OPENING, _DECODING = threading.Lock(), threading.Lock()
+# Two visitors who upload the same file share its place on the disk, which the first question empties.
+_TAKEN: weakref.WeakValueDictionary[str, "Picture"] = weakref.WeakValueDictionary()
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 
@@ -54,10 +59,11 @@ class Picture:
 
     def thumbnail(self, pixels: int = THUMBNAIL_PIXELS) -> str:
         """Return a small copy as a data URI; small pictures are enlarged in whole steps, so that they can be seen."""
-        image = self.open().convert("RGB")
-        if max(image.size) > pixels:
-            image.thumbnail((pixels, pixels))
-        elif max(image.size) < 160:
+        with _decoding(self.width * self.height):
+            image = self.open().convert("RGB")
+            if max(image.size) > pixels:
+                image.thumbnail((pixels, pixels))
+        if max(image.size) < 160:
             times = 160 // max(image.size) + 1
             image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
         return data_uri(image)
@@ -73,31 +79,43 @@ def read_picture(content: bytes, name: str, limits: Limits) -> Picture:
     """
     if len(content) > limits.max_bytes:
         raise BadInputError(f"{name} has {len(content) / 2**20:.1f} MB; at most {limits.max_bytes / 2**20:g} MB please")
-    most = limits.max_pixels * SHRUNK
-    sent = None
     try:
         with _unlimited_header(content) as opened:
             width, height = opened.size
+            most = limits.max_pixels * SHRUNK
             if width * height > most:
                 raise BadInputError(
                     f"{name} is too large: {width:,} x {height:,} pixels; at most {most / 1e6:g} megapixels please"
                 )
-            if width * height > limits.max_pixels:
-                sent = (width, height)
-                scale = (limits.max_pixels / (width * height)) ** 0.5
-                smaller = (max(1, int(width * scale)), max(1, int(height * scale)))
-                opened.draft("RGB", smaller)  # a JPEG is decoded at half or a quarter of its size
-                opened.thumbnail(smaller)
-            image = to_rgb(opened)
+            with _decoding(width * height):
+                return _decoded(opened, limits.max_pixels)
     except BadInputError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInputError(f"{name} is no picture that can be read; PNG, JPEG, WebP, GIF and BMP are") from error
+
+
+def _decoded(opened: Image.Image, max_pixels: int) -> Picture:
+    """The pixels of an opened file as a picture of at most so many."""
+    width, height = opened.size
+    sent = None
+    if width * height > max_pixels:
+        sent = (width, height)
+        scale = (max_pixels / (width * height)) ** 0.5
+        smaller = (max(1, int(width * scale)), max(1, int(height * scale)))
+        opened.draft("RGB", smaller)  # a JPEG is decoded at half or a quarter of its size
+        opened.thumbnail(smaller)
+    image = to_rgb(opened)
     if sent and image.width > image.height and sent[0] < sent[1]:
         sent = sent[::-1]  # turned upright by its EXIF mark
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return Picture(buffer.getvalue(), *image.size, sent)
+
+
+def _decoding(num_pixels: int) -> contextlib.AbstractContextManager[Any]:
+    """A block in which a picture may be in memory as pixels; large ones wait for each other."""
+    return _DECODING if num_pixels > LARGE else contextlib.nullcontext()
 
 
 def _unlimited_header(content: bytes) -> Image.Image:
@@ -117,6 +135,7 @@ def take_uploads(paths: list[str], limits: Limits) -> tuple[Picture, ...]:
         BadInputError: one of them is not acceptable; then all stay, since the visitor's box still shows them.
     """
     pictures = tuple(read_upload(path, limits) for path in paths)
+    _TAKEN.update(zip(paths, pictures, strict=True))
     for path in map(Path, paths):
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # an upload of the same content shares the folder
@@ -125,17 +144,19 @@ def take_uploads(paths: list[str], limits: Limits) -> tuple[Picture, ...]:
 
 
 def read_upload(path: str, limits: Limits) -> Picture:
-    """Read an uploaded file.
+    """Read an uploaded file, or find it in the conversation of a visitor who sent the same one.
 
     Raises:
         BadInputError: it is gone, too large, or no picture.
     """
-    path = Path(path)
+    taken, path = _TAKEN.get(path), Path(path)
     try:
         if path.stat().st_size > limits.max_bytes:
             raise BadInputError(f"{path.name} is larger than {limits.max_bytes / 2**20:g} MB")
         return read_picture(path.read_bytes(), path.name, limits)
     except OSError as error:
+        if taken is not None:
+            return taken
         raise BadInputError(f"{path.name} is no longer here; please add it again") from error
 
 

@@ -39,6 +39,21 @@ NAMES = """
   new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
 }
 """
+# Gradio keeps a question that is sent while a picture is still on its way, and sends it when the picture is there; this
+# says so meanwhile, and stops saying it.
+SAY_WAITING = """
+() => {
+  const box = document.querySelector("#box"), line = document.querySelector("#waiting p");
+  const isUploading = () => box.querySelector(".loader") !== null;
+  const sent = () => {
+    if (isUploading()) line.innerText = "The picture is still being uploaded; the question is sent when it is there.";
+  };
+  box.addEventListener("keydown", (event) => { if (event.key === "Enter" && !event.shiftKey) sent(); }, true);
+  box.addEventListener("click", (event) => { if (event.target.closest(".submit-button")) sent(); }, true);
+  new MutationObserver(() => { if (line.innerText && !isUploading()) line.innerText = ""; })
+    .observe(box, {childList: true, subtree: true});
+}
+"""
 # A button that switches itself off takes the focus with it: it goes to the question box.
 TO_THE_BOX = "() => document.querySelector('#box textarea')?.focus()"
 
