@@ -257,22 +257,6 @@ def test_half_precision_sums_in_float32():
     assert model.get_output_embeddings().weight.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_under_autocast_the_head_scores_in_the_type_that_autocast_asks_for(bias):
-    torch.manual_seed(0)
-    plain = torch.nn.Linear(8, 40, bias=bias)
-    head, half = (ScoringHead(copy.deepcopy(layer)) for layer in (plain, plain))
-    half.bfloat16()
-    hidden, targets = torch.randn(6, 8), torch.arange(6)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = head(hidden.requires_grad_(), targets, chunk_size=16)
-    assert torch.equal(found, half(hidden.bfloat16(), targets, chunk_size=16))
-    assert not torch.equal(found, head(hidden, targets, chunk_size=16))
-    found.sum().backward()  # outside of autocast, as a trainer does
-    assert head.weight.grad.dtype == hidden.grad.dtype == torch.float32
-    assert found.dtype == torch.float32
-
-
 def test_autocast_trains_and_stays_near_float32():
     model = scoring_model().train()
     pack = pack_groups(mixed_groups(model))

@@ -19,7 +19,6 @@ from dataset_scripts import sample_responses
 from internvl_mpo.encoding import measure_group, pair_size
 from internvl_mpo.engines import Reply
 from internvl_mpo.errors import run_program
-from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.records import PreferencePair, RowError
 from internvl_mpo.token_weights import TokenWeights
 from internvl_mpo.training.preflight import Preflight
@@ -101,13 +100,32 @@ def processors() -> list:
     return made
 
 
+PICTURES = [("0.png",), ("1.png",), ("0.png", "1.png"), ()]  # of four rows, two in each subset
 EDITS = st.one_of(
     st.tuples(st.just("picture"), st.sampled_from("01"), st.integers(1, 4), st.integers(1, 4)),
     st.tuples(st.just("remove"), st.sampled_from("01")),
     st.tuples(st.just("text"), st.integers(0, 3), st.text("ab ", min_size=1, max_size=9)),
-    st.tuples(st.just("cap"), st.integers(0, 3), st.sampled_from([None, 1, 3])),
+    st.tuples(st.just("cap"), st.integers(0, 1), st.sampled_from([None, 1, 3])),
     st.tuples(st.just("processor"), st.integers(0, 3)),
 )
+
+
+def write_data(folder: Path, texts: list[str], caps: list[int | None]) -> list[tuple[PreferencePair, int | None]]:
+    """Write two subsets of two rows, each subset with its cap on tiles; return the pairs with theirs."""
+    meta, pairs = {}, []
+    for subset, cap in enumerate(caps):
+        lines = []
+        for number in (2 * subset, 2 * subset + 1):
+            names = PICTURES[number]
+            row = {"image": list(names), "question": "<image>" * len(names) + "Which?", "rejected": "no"}
+            lines.append(json.dumps({**row, "chosen": texts[number]}) + "\n")
+            pairs.append((PreferencePair.from_json(json.loads(lines[-1])), cap))
+        (folder / f"{subset}.jsonl").write_text("".join(lines))
+        meta[f"s{subset}"] = {"root": ".", "annotation": f"{subset}.jsonl", "repeat_time": 1}
+        if cap:
+            meta[f"s{subset}"]["max_dynamic_patch"] = cap
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return pairs
 
 
 @SHARED_FOLDER
@@ -116,8 +134,7 @@ def test_the_pre_flight_cache_says_what_a_fresh_look_says_after_any_edits(tmp_pa
     folder = tmp_path_factory.mktemp("edits")
     for number in "01":
         draw_picture(folder / f"{number}.png", 84, 28, tick=1)
-    pictures = [("0.png",), ("1.png",), ("0.png", "1.png"), ()]
-    texts, caps, processor = ["yes"] * 4, [None] * 4, 0
+    texts, caps, processor = ["yes"] * 4, [None, None], 0
     made = processors()
     for tick, edit in enumerate([("nothing",), *edits], start=2):
         kind, *what = edit
@@ -131,20 +148,18 @@ def test_the_pre_flight_cache_says_what_a_fresh_look_says_after_any_edits(tmp_pa
             caps[what[0]] = what[1]
         elif kind == "processor":
             processor = what[0]
-        rows = []
-        for names, text, cap in zip(pictures, texts, caps, strict=True):
-            question = "<image>" * len(names) + "Which?"
-            pair = PreferencePair(images=names, question=question, chosen=text, rejected="no")
-            rows.append(PairRow(pair, folder, cap, "", ""))
-        cached = Preflight(made[processor], folder / "cache", max_tiles=4, max_length=700, num_workers=0).run(rows)
-        for row, found in zip(rows, cached, strict=True):
+        pairs = write_data(folder, texts, caps)
+        limits = {"max_tiles": 4, "max_length": 700}
+        table = Preflight(made[processor], folder / "cache", [folder / "meta.json"], num_workers=0, **limits).run()
+        sizes, reasons = [], []
+        for pair, cap in pairs:
             try:
-                limits = {"max_tiles": row.max_tiles or 4, "max_length": 700}
-                expected = pair_size(measure_group(made[processor], [row.pair], folder, **limits))
+                own = {**limits, "max_tiles": cap or 4}
+                sizes.append(pair_size(measure_group(made[processor], [pair], folder, **own)))
             except RowError as error:
-                assert isinstance(found, RowError) and found.reason == error.reason
-            else:
-                assert found == expected
+                reasons.append(error.reason)
+        assert [table.size(index) for index in range(len(table))] == sizes
+        assert [reason for _, _, reason in table.unusable] == reasons
 
 
 # --- the reference cache against every setting that can change a log-prob ---------------------------------------------
