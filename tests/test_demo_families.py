@@ -13,6 +13,7 @@ from tiny_families import FAMILIES
 
 from internvl_mpo.demo import show
 from internvl_mpo.demo.conversation import SIDES, Message
+from internvl_mpo.demo.family_model import load_chat_model, load_cutter
 from internvl_mpo.demo.local_models import LocalModels
 from internvl_mpo.demo.streaming import VisitorQuestion
 from internvl_mpo.engines import Request, Sampling
@@ -65,6 +66,7 @@ def test_a_conversation_goes_on_and_a_mark_in_an_answer_is_no_picture(folders):
     assert answers["base"].text != finish(backend.stream(ask("And then?")))["base"].text
 
 
+@pytest.mark.slow
 def test_one_mixed_batch_answers_as_base_and_as_merged_model(folders, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -90,20 +92,16 @@ def test_one_mixed_batch_answers_as_base_and_as_merged_model(folders, tmp_path):
         LocalModels(base, adapter=str(tmp_path / "vision tower")).load()
 
 
-@pytest.mark.parametrize("max_tiles", [1, 12])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next", "internvl"])
-def test_the_cost_of_pictures_is_what_the_model_gets(folders, name, max_tiles):
+def test_the_cost_of_pictures_is_what_the_model_gets(folders, name):
     images = [picture(width=90, height=40), picture(width=33, height=50)]
-    backend = LocalModels(folders[name], folders[name])
-    cutter = backend.cutter()
-    backend.load()
-    model = backend._models.get()[0]
-    chat = ask(images=images).chats["base"]
-    ids = model.inputs([chat], max_tiles, None)["input_ids"]
-    num_tokens = int((ids == model.model.config.image_token_id).sum())
-    drawn = show.tiles_html(cutter, images, max_tiles)
-    assert f"{num_tokens:,} image tokens together" in drawn
-    assert "cut by the model's own processor" in drawn
+    cutter, model = load_cutter(folders[name]), load_chat_model(folders[name])
+    for max_tiles in (1, 12):
+        ids = model.inputs([ask(images=images).chats["base"]], max_tiles, None)["input_ids"]
+        num_tokens = int((ids == model.model.config.image_token_id).sum())
+        drawn = show.tiles_html(cutter, images, max_tiles)
+        assert f"{num_tokens:,} image tokens together" in drawn
+        assert "cut by the model's own processor" in drawn
 
 
 def test_a_control_token_of_the_family_is_named_and_not_read_as_one(folders):

@@ -90,6 +90,7 @@ def test_a_name_that_is_not_there_is_one_sentence(hub, tmp_path, capsys):
     assert "'ada/nothing' is no folder here, and the Hub does not give it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_engines_and_the_demo_take_an_id(hub, upload, tmp_path):
     name = upload(FAMILIES["qwen2_5_vl"](tmp_path / "model"), "ada/tiny-qwen")
     engine = load_model_engine(name)
