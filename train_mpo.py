@@ -35,7 +35,7 @@ from internvl_mpo.training.pairs import TrainingPairs, hold_out, plan, read_pair
 from internvl_mpo.training.signals import StopSignals
 
 if TYPE_CHECKING:  # what imports transformers is imported where it is used, after the cheap refusals
-    from internvl_mpo.training.reference_cache import ReferenceCache
+    from internvl_mpo.training.reference_pass import ReferencePass
     from internvl_mpo.training.settings import TrainSettings
     from internvl_mpo.training.trainer import MPOTrainer
 
@@ -48,30 +48,35 @@ def main(argv: list[str]) -> int:
     """Read the settings, keep others away from the run folder, and run."""
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         settings = read_settings(argv)
-        if settings.process_index == 0:
+        if settings.process_index == 0 and settings.reference_pass != "only":  # shares may run at the same time
             stack.enter_context(run_folder(settings.output_dir, result_folders(settings).values()))
         return run(settings, signals)
 
 
 def run(settings: "TrainSettings", signals: StopSignals) -> int:
     """Run the chapters below in order."""
-    checkpoint = choose_checkpoint(settings)
+    is_training = settings.reference_pass != "only"
+    checkpoint = choose_checkpoint(settings) if is_training else None
     processor = load_processor(settings)
     show_forms(settings)
     pairs, held_out = hold_out(settings.held_out_share, read_pairs(settings, processor))
     settings, pairs = plan(settings, pairs)
     identity = identify(settings, processor)
     fingerprint = {"data": pairs.digest(), **identity, **settings.exact()}
-    if is_over(settings, pairs, fingerprint):
+    if is_training and is_over(settings, pairs, fingerprint):
         return 0
     if settings.process_index == 0:
         show_run(settings, pairs)
 
     model = load_policy(settings)
-    reference = reference_logps(settings, identity, model, processor, pairs + held_out)
+    reference = reference_logps(settings, identity, model, processor, pairs, held_out)
+    if not is_training:
+        return 0
     model = choose_weights(settings, model)
-    trainer = build_trainer(settings, fingerprint, model, processor, pairs, held_out, reference)
-    train(settings, trainer, checkpoint, signals)
+    if reference is not None:
+        reference.follow(model)
+    trainer = build_trainer(settings, fingerprint, model, processor, pairs, held_out, reference, signals)
+    train(settings, trainer, checkpoint)
     save(settings, trainer, processor)
     return 0
 
@@ -305,30 +310,34 @@ def identify(settings: "TrainSettings", processor: Any) -> dict[str, Any]:
 
 
 def reference_logps(
-    settings: "TrainSettings", identity: dict[str, Any], model: Any, processor: Any, pairs: TrainingPairs
-) -> "ReferenceCache | None":
-    """Return the log-probs of the start model, computing those that no earlier run left on disk; None for adapter_off.
+    settings: "TrainSettings",
+    identity: dict[str, Any],
+    model: Any,
+    processor: Any,
+    pairs: TrainingPairs,
+    held_out: TrainingPairs,
+) -> "ReferencePass | None":
+    """Return what computes the log-probs of the start model, or has done so already; None for adapter_off.
 
     Every rank computes a share and writes its own shards; a killed run goes on where it stopped.
     """
     if settings.reference == "adapter_off":
         return None
-    import torch
-
+    from internvl_mpo.objective import needs_reference
     from internvl_mpo.training.reference_cache import ReferenceCache
-    from internvl_mpo.training.reference_pass import fill_cache
+    from internvl_mpo.training.reference_pass import ReferencePass
 
     cache = ReferenceCache(
         settings.reference_cache or Path(settings.output_dir) / "reference",
         identity,
-        pairs.digests,
+        (pairs + held_out).digests,
     )
-    missing = set(cache.missing())
-    if settings.world_size > 1:  # nobody writes before all have read, so that all agree on what is missing
-        torch.distributed.barrier()
-    if missing:
-        fill_cache(cache, missing, model, processor, pairs, settings)
-    return cache
+    reference = ReferencePass(cache, processor, pairs, held_out, settings)
+    if settings.reference_pass != "ahead" or not needs_reference(settings.preference, settings.quality):
+        reference.before(model, share=settings.reference_share)  # ORPO and the like: of held-out pairs alone
+    if settings.reference_pass == "only" and settings.process_index == 0:
+        print(f"reference log-probs of share {settings.reference_shard or '0/1'} are in {cache.folder}")
+    return reference
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -341,10 +350,12 @@ def build_trainer(
     processor: Any,
     pairs: TrainingPairs,
     held_out: TrainingPairs,
-    reference: "ReferenceCache | None",
+    reference: "ReferencePass | None",
+    signals: StopSignals,
 ) -> "MPOTrainer":
     """Return the trainer; this is the first thing that touches the run folder."""
     from internvl_mpo.training.callbacks import ConsoleCallback
+    from internvl_mpo.training.stopping import StopOrSave
     from internvl_mpo.training.trainer import MPOTrainer
 
     return MPOTrainer(
@@ -354,12 +365,13 @@ def build_trainer(
         pairs=pairs,
         held_out=held_out,
         reference=reference,
+        stopping=StopOrSave(signals),
         fingerprint=fingerprint,
         callbacks=[ConsoleCallback(settings.output_dir)],
     )
 
 
-def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | None, signals: StopSignals) -> None:
+def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | None) -> None:
     """Train to the end, from a checkpoint if there is one.
 
     Raises:
@@ -367,8 +379,8 @@ def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | No
     """
     import torch
 
+    from internvl_mpo.training.callbacks import ConsoleCallback
     from internvl_mpo.training.held_out import closing_line
-    from internvl_mpo.training.stopping import StopOrSave
 
     if checkpoint is not None:
         trainer.check_resumable(checkpoint)
@@ -380,11 +392,12 @@ def train(settings: "TrainSettings", trainer: "MPOTrainer", checkpoint: str | No
     if settings.device.type == "cpu":
         # several threads add gradients of one token in any order otherwise, and no two runs are equal to the last bit
         torch.use_deterministic_algorithms(True, warn_only=True)
-    stopping = StopOrSave(signals)
-    trainer.add_callback(stopping)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if stopping.stopped_at is not None:
-        raise StoppedError(stopping.message(settings.output_dir) if settings.process_index == 0 else "")
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        trainer.pop_callback(ConsoleCallback).close()
+    if trainer.stopping.stopped_at is not None:
+        raise StoppedError(trainer.stopping.message(settings.output_dir) if settings.process_index == 0 else "")
     evaluations = [row for row in trainer.state.log_history if "eval_rewards/accuracy" in row]
     if evaluations and settings.process_index == 0:
         print(closing_line(evaluations[-1], settings.preference != "none" or settings.quality != "none"))

@@ -183,12 +183,12 @@ def test_a_lock_ends_with_its_process_even_if_a_worker_of_it_lives_on(tmp_path):
         "import os, sys, time\n"
         "from internvl_mpo.locks import held\n"
         f"with held({str(tmp_path / 'lock')!r}, 'x'):\n"
-        "    child = os.fork()\n"
-        "    if not child: time.sleep(60)\n"
-        "    print(child, flush=True); os.kill(os.getpid(), 9)\n"
+        "    if not os.fork(): print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
     )
     result = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     child = int(result.stdout.readline())
+    result.kill()
     result.wait()
     with held(tmp_path / "lock", "x"):
         os.kill(child, signal.SIGKILL)

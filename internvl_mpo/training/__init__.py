@@ -4,9 +4,10 @@ settings, arguments, first_look   what a run is told, and what is refused before
 pairs, preflight, lengths the pairs of a run: read, checked, measured, planned
 data                      steps of pairs become packs
 policy, distributed       the model that is trained, on one device or many
-reference_cache, reference_pass, live_reference   log-probs of the start model
+reference_plan, reference_pass, reference_cache, live_reference   log-probs of the start model
 trainer, callbacks, meters, run_log   the loop on transformers' Trainer
 watch, not_finite, held_out  what is looked at while it runs
 checkpoint, finished      where a killed run goes on, and when it is over
+signals, stopping         how it stops between two steps
 throughput, speed, fake_pass   what a step costs, and how it is made cheaper
 """

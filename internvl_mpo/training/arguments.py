@@ -54,6 +54,9 @@ class MPOArguments(TrainingArguments):
         0, help="move the reference towards the policy every so many steps (TR-DPO); 0 = it stays the start model"
     )
     reference_mixup_alpha: float = setting(0.6, help="share of the policy when the reference moves; 1 = copy it")
+    reference_ahead_steps: int = setting(
+        32, help="reference log-probs are computed so many steps ahead, and as many steps' worth of pairs at a time"
+    )
     max_length: int = setting(6144, help="longest prompt plus response in tokens")
     max_tiles: int = setting(12, help="tiles per image, thumbnail not counted")
     packed_attention: PackedAttention = setting(
@@ -83,7 +86,8 @@ class MPOArguments(TrainingArguments):
         Raises:
             BadInputError: naming the setting and what to give instead.
         """
-        for name in ("pairs_per_step", "pairs_per_group", "max_tokens_per_pack", "max_length", "max_tiles"):
+        counts = ("pairs_per_step", "pairs_per_group", "max_tokens_per_pack", "reference_ahead_steps")
+        for name in (*counts, "max_length", "max_tiles"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}, expected 1 or more")
         check_speed_settings(self)

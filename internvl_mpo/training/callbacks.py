@@ -86,6 +86,10 @@ class ConsoleCallback(TrainerCallback):
 
     def on_train_end(self, args: MPOArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, so that an error stands on a line of its own."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -40,9 +40,14 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
         raise BadInputError(f"{checkpoint} is not a whole checkpoint: {path.name} is missing or damaged") from error
 
 
+def is_whole(checkpoint: str | Path) -> bool:
+    """Say whether a folder is a checkpoint with its last file."""
+    return (Path(checkpoint) / STATE_FILE).is_file()
+
+
 def whole_checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the whole checkpoints of a run, oldest first."""
-    return [folder for folder in _folders(output_dir) if (folder / STATE_FILE).is_file()]
+    return [folder for folder in _folders(output_dir) if is_whole(folder)]
 
 
 def check_run_folder(output_dir: str | Path) -> None:
@@ -59,7 +64,7 @@ def check_run_folder(output_dir: str | Path) -> None:
     if (folder / SETTINGS_FILE).is_file():
         return
     names = [name for name in ("log.jsonl", "samples.jsonl") if (folder / name).exists()]
-    names += [path.name for path in _folders(folder) if not (path / STATE_FILE).is_file()]
+    names += [path.name for path in _folders(folder) if not is_whole(path)]
     if names:
         raise BadInputError(
             f"output_dir {folder} holds {names[0]}, but no {SETTINGS_FILE} of a run of this program; give another "
@@ -69,7 +74,7 @@ def check_run_folder(output_dir: str | Path) -> None:
 
 def remove_half_written(output_dir: str | Path) -> list[str]:
     """Delete checkpoints that a killed run left unfinished and return their names."""
-    halves = [folder for folder in _folders(output_dir) if not (folder / STATE_FILE).is_file()]
+    halves = [folder for folder in _folders(output_dir) if not is_whole(folder)]
     for folder in halves:
         shutil.rmtree(folder)
     return [folder.name for folder in halves]

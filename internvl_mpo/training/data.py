@@ -1,16 +1,13 @@
 """Steps of pairs become packs: the dataset and the loader of the trainer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.mmpr.pairs import PairRow
-from internvl_mpo.packing import Group, Pack
+from internvl_mpo.packing import Group
 from internvl_mpo.steps import Rows
 from internvl_mpo.token_weights import TokenWeights
 
@@ -40,25 +37,6 @@ class GroupDataset(Dataset):
             max_length=self.max_length,
         )
         return self.token_weights.weigh(group)
-
-
-@dataclass(frozen=True)
-class Micro:
-    """What one forward pass gets: a pack and the reference log-probs of its pairs.
-
-    Attributes:
-        pack: tokens, tiles and pairs.
-        reference_logps: those of the chosen and of the rejected responses, summed with the pack's token weights; None
-            if they are computed live. Shape: 2 x (P,)
-    """
-
-    pack: Pack
-    reference_logps: tuple[Tensor, Tensor] | None
-
-    def to(self, device: torch.device | str) -> "Micro":
-        """Return the same on another device."""
-        logps = self.reference_logps and tuple(tensor.to(device) for tensor in self.reference_logps)
-        return Micro(self.pack.to(device), logps)
 
 
 class StepLoader(DataLoader):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from internvl_mpo.families.registry import family_of_model
 from internvl_mpo.logps import score_pairs
 from internvl_mpo.pack_plan import fill_packs
-from internvl_mpo.packing import Group
+from internvl_mpo.packing import Group, Pack
 from internvl_mpo.training.arguments import MPOArguments
-from internvl_mpo.training.data import GroupDataset, Micro
+from internvl_mpo.training.data import GroupDataset
 from internvl_mpo.training.meters import MeanMeter
 from internvl_mpo.training.pairs import TrainingPairs
 
@@ -26,8 +26,8 @@ class HeldOut:
         dataset: GroupDataset,
         args: MPOArguments,
         *,
-        collate: Callable[[Sequence[Group]], Micro],
-        reference_logps: Callable[[Micro], tuple[Tensor, Tensor]],
+        collate: Callable[[Sequence[Group]], Pack],
+        reference_logps: Callable[[Pack], tuple[Tensor, Tensor]],
     ):
         """Keep the pairs.
 
@@ -57,20 +57,19 @@ class HeldOut:
         meter = MeanMeter()
         for turn in range(math.ceil(len(packs) / ranks)):
             number = turn * ranks + rank
-            micro = self.collate([self.dataset[(row,)] for row in packs[min(number, len(packs) - 1)]])
-            micro = micro.to(self.args.device)
-            reference_chosen, reference_rejected = self.reference_logps(micro)
-            scores = score_pairs(model, micro.pack)
-            num_pairs = micro.pack.num_pairs if number < len(packs) else 0  # a pack that only fills the round
+            pack = self.collate([self.dataset[(row,)] for row in packs[min(number, len(packs) - 1)]])
+            pack = pack.to(self.args.device)
+            reference_chosen, reference_rejected = self.reference_logps(pack)
+            scores = score_pairs(model, pack)
+            num_pairs = pack.num_pairs if number < len(packs) else 0  # a pack that only fills the round
             chosen_rewards = self.args.beta * (scores.chosen - reference_chosen)
             rejected_rewards = self.args.beta * (scores.rejected - reference_rejected)
             values = {
                 f"{prefix}_rewards/accuracy": chosen_rewards > rejected_rewards,
                 f"{prefix}_rewards/margin": chosen_rewards - rejected_rewards,
-                f"{prefix}_nll": -scores.whole_chosen / micro.pack.chosen_lengths_P,
-                f"{prefix}_logps/chosen_change": (scores.chosen - reference_chosen) / micro.pack.chosen_lengths_P,
-                f"{prefix}_logps/rejected_change": (scores.rejected - reference_rejected)
-                / micro.pack.rejected_lengths_P,
+                f"{prefix}_nll": -scores.whole_chosen / pack.chosen_lengths_P,
+                f"{prefix}_logps/chosen_change": (scores.chosen - reference_chosen) / pack.chosen_lengths_P,
+                f"{prefix}_logps/rejected_change": (scores.rejected - reference_rejected) / pack.rejected_lengths_P,
             }
             meter.add(num_pairs, {name: value[:num_pairs] for name, value in values.items()})
         means = meter.reduce(accelerator)

@@ -1,9 +1,10 @@
 """References that are computed while training runs, for runs that cannot or do not want to use the cache.
 
     AdapterOff        the start model is the policy with its LoRA adapters switched off: nothing to store
+    StartWeights      the start model's weights beside the policy's, for the windows of `reference_pass ahead`
     MovingReference   TR-DPO (arXiv 2404.09656): every few steps the reference moves towards the policy
 
-Neither is a second model. A moving reference keeps a second set of the weights that are trained (all of them, or the
+None is a second model. A moving reference keeps a second set of the weights that are trained (all of them, or the
 adapters only) and puts it in the place of the policy's for the length of one forward pass.
 """
 
@@ -55,6 +56,63 @@ class AdapterOff:
         """Return what `pair_logps` does, under the start model. Shape: 2 x (P,)"""
         with _evaluating(self.model), self.model.disable_adapter():
             return pair_logps(self.model, pack)
+
+
+class StartWeights:
+    """The start model, whose log-probs are wanted now and then while the policy moves away from it.
+
+    Of the weights that are trained a copy lies in host memory. For a window the two change places, one weight at a
+    time, so the device holds no more than before; with adapters nothing is copied, they are switched off.
+    """
+
+    def __init__(self, model: nn.Module):
+        """Copy what is trained.
+
+        Args:
+            model: the policy as it starts, through `attach_scoring`, not wrapped. Under ZeRO-3 each rank keeps its
+                share.
+        """
+        self.model = model
+        self.has_adapters = hasattr(model, "disable_adapter")
+        trained = {} if self.has_adapters else {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = trained
+        self.weights = {name: _stored(p).detach().to("cpu", copy=True) for name, p in trained.items()}
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[nn.Module]:
+        """Give the start model inside the block; the policy is back afterwards, bit for bit."""
+        with _evaluating(self.model):
+            if self.has_adapters:
+                with self.model.disable_adapter():
+                    yield self.model
+                return
+            self._exchange()
+            try:
+                yield self.model
+            finally:
+                self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        persistent = [p for p in self.parameters.values() if _is_whole_under_zero3(p)]
+        if (
+            persistent
+        ):  # DeepSpeed keeps small weights whole beside their shares: it gathers them anew when they are used
+            persistent[0].partition(persistent)
+        for name, parameter in self.parameters.items():
+            stored = _stored(parameter)
+            other = stored.detach().to("cpu", copy=True)
+            stored.copy_(self.weights[name])
+            self.weights[name] = other
+
+
+def _stored(parameter: Tensor) -> Tensor:
+    """Where the numbers of a weight are, under ZeRO-3 those of this rank."""
+    return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
+
+
+def _is_whole_under_zero3(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE"
 
 
 class MovingReference:

@@ -40,21 +40,18 @@ class MeanMeter:
 
 
 def pair_numbers(
-    pack: Pack, scores: PairScores, reference_logps: tuple[Tensor, Tensor], out: MPOLoss
+    pack: Pack, scores: PairScores, reference_logps: tuple[Tensor, Tensor] | None, out: MPOLoss
 ) -> dict[str, Tensor]:
     """Return what is logged of each pair of a pack, by its name in the log; see docs/training.md. Each of shape (P,)
 
     Args:
         pack: tokens, and their weights.
         scores: log-probs under the policy.
-        reference_logps: those of chosen and rejected under the reference. Shape: 2 x (P,)
+        reference_logps: those of chosen and rejected under the reference; None if there is none, then changes and
+            distance are not logged. Shape: 2 x (P,)
         out: terms and rewards.
     """
-    reference_chosen, reference_rejected = reference_logps
-    chosen_tokens, rejected_tokens = pack.weight_sums
-    kl_chosen = sequence_kl(scores.chosen.detach(), reference_chosen, chosen_tokens)
-    kl_rejected = sequence_kl(scores.rejected.detach(), reference_rejected, rejected_tokens)
-    return {
+    numbers = {
         "loss_preference": out.preference,
         "loss_quality": out.quality,
         "loss_generation": out.generation,
@@ -65,8 +62,14 @@ def pair_numbers(
         "rewards/square": (out.chosen_rewards**2 + out.rejected_rewards**2) / 2,
         "logps/chosen": scores.whole_chosen,
         "logps/rejected": scores.whole_rejected,
-        "logps/chosen_change": (scores.chosen - reference_chosen) / chosen_tokens,
-        "kl": (kl_chosen + kl_rejected) / 2,
         "length/chosen": pack.chosen_lengths_P,
         "length/rejected": pack.rejected_lengths_P,
     }
+    if reference_logps is not None:
+        reference_chosen, reference_rejected = reference_logps
+        chosen_tokens, rejected_tokens = pack.weight_sums
+        numbers["logps/chosen_change"] = (scores.chosen - reference_chosen) / chosen_tokens
+        kl_chosen = sequence_kl(scores.chosen.detach(), reference_chosen, chosen_tokens)
+        kl_rejected = sequence_kl(scores.rejected.detach(), reference_rejected, rejected_tokens)
+        numbers["kl"] = (kl_chosen + kl_rejected) / 2
+    return numbers

@@ -12,22 +12,25 @@ names; pixels changed in place go unnoticed.
 
 import hashlib
 import json
+import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
 from torch import Tensor
 
 from internvl_mpo.errors import BadInputError
-from internvl_mpo.files import atomic_writer, write_parquet
+from internvl_mpo.files import atomic_writer, remove_leftovers, write_parquet
 from internvl_mpo.records import content_id
 
 _NUM_NAMED = 3  # missing ids spelled out in a message
+_RECENT = 1 << 16  # pairs that are Python objects; the others take 24 bytes each
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt")
 
 
@@ -58,9 +61,12 @@ class ReferenceCache:
         self.folder = Path(folder) / self.name
         self.settings, self.digests = dict(settings), digests
         self.shard_size = shard_size
-        self._logps: dict[str, tuple[float, float]] = {}
-        self._added: list[tuple[str, float, float]] = []
+        self._digests = np.zeros(0, np.uint64)  # sorted
+        self._values = np.zeros((0, 2))
+        self._recent: dict[int, tuple[float, float]] = {}
+        self._added: list[int] = []
         self._read: set[Path] = set()
+        remove_leftovers(self.folder)
         self.refresh()
 
     def refresh(self) -> None:
@@ -69,23 +75,70 @@ class ReferenceCache:
         Raises:
             BadInputError: a shard cannot be read.
         """
+        digests, values = [], []
         for path in sorted(set(self.folder.glob("part-*.parquet")) - self._read):
             try:
-                columns = pyarrow.parquet.read_table(path).to_pydict()
-                rows = zip(columns["chosen_logps"], columns["rejected_logps"], strict=True)
-                self._logps.update(zip(columns["digest"], rows, strict=True))
-            except (OSError, KeyError, pyarrow.ArrowException) as error:
+                table = pyarrow.parquet.read_table(path)
+                digests += [int(digest, 16) for digest in table["digest"].to_pylist()]
+                values.append(np.stack([table[name].to_numpy() for name in ("chosen_logps", "rejected_logps")], axis=1))
+            except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
                 raise BadInputError(
                     f"reference log-probs in {path} cannot be read ({error}); delete the file and start again"
                 ) from error
             self._read.add(path)
+        if values:
+            self._merge(np.array(digests, np.uint64), np.concatenate(values))
 
-    def missing(self, pair_ids: Sequence[str] | None = None) -> list[str]:
+    def has(self, digests: np.ndarray) -> np.ndarray:
+        """Say which digests have log-probs. Shapes: (N,) -> (N,)"""
+        _, found = self._find(digests)
+        if self._recent:
+            found |= np.fromiter((digest in self._recent for digest in digests.tolist()), bool, len(digests))
+        return found
+
+    def values(self, digests: np.ndarray) -> np.ndarray:
+        """Return log-probs of chosen and rejected responses, NaN where there are none. Shapes: (N,) -> (N, 2)"""
+        places, found = self._find(digests)
+        values = np.full((len(digests), 2), np.nan)
+        values[found] = self._values[places[found]]
+        for index, digest in enumerate(digests.tolist() if self._recent else ()):
+            if digest in self._recent:
+                values[index] = self._recent[digest]
+        return values
+
+    def take(self, digests: np.ndarray, values: np.ndarray) -> None:
+        """Take in what another rank has found and written. Shapes: (N,), (N, 2)"""
+        self._recent.update(zip(digests.tolist(), map(tuple, values.tolist()), strict=True))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let pairs that are on the disk become numbers in arrays once there are many."""
+        if len(self._recent) > _RECENT and not self._added:
+            recent, self._recent = self._recent, {}
+            self._merge(np.array(list(recent), np.uint64), np.array(list(recent.values())))
+
+    def _find(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places of digests in the sorted ones, and whether they are there."""
+        places = np.searchsorted(self._digests, digests)
+        places[places == len(self._digests)] = 0
+        found = self._digests[places] == digests if len(self._digests) else np.zeros(len(digests), bool)
+        return places, found
+
+    def _merge(self, digests: np.ndarray, values: np.ndarray) -> None:
+        """Sort new ones in; of several values for one pair the newest counts."""
+        digests, values = np.concatenate([digests, self._digests]), np.concatenate([values, self._values])
+        self._digests, firsts = np.unique(digests, return_index=True)
+        self._values = values[firsts]
+
+    def missing(self, pair_ids: Iterable[str] | None = None) -> list[str]:
         """Return the ids that have no log-probs yet, in order; None asks for all pairs of the run."""
-        pairs = self.digests.items() if pair_ids is None else ((pair_id, self._digest(pair_id)) for pair_id in pair_ids)
-        return [pair_id for pair_id, digest in pairs if digest not in self._logps]
+        ids = list(self.digests if pair_ids is None else pair_ids)
+        known = self.has(self._digests_of(ids))
+        return [pair_id for pair_id, is_known in zip(ids, known.tolist(), strict=True) if not is_known]
 
-    def add(self, pair_ids: Sequence[str], chosen_logps: Tensor, rejected_logps: Tensor) -> None:
+    def add(
+        self, pair_ids: Sequence[str], chosen_logps: Tensor, rejected_logps: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Take log-probs in; every `shard_size` pairs a shard reaches the disk, the rest with `flush`.
 
         Args:
@@ -93,20 +146,25 @@ class ReferenceCache:
             chosen_logps: Shape: (P,)
             rejected_logps: Shape: (P,)
 
+        Returns:
+            Digests and log-probs, as `take` wants them elsewhere. Shapes: (P,), (P, 2)
+
         Raises:
             BadInputError: a value is not finite; the message names the pair.
         """
-        for pair_id, chosen, rejected in zip(pair_ids, chosen_logps.tolist(), rejected_logps.tolist(), strict=True):
-            if not torch.isfinite(torch.tensor([chosen, rejected])).all():
+        values = torch.stack([chosen_logps, rejected_logps], dim=1).double().cpu().numpy()
+        for pair_id, (chosen, rejected) in zip(pair_ids, values.tolist(), strict=True):
+            if not (math.isfinite(chosen) and math.isfinite(rejected)):
                 raise BadInputError(
                     f"the start model gives pair {pair_id} log-probs of {chosen} and {rejected}; "
                     "check its weights and dtype, or leave the pair out"
                 )
-            digest = self._digest(pair_id)
-            self._logps[digest] = (chosen, rejected)
-            self._added.append((digest, chosen, rejected))
+        digests = self._digests_of(pair_ids)
+        self._recent.update(zip(digests.tolist(), map(tuple, values.tolist()), strict=True))
+        self._added += digests.tolist()
         if len(self._added) >= self.shard_size:
             self.flush()
+        return digests, values
 
     def lookup(self, pair_ids: Sequence[str], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return the reference log-probs of chosen and rejected responses. Shape: 2 x (P,)
@@ -114,15 +172,16 @@ class ReferenceCache:
         Raises:
             BadInputError: some pairs have none; the message names the first ones and what fills the gap.
         """
-        missing = self.missing(pair_ids)
-        if missing:
+        values = self.values(self._digests_of(pair_ids))
+        if np.isnan(values).any():
+            missing = self.missing(pair_ids)
             named = ", ".join(missing[:_NUM_NAMED]) + (", ..." if len(missing) > _NUM_NAMED else "")
             raise BadInputError(
                 f"{len(missing)} of {len(pair_ids)} pairs have no reference log-probs in {self.folder} ({named}); "
                 f"run the training command again to fill the gap"
             )
-        chosen, rejected = zip(*(self._logps[self._digest(pair_id)] for pair_id in pair_ids), strict=True)
-        return torch.tensor(chosen, dtype=dtype), torch.tensor(rejected, dtype=dtype)
+        chosen, rejected = torch.from_numpy(values).to(dtype).unbind(dim=1)
+        return chosen.contiguous(), rejected.contiguous()
 
     def flush(self) -> None:
         """Write what was added as a shard."""
@@ -131,12 +190,19 @@ class ReferenceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_writer(self.folder / "settings.json") as out:
             json.dump(self.settings, out, indent=2, ensure_ascii=False, sort_keys=True)
-        names = ("digest", "chosen_logps", "rejected_logps")
-        table = pyarrow.table(dict(zip(names, map(list, zip(*self._added, strict=True)), strict=True)))
+        values = np.array([self._recent[digest] for digest in self._added])
+        table = pyarrow.table(
+            {
+                "digest": [f"{digest:016x}" for digest in self._added],
+                "chosen_logps": values[:, 0],
+                "rejected_logps": values[:, 1],
+            }
+        )
         path = self.folder / f"part-{int(os.environ.get('RANK', 0)):05d}-{uuid.uuid4().hex[:8]}.parquet"
         write_parquet(table, path)
         self._read.add(path)
         self._added.clear()
+        self._settle()
 
     def __enter__(self) -> Self:
         return self
@@ -144,11 +210,13 @@ class ReferenceCache:
     def __exit__(self, *exc: object) -> None:
         self.flush()
 
-    def _digest(self, pair_id: str) -> str:
+    def _digests_of(self, pair_ids: Sequence[str]) -> np.ndarray:
         try:
-            return self.digests[pair_id]
-        except KeyError:
-            raise BadInputError(f"pair {pair_id} is not among the {len(self.digests)} pairs of this run") from None
+            return np.array([int(self.digests[pair_id], 16) for pair_id in pair_ids], np.uint64)
+        except KeyError as error:
+            raise BadInputError(
+                f"pair {error.args[0]} is not among the {len(self.digests)} pairs of this run"
+            ) from None
 
 
 def model_digest(folder: str | Path) -> str:

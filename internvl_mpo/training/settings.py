@@ -1,11 +1,13 @@
 """Settings of `train_mpo.py`: read, checked against each other, refused where they would have no effect."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from internvl_mpo.errors import BadInputError, need_package
 from internvl_mpo.mmpr.pairs import Resample
+from internvl_mpo.objective import needs_reference
 from internvl_mpo.programs import run_file
 from internvl_mpo.settings import parse_settings, plain, setting
 from internvl_mpo.training.arguments import MPOArguments
@@ -63,6 +65,10 @@ class TrainSettings(MPOArguments):
     reference: Literal["cache", "adapter_off"] = setting(
         "cache", help="reference log-probs: cache (computed once), or adapter_off (each step, LoRA only)"
     )
+    reference_pass: Literal["ahead", "before", "only"] = setting(
+        "ahead", help="reference log-probs: ahead of the steps, before all of them, or only these and no training"
+    )
+    reference_shard: str | None = setting(None, help="with reference_pass only: i/n, share i (from 0) of n jobs")
     lora_rank: int = setting(0, help="rank of LoRA adapters; 0 trains the weights themselves")
     lora_alpha: int | None = setting(None, help="scale of LoRA; none = twice the rank")
     lora_dropout: float = setting(0.0, help="dropout of LoRA; above 0 policy and reference differ from the start")
@@ -98,8 +104,15 @@ class TrainSettings(MPOArguments):
                 "an evaluation is asked for (eval_steps, eval_strategy or eval_on_start), but held_out_share is 0: "
                 "give --held_out_share 0.01, or --eval_steps none --eval_strategy no --eval_on_start false"
             )
+        check_reference_pass(self)
         check_trackers(self.report_to)
         check_lora_settings(self)
+
+    @property
+    def reference_share(self) -> tuple[int, int]:
+        """i and n of `reference_shard`."""
+        number, _, count = (self.reference_shard or "0/1").partition("/")
+        return int(number), int(count)
 
     def exact(self) -> dict[str, Any]:
         """Return the settings that a checkpoint is compared by; adapters leave nothing to freeze."""
@@ -128,6 +141,27 @@ def parse_train_settings(argv: Sequence[str], *, program: str, about: str | None
 def refuse_without_effect(settings: Any, name: str) -> NoReturn:
     """Raise a `BadInputError` that says what to set instead."""
     raise BadInputError(f"{name} is {getattr(settings, name)}, which has no effect here: {WITHOUT_EFFECT[name]}")
+
+
+def check_reference_pass(settings: TrainSettings) -> None:
+    """Refuse a reference pass that has nothing to do, and a share that is none.
+
+    Raises:
+        BadInputError: naming the setting and what to give instead.
+    """
+    shard, is_only = settings.reference_shard, settings.reference_pass == "only"
+    if shard is not None and not is_only:
+        raise BadInputError(f"reference_shard {shard} is a share of a job of its own; add --reference_pass only")
+    found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
+    if not found or int(found[1]) >= int(found[2]):
+        raise BadInputError(f"reference_shard is '{shard}', expected i/n with i from 0 to n - 1, as 0/8")
+    if is_only and settings.reference == "adapter_off":
+        raise BadInputError("reference adapter_off stores nothing, so reference_pass only would have nothing to do")
+    if is_only and not needs_reference(settings.preference, settings.quality):
+        raise BadInputError(
+            f"reference_pass is only, but preference '{settings.preference}' with quality '{settings.quality}' needs "
+            "no reference"
+        )
 
 
 def check_trackers(names: Sequence[str]) -> None:

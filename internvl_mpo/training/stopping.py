@@ -5,12 +5,14 @@ whose launcher is gone stops, too.
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from internvl_mpo.training.arguments import MPOArguments
+from internvl_mpo.training.checkpoint import is_whole
 from internvl_mpo.training.signals import StopSignals
 
 
@@ -40,8 +42,7 @@ class StopOrSave(TrainerCallback):
     def on_save(self, args: MPOArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Do not begin another step if the signal came while a checkpoint was written."""
         self._last_save = time.monotonic()
-        (stop,) = self._any_rank(args, self.signals.wants_to_stop())
-        if stop:
+        if self.is_wanted(args):
             self._stop(args, state, control)
 
     def on_train_end(self, args: MPOArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -51,8 +52,20 @@ class StopOrSave(TrainerCallback):
     def message(self, output_dir: str) -> str:
         """Return what is said at the end of a run that was stopped."""
         signal = self.signals.received or "a signal to another rank"
+        if not self.stopped_at:
+            return f"stopped by {signal} before step 1; finished work is kept, the same command goes on from it"
         folder = f"{output_dir}/checkpoint-{self.stopped_at}"
         return f"stopped by {signal} after step {self.stopped_at}; {folder} is whole, the same command goes on from it"
+
+    def is_wanted(self, args: MPOArguments) -> bool:
+        """Say whether to stop, the same on all ranks; a collective."""
+        return self._any_rank(args, self.signals.wants_to_stop())[0]
+
+    def stop_between_steps(self, args: MPOArguments, state: Any, control: Any) -> None:
+        """Stop before a step, with a checkpoint of the one before it unless there is one."""
+        self._stop(args, state, control)
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        control.should_save = state.global_step > 0 and not is_whole(folder)
 
     def _stop(self, args: MPOArguments, state: Any, control: Any) -> None:
         control.should_training_stop = True

@@ -21,22 +21,23 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import naming_full_disk
 from internvl_mpo.logps import score_pairs
-from internvl_mpo.objective import RewardShift, mpo_loss, wpo_weights
-from internvl_mpo.packing import Group, pack_groups
+from internvl_mpo.objective import RewardShift, mpo_loss, needs_reference, wpo_weights
+from internvl_mpo.packing import Pack, pack_groups
 from internvl_mpo.training import checkpoint
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.callbacks import EvaluateAtTheEnd, MoveReference
-from internvl_mpo.training.data import GroupDataset, Micro, StepLoader
+from internvl_mpo.training.data import GroupDataset, StepLoader
 from internvl_mpo.training.distributed import engine_name
 from internvl_mpo.training.held_out import HeldOut, sample_means, send_samples
 from internvl_mpo.training.live_reference import AdapterOff, MovingReference
 from internvl_mpo.training.meters import MeanMeter, pair_numbers
 from internvl_mpo.training.not_finite import PackRecord, stop_step
 from internvl_mpo.training.pairs import TrainingPairs
-from internvl_mpo.training.reference_cache import ReferenceCache
+from internvl_mpo.training.reference_pass import ReferencePass
 from internvl_mpo.training.run_log import RunLog
 from internvl_mpo.training.signals import keep_from_signals
 from internvl_mpo.training.speed import apply_speed_settings
+from internvl_mpo.training.stopping import StopOrSave
 from internvl_mpo.training.throughput import FlopModel, device_peak, memory_in_use, speed
 
 
@@ -53,7 +54,8 @@ class MPOTrainer(Trainer):
         *,
         processor: Any,
         pairs: TrainingPairs,
-        reference: ReferenceCache | None,
+        reference: ReferencePass | None,
+        stopping: StopOrSave,
         held_out: TrainingPairs | None = None,
         fingerprint: Mapping[str, str] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -65,12 +67,14 @@ class MPOTrainer(Trainer):
             args: settings.
             processor: encodes pairs and is saved with the model.
             pairs: what it trains on.
-            reference: log-probs of the start model for every pair; None computes them with the adapters switched off.
+            reference: log-probs of the start model; None computes them with the adapters switched off.
+            stopping: asked whether to stop.
             held_out: pairs for `evaluate`; None or empty evaluates nothing.
             fingerprint: what the run depends on (data, start model, ...), compared when a checkpoint is resumed.
             callbacks: more callbacks.
         """
-        self.pairs, self.reference = pairs, reference
+        self.pairs, self.reference, self.stopping = pairs, reference, stopping
+        self.compares = needs_reference(args.preference, args.quality)
         self.fingerprint = dict(fingerprint or {})
         apply_speed_settings(model, args)
         self.live: AdapterOff | MovingReference | None = None
@@ -97,27 +101,25 @@ class MPOTrainer(Trainer):
             train_dataset=dataset(pairs.rows),
             eval_dataset=dataset(held_out.rows) if held_out else None,
             processing_class=processor,
-            data_collator=self._collate,
-            callbacks=list(callbacks),
+            data_collator=pack_groups,
+            callbacks=[*callbacks, stopping],
         )
         self.held_out: HeldOut | None = None
         if held_out:
             self.held_out = HeldOut(
-                held_out, self.eval_dataset, args, collate=self._collate, reference_logps=self._reference_logps
+                held_out, self.eval_dataset, args, collate=pack_groups, reference_logps=self._reference_logps
             )
             self.add_callback(EvaluateAtTheEnd())
         self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step already
 
-    def _collate(self, groups: Sequence[Group]) -> Micro:
-        pack = pack_groups(groups)
-        return Micro(pack, self.reference and self.reference.lookup(pack.pair_ids))
-
-    def _reference_logps(self, micro: Micro) -> tuple[Tensor, Tensor]:
+    def _reference_logps(self, pack: Pack) -> tuple[Tensor, Tensor]:
         """Reference log-probs of the chosen and of the rejected response of each pair. Shape: 2 x (P,)"""
-        is_live = self.live is not None and self.live.is_live
-        return self.live.logps(micro.pack) if is_live else micro.reference_logps
+        if self.live is not None and self.live.is_live:
+            return self.live.logps(pack)
+        chosen, rejected = self.reference.cache.lookup(pack.pair_ids)
+        return chosen.to(self.args.device), rejected.to(self.args.device)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -126,18 +128,33 @@ class MPOTrainer(Trainer):
         return StepLoader(
             self.train_dataset,
             batch_sampler=self.pairs.sampler(self.args),
-            collate_fn=self._collate,
+            collate_fn=pack_groups,
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=keep_from_signals,
             persistent_workers=self.args.dataloader_persistent_workers,
         )
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Micro], Tensor | None]:
-        """Return the packs of the next step; none for a run that was killed after its last checkpoint."""
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Pack], Tensor | None]:
+        """Return the packs of the next step; none for a run that is over, or is to stop before its reference is there.
+
+        A run that was killed after its last checkpoint has no step left.
+        """
         if self.state.global_step >= self.state.max_steps:  # transformers looks only after a step
             self.control.should_training_stop = True
             return [], None
+        if not self._prepare_reference():
+            self.stopping.stop_between_steps(self.args, self.state, self.control)
+            return [], None
         return super().get_batch_samples(*args, **kwargs)
+
+    def _prepare_reference(self) -> bool:
+        """Have the reference of the next step at hand; False if a signal came first."""
+        if self.reference is None:
+            return True
+        before = self.reference.seconds
+        is_there = self.reference.prepare(self.state.global_step, lambda: not self.stopping.is_wanted(self.args))
+        self.last_log += self.reference.seconds - before  # the speed that is logged is that of training
+        return is_there
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Pairs of an epoch."""
@@ -147,19 +164,19 @@ class MPOTrainer(Trainer):
         """Pairs of an optimizer step."""
         return args.pairs_per_step
 
-    def _get_num_items_in_batch(self, batch_samples: list[Micro], device: torch.device) -> Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[Pack], device: torch.device) -> Tensor:
         """Pairs and chosen tokens of the whole step, over all packs and ranks. Shape: (2,)"""
-        pairs = sum(micro.pack.num_pairs for micro in batch_samples)
-        tokens = sum(int(micro.pack.chosen_lengths_P.sum()) for micro in batch_samples)
+        pairs = sum(pack.num_pairs for pack in batch_samples)
+        tokens = sum(int(pack.chosen_lengths_P.sum()) for pack in batch_samples)
         totals = torch.tensor([pairs, tokens], device=device)
         return self.accelerator.reduce(totals, reduction="sum")
 
-    def _prepare_inputs(self, inputs: Micro) -> Micro:
+    def _prepare_inputs(self, inputs: Pack) -> Pack:
         return inputs.to(self.args.device)
 
-    def floating_point_ops(self, inputs: Micro) -> float:
+    def floating_point_ops(self, inputs: Pack) -> float:
         """Return the FLOP of a pack, forward and backward, see `throughput`."""
-        return self.flop_model.of(inputs.pack)
+        return self.flop_model.of(inputs)
 
     @functools.cached_property
     def flop_model(self) -> FlopModel:
@@ -171,13 +188,16 @@ class MPOTrainer(Trainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: Micro,
+        inputs: Pack,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """Return the part that one pack has in the loss of the step, times the number of ranks (which average)."""
-        pack = inputs.pack
-        reference_chosen, reference_rejected = self._reference_logps(inputs)
+        pack = inputs
+        if self.compares:
+            reference_chosen, reference_rejected = self._reference_logps(pack)
+        else:  # rewards are then beta * log-prob, as TRL logs them for ORPO
+            reference_chosen = reference_rejected = torch.zeros(pack.num_pairs, device=self.args.device)
         scores = score_pairs(model, pack, likeness=self.args.wpo)
         pair_weights = wpo_weights(scores.chosen_likeness, scores.rejected_likeness) if self.args.wpo else None
         chosen_change, rejected_change = scores.chosen - reference_chosen, scores.rejected - reference_rejected
@@ -203,7 +223,7 @@ class MPOTrainer(Trainer):
         if self.accelerator.sync_gradients:  # the last pack of the step
             self._check_losses()
         self.step_rewards += [out.chosen_rewards, out.rejected_rewards]
-        numbers = pair_numbers(pack, scores, (reference_chosen, reference_rejected), out)
+        numbers = pair_numbers(pack, scores, (reference_chosen, reference_rejected) if self.compares else None, out)
         if pair_weights is not None:
             numbers["pair_weight"] = pair_weights
         self.sums.add(pack.num_pairs, numbers)
@@ -212,7 +232,7 @@ class MPOTrainer(Trainer):
         loss = out.loss * self.args.world_size
         return (loss, out) if return_outputs else loss
 
-    def training_step(self, model: torch.nn.Module, inputs: Micro, num_items_in_batch: Tensor | None = None) -> Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: Pack, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Run one pack; after the last one of a step its rewards join the shift."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
@@ -297,6 +317,8 @@ class MPOTrainer(Trainer):
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model) if self.args.world_size == 1 else self.model_wrapped
         was_training = model.training
+        if self.reference is not None:
+            self.reference.prepare_held_out()
         model.eval()
         metrics = self.held_out.rewards(model, self.accelerator, metric_key_prefix)
         metrics |= self._answer_some(metric_key_prefix)
