@@ -233,32 +233,36 @@ class Pairs:
         )  # fmt: skip
 
 
-def planned(steps: int, num_steps: int = 10**6) -> list:
+def planned(steps: int, num_steps: int = 10**6) -> tuple[list, list[list], list]:
+    """Windows, their packs, and the packs of what is held out."""
     args = type("Args", (), {"reference_ahead_steps": steps, "pairs_per_step": 5, "max_tokens_per_pack": 60})
     trained = Pairs(np.arange(36))
     plan = ReferencePlan(Pairs(np.arange(40)), args, num_steps=num_steps)
-    return list(plan.windows(trained)) + [plan.others(trained)]
+    windows = list(plan.windows(trained))
+    for window in windows:
+        rows = plan.rows(np.concatenate(window.questions)).tolist()
+        packs = plan.packs(window.questions)
+        assert sorted(rows) == sorted(row for pack in packs for group in pack for row in group)
+    return windows, [plan.packs(window.questions) for window in windows], plan.packs([plan.others(trained)])
 
 
 def test_each_pair_is_computed_once_in_packs_that_do_not_depend_on_the_window():
-    *windows, others = planned(3)
-    packs = [pack for window in windows for pack in window.packs]
-    rows = [row for pack in packs for group in pack for row in group]
-    assert sorted(rows) == list(range(36))
+    _, packs, others = planned(3)
+    packs = [pack for some in packs for pack in some]
+    assert sorted(row for pack in packs for group in pack for row in group) == list(range(36))
     assert sorted(row for pack in others for group in pack for row in group) == [36, 37, 38, 39]
     for steps in (1, 2, 50):
-        *others, _ = planned(steps)
-        assert [pack for window in others for pack in window.packs] == packs
+        assert [pack for some in planned(steps)[1] for pack in some] == packs
 
 
 def test_windows_keep_to_their_steps_and_pairs_and_a_short_run_needs_less():
-    *windows, _ = planned(3)
+    windows, packs, _ = planned(3)
     assert [window.first for window in windows[1:]] == [window.end for window in windows[:-1]]
-    for window in windows:
-        pairs = sum(len(group) for pack in window.packs for group in pack)
+    for window, some in zip(windows, packs, strict=True):
+        pairs = sum(len(group) for pack in some for group in pack)
         assert window.end - window.first == 1 or (window.end - window.first <= 3 and pairs <= 15)
-    *short, _ = planned(50, num_steps=1)
-    assert 5 <= sum(len(group) for window in short for pack in window.packs for group in pack) <= 15
+    _, packs, _ = planned(50, num_steps=1)
+    assert 5 <= sum(len(group) for some in packs for pack in some for group in pack) <= 15
 
 
 @pytest.mark.slow

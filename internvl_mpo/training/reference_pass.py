@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -78,10 +79,10 @@ class ReferencePass:
         """
         numbers = itertools.count()
 
-        def mine(packs: Sequence[list[Rows]]) -> list[list[Rows]]:  # by the plan, whatever others have done already
-            return self._missing([pack for pack in packs if next(numbers) % share[1] == share[0]])
+        def mine(questions: list[np.ndarray]) -> list[list[Rows]]:  # by the plan, whatever others have done already
+            return self._missing([p for p in self.plan.packs(questions) if next(numbers) % share[1] == share[0]])
 
-        num_pairs = sum(_num_pairs(mine(packs)) for packs in self._all_packs())
+        num_pairs = sum(_num_pairs(mine(questions)) for questions in self._all_questions())
         if not num_pairs:
             return
         apply_speed_settings(model, self.args)
@@ -90,16 +91,16 @@ class ReferencePass:
         model.eval()
         numbers = itertools.count()
         with inference_engine(model, self.args) as engine, self._bar(num_pairs // self.args.world_size) as bar:
-            for packs in self._all_packs():
-                if left := mine(packs):
+            for questions in self._all_questions():
+                if left := mine(questions):
                     self._compute(engine, left, bar)
 
-    def _all_packs(self) -> Iterator[list[list[Rows]]]:
-        """The packs of all windows, and of what is held out."""
+    def _all_questions(self) -> Iterator[list[np.ndarray]]:
+        """Those of all windows, and of what is held out, step by step."""
         for window in self.plan.windows(self.pairs):
-            yield window.packs
+            yield window.questions
         if self.held_out:
-            yield self.plan.others(self.pairs)
+            yield [self.plan.others(self.pairs)]
 
     # --- while training runs ------------------------------------------------------------------------------------------
 
@@ -109,7 +110,8 @@ class ReferencePass:
         Args:
             model: the policy, not wrapped, before a checkpoint is loaded.
         """
-        if any(self._missing(packs) for packs in self._all_packs()):
+        rows = (self.plan.rows(np.concatenate(questions)) for questions in self._all_questions())
+        if agree(not all(self.cache.has(self.plan.digests[some]).all() for some in rows), self.args):
             self.start = StartWeights(model)
             self._windows = self.plan.windows(self.pairs)
 
@@ -131,7 +133,7 @@ class ReferencePass:
                 self._next = None
             else:
                 steps = f"steps {self._next.first + 1} to {self._next.end}"
-                if not self._with_start_weights(self._next.packs, steps, go_on):
+                if not self._with_start_weights(self._next.questions, steps, go_on):
                     return False
                 self._next = None
         return True
@@ -139,7 +141,7 @@ class ReferencePass:
     def prepare_held_out(self) -> None:
         """Compute what an evaluation needs, once."""
         if self._held_out_left and self.start is not None:
-            self._with_start_weights(self.plan.others(self.pairs), "held-out pairs", lambda: True)
+            self._with_start_weights([self.plan.others(self.pairs)], "held-out pairs", lambda: True)
         self._held_out_left = False
         self._let_go()
 
@@ -147,9 +149,9 @@ class ReferencePass:
         if self._windows is None and not self._held_out_left:
             self.start = None
 
-    def _with_start_weights(self, packs: Sequence[list[Rows]], what: str, go_on: Callable[[], bool]) -> bool:
+    def _with_start_weights(self, questions: list[np.ndarray], what: str, go_on: Callable[[], bool]) -> bool:
         started = time.perf_counter()
-        packs = self._missing(packs, refresh=True)
+        packs = self._missing(self.plan.packs(questions), refresh=True)
         done = True
         if packs:
             num_pairs = _num_pairs(packs) // self.args.world_size

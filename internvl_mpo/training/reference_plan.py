@@ -10,7 +10,7 @@ whatever ranks or machines, gets the same numbers to the last bit.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,12 +28,12 @@ class Window:
     Attributes:
         first: the first of the steps, 0 is the run's first.
         end: the step after the last of them.
-        packs: groups of pairs, as indices into the data.
+        questions: for each step those that come up for the first time. Shapes: (Q,)
     """
 
     first: int
     end: int
-    packs: list[list[Rows]]
+    questions: list[np.ndarray]
 
 
 class ReferencePlan:
@@ -65,14 +65,13 @@ class ReferencePlan:
         limit = self.args.reference_ahead_steps
         window, rows = Window(0, 0, []), 0
         for step, questions in enumerate(self._first_seen(trained)):
-            packs = self.packs(questions)
-            more = sum(len(group) for pack in packs for group in pack)
+            more = int((self._starts[questions + 1] - self._starts[questions]).sum())
             if window.end > window.first and (
                 step - window.first == limit or rows + more > limit * self.args.pairs_per_step
             ):
                 yield window
                 window, rows = Window(step, step, []), 0
-            window = Window(window.first, step + 1, [*window.packs, *packs])
+            window = Window(window.first, step + 1, [*window.questions, questions])
             rows += more
         if window.end > window.first:
             yield window
@@ -96,22 +95,31 @@ class ReferencePlan:
                 done += 1
                 yield new
 
-    def packs(self, questions: np.ndarray) -> list[list[Rows]]:
-        """Return the packs that all pairs of some questions are computed in; a pair that is there twice comes once."""
+    def rows(self, questions: np.ndarray) -> np.ndarray:
+        """Return all pairs of some questions, as indices into the data. Shapes: (Q,) -> (P,)"""
+        starts, counts = self._starts[questions], self._starts[questions + 1] - self._starts[questions]
+        places = np.arange(counts.sum()) + np.repeat(
+            starts - np.append(0, np.cumsum(counts)[:-1])[: len(counts)], counts
+        )
+        return self._members[places]
+
+    def packs(self, steps: Iterable[np.ndarray]) -> list[list[Rows]]:
+        """Return the packs, as groups of indices, that all pairs of the questions of some steps are computed in."""
+        return [pack for questions in steps for pack in self._packs_of_step(questions)]
+
+    def _packs_of_step(self, questions: np.ndarray) -> list[list[Rows]]:
         sizes = self.pairs.sizes
         groups = []
         for question in questions.tolist():
             rows = self._members[self._starts[question] : self._starts[question + 1]]
-            _, firsts = np.unique(self.digests[rows], return_index=True)
+            _, firsts = np.unique(self.digests[rows], return_index=True)  # a pair that is there twice comes once
             groups.append(tuple(rows[np.sort(firsts)].tolist()))
-        if not groups:
-            return []
-        largest = max(sizes[row].num_tokens for group in groups for row in group)
+        largest = max((sizes[row].num_tokens for group in groups for row in group), default=0)
         budget = max(self.args.max_tokens_per_pack, largest)
         parts = [part for group in groups for part in cut_group(group, sizes, budget)]
         packs = fill_packs([group_tokens([sizes[row] for row in part]) for part in parts], budget)
         return [[parts[number] for number in pack] for pack in packs]
 
-    def others(self, trained: TrainingPairs) -> list[list[Rows]]:
-        """Return the packs of the pairs that are not trained on."""
-        return self.packs(np.unique(self.questions[len(trained) :]))
+    def others(self, trained: TrainingPairs) -> np.ndarray:
+        """Return the questions of the pairs that are not trained on. Shape: (Q,)"""
+        return np.unique(self.questions[len(trained) :])
