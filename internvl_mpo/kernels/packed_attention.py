@@ -416,6 +416,8 @@ def _packed_attention(
         raise ValueError("attention dropout must be 0 where log-probs are compared; set attention_dropout to 0")
     if kwargs.get(_UNSERVED) is not None:  # without a word it would be left out
         raise ValueError(f"packed attention knows no {_UNSERVED}, which this model's layers ask for; use plain_twin")
+    if sliding_window is not None and sliding_window >= query.shape[2]:
+        sliding_window = None
     is_plain = sliding_window is None and s_aux is None
     if backend == "auto":
         backend = "segments"
