@@ -5,6 +5,7 @@ left alone: a wrong word there breaks no data and no training.
 """
 
 import ast
+import builtins
 import itertools
 import re
 from collections.abc import Iterator
@@ -158,7 +159,7 @@ def changes(statement: ast.stmt, code: bytes, starts: list[int]) -> Iterator[Cha
     yield from removals(statement, span)
     for node in parts(statement):
         for change in itertools.chain(
-            operators(node, code, span), conditions(node, span), values(node, span), calls(node, code, span)
+            operators(node, code, span), conditions(node, span), values(node, span, code), calls(node, code, span)
         ):
             if code[change[0] : change[1]].decode() != change[2]:
                 yield change
@@ -197,6 +198,8 @@ def parts(statement: ast.stmt) -> Iterator[ast.AST]:
         if isinstance(node, ast.Call) and _spoken(node):
             return
         yield node
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            return
         for field, value in ast.iter_fields(node):
             inside = field in {"body", "orelse"} and not isinstance(node, ast.stmt)  # of a lambda, of `a if b else c`
             if (field in skipped and not inside) or isinstance(node, ast.JoinedStr):
@@ -260,16 +263,21 @@ def conditions(node: ast.AST, span) -> Iterator[Change]:
             yield *span(test), "True", "condition"
 
 
-def values(node: ast.AST, span) -> Iterator[Change]:
+def values(node: ast.AST, span, code: bytes) -> Iterator[Change]:
     """Constants, names and elements."""
+
+    def known(name: str) -> bool:
+        """A name that nothing has would be noticed by anything."""
+        return hasattr(builtins, name) or bool(re.search(rb"\b%b\b" % name.encode(), code))
+
     if isinstance(node, ast.Constant):
         yield from ((*span(node), text, "constant") for text in _other_constants(node.value))
     elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
         start, end = span(node)
-        yield from ((start, end, text, "name") for text in _twins(node.id))
+        yield from ((start, end, text, "name") for text in _twins(node.id) if known(text))
     elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
         end = span(node)[1]
-        yield from ((end - len(node.attr.encode()), end, text, "name") for text in _twins(node.attr))
+        yield from ((end - len(node.attr.encode()), end, text, "name") for text in _twins(node.attr) if known(text))
     elif isinstance(node, ast.List | ast.Set | ast.Tuple) and isinstance(getattr(node, "ctx", None), ast.Load | None):
         yield from _dropped([span(element) for element in node.elts], "element dropped")
     elif isinstance(node, ast.Dict) and None not in node.keys:
@@ -324,6 +332,8 @@ def calls(node: ast.AST, code: bytes, span) -> Iterator[Change]:
             yield a, d, swapped.decode(), "arguments swapped"
     ends = [span(argument)[1] for argument in node.args] + [span(keyword.value)[1] for keyword in node.keywords]
     for index, keyword in enumerate(node.keywords, start=len(node.args)):
+        if keyword.arg == "strict":  # of zip: it guards what should hold anyway
+            continue
         before = ends[index - 1] if index else span(keyword)[0]
         yield before, ends[index], "", "argument dropped"
     if name in TRANSPARENT:

@@ -232,7 +232,7 @@ def tests_of(mutant: Mutant, tests: list[Test]) -> list[Test]:
     A line that runs at import only is tested by whatever runs the functions that name what it defines.
     """
     here = {(mutant.path, mutant.function, mutant.offset + line) for line in range(mutant.num_lines)}
-    found = [test for test in tests if test.lines & here]
+    found = [test for test in tests if test.lines & here] if mutant.function else []  # else: run by any import
     if not found:
         functions = importers(mutant)
         found = [test for test in tests if any(line[:2] in functions for line in test.lines)]

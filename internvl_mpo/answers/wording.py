@@ -240,8 +240,10 @@ def _measure(text: str) -> str | None:
     unit = "/".join(_unit(part) for part in match[2].strip().split("/"))
     if unit == "cent":
         return f"${_decimal(number / 100)}"
-    base, size, offset = _SIZES.get(unit, (unit, Fraction(1), Fraction(0)))
-    return f"{_decimal(number * size + offset)} {base}"
+    if unit not in _SIZES:
+        return f"{_decimal(number)} {unit}"
+    base, size, offset = _SIZES[unit]
+    return f"{number * size + offset} {base}"  # a fraction: 0.02 m would say that 2 cm were rounded, and be 21 mm
 
 
 def _unit(name: str) -> str:
