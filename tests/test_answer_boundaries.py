@@ -100,3 +100,18 @@ def test_a_long_text_is_not_compared_letter_by_letter():
     for length, is_right in ((500, True), (501, False)):
         gold = ("ab " * 200)[: length - 1] + "x"
         assert right(gold[:40] + "q" + gold[41:], gold, "docvqa") is is_right
+
+
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        ("A is wrong. It is (B).", "B"),
+        ("A is wrong, (B), not (C)", "B"),
+        ("A is wrong. It is (B). Or (C)", None),  # what comes later counts as well
+        ("A is not right, it is (B), perhaps (C)", None),
+    ],
+)
+def test_behind_a_letter_that_is_denied_all_of_the_rest_is_read(prediction, letter):
+    question = "Which?\nA. red\nB. blue\nC. green"
+    found = [gold for gold in "ABC" if compare_answers(prediction, gold, question=question).outcome is Outcome.RIGHT]
+    assert found == ([letter] if letter else [])

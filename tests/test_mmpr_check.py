@@ -16,7 +16,7 @@ from internvl_mpo.mmpr.check import check
 from internvl_mpo.mmpr.contamination import build_index, signature
 from internvl_mpo.mmpr.convert import convert
 from internvl_mpo.mmpr.copies import similarity_hash
-from internvl_mpo.mmpr.findings import KINDS
+from internvl_mpo.mmpr.findings import KINDS, Report
 from internvl_mpo.mmpr.shard_plan import Options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,3 +273,12 @@ def test_the_program_prints_a_table_writes_a_report_and_fails_on_errors_only(raw
 def test_a_benchmark_that_is_not_there_is_refused():
     with pytest.raises(BadInputError, match="unknown benchmark 'popes'"):
         build_index({"popes": "x"})
+
+
+def test_findings_are_counted_by_their_severity():
+    report = Report("raw")
+    errors = [kind for kind, (severity, _) in KINDS.items() if severity == "error"]
+    for kind in errors:
+        report.kinds[kind, "one"], report.kinds[kind, "another"] = 1, 1
+    report.kinds["repeats itself", "one"] = 3
+    assert (report.num("error"), report.num("warning")) == (2 * len(errors), 3)
