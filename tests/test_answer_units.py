@@ -28,7 +28,7 @@ def test_units_of_one_kind_are_converted_both_ways(line):
     one, other = line.split(" = ")
     assert is_right(one, other)
     assert is_right(other, one)
-    number, unit = (other.split(" ", 1) if " " in other else (other.rstrip("°%度"), other[-1]))
+    number, unit = other.split(" ", 1) if " " in other else (other.rstrip("°%度"), other[-1])
     for wrong in (f"{10 * int(number) + 7} {unit}", f"{int(number) + 1} {unit}"):
         assert not is_right(one, wrong)
         assert not is_right(wrong, one)
