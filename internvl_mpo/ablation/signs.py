@@ -44,13 +44,14 @@ def signs_table(rows: Mapping[str, Row], lanes: Lanes) -> str:
 
 
 def draw_signs(rows: Mapping[str, Row], lanes: Lanes, path: Path) -> None:
-    """Draw how likely chosen responses were over the steps, a line for each cell: the mean of its seeds."""
+    """Draw how likely chosen responses were over the steps of the usual length: of each cell the mean of its seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(6, 3.2), dpi=110, layout="constrained")
+    rows = {name: row for name, row in rows.items() if "max_steps" not in dict(row.cell.varied)}
+    figure, axis = pyplot.subplots(figsize=(8, 3.2), dpi=110, layout="constrained")
     for name, row in rows.items():
         logs = [[line for line in _log(row, seed, lanes) if "logps/chosen_change" in line] for seed in row.seeds]
         steps = [line["step"] for line in logs[0]]
@@ -62,7 +63,7 @@ def draw_signs(rows: Mapping[str, Row], lanes: Lanes, path: Path) -> None:
     axis.set_xlabel("step")
     axis.set_ylabel("chosen_change, nats a token")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     pyplot.close(figure)
