@@ -263,7 +263,7 @@ def test_a_conversation_survives_conversion_and_its_prompt_column_tells_all(fold
     assert converted.pair == raw.pair
     from internvl_mpo.mmpr.parquet import open_dataset, to_raw
 
-    (columns,) = open_dataset(folder / "out").with_format(None).to_list()
+    (columns,) = open_dataset(folder / "out")
     assert [message["role"] for message in columns["prompt"]] == ["system", "user", "assistant", "user"]
     assert [block["type"] for block in columns["prompt"][1]["content"]] == ["image", "text"]
     assert to_raw(columns) == row

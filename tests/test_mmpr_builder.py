@@ -29,7 +29,7 @@ def test_the_stream_over_zip_parts_equals_the_prepared_data_set_and_the_parquet_
     builder.download_and_prepare()
     plain = builder.as_dataset(split="train")
     convert(Options(str(raw)), tmp_path / "parquet")
-    published = {row["id"]: row for row in open_dataset(tmp_path / "parquet", streaming=True)}
+    published = {row["id"]: row for row in open_dataset(tmp_path / "parquet")}
     assert len(plain) == len(published) == NUM_ROWS
     for one, other in zip(stream.decode(False), plain, strict=True):
         assert one == published[one["id"]]

@@ -208,6 +208,17 @@ def test_parts_of_data_that_is_gone_do_not_pile_up(data):
     assert len(list(first.folder.iterdir())) == kept
 
 
+def test_a_file_of_the_table_that_is_gone_is_made_again_and_a_damaged_one_named(data):
+    whole = plain(new(data).run())
+    gone = sorted(new(data).folder.glob("[0-9a-f]*.json"))[0]
+    gone.unlink()
+    assert plain(new(data).run()) == whole
+    (columns,) = new(data).folder.glob("columns-*.arrow")
+    columns.write_bytes(columns.read_bytes()[:100])
+    with pytest.raises(BadInputError, match=r"columns-.*\.arrow cannot be read .*; delete the folder .*cache"):
+        new(data).run()
+
+
 def test_a_picture_cut_off_behind_its_header_is_found_when_asked_for(data):
     noise = Image.effect_noise((56, 56), 100).convert("RGB")
     noise.save(data.parent / "2.png")

@@ -20,14 +20,15 @@ Pictures are dictionary-encoded: pairs of one question lie together and share on
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.files import relative
 from internvl_mpo.mmpr.release import Subset
-from internvl_mpo.mmpr.tables import load_table
+from internvl_mpo.mmpr.row_groups import ParquetTable
+from internvl_mpo.mmpr.tables import stream_table
 from internvl_mpo.records import IMAGE_PLACEHOLDER, PreferencePair
 
 _TEXT, _NUMBER, _COUNT = ({"dtype": name, "_type": "Value"} for name in ("string", "float64", "int32"))
@@ -210,37 +211,45 @@ def _same_types(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     )
 
 
-def open_dataset(data: str | Path, *, streaming: bool = False) -> Any:
-    """Return the split `train` as a `datasets` data set; pictures are left as files.
+def open_dataset(data: str | Path) -> Any:
+    """Return the split `train` as a `datasets` data set that gives rows as they are read; pictures are left as files.
 
     Args:
         data: folder, `.parquet` file, or `hub:OWNER/NAME[@REVISION][:CONFIG]`.
-        streaming: give rows as they are read, as dicts, instead of Arrow tables from a memory-mapped copy.
 
     Raises:
         BadInputError: nothing there, or it has other columns.
     """
-    found = load_table(str(data), streaming=streaming)
-    missing = [column for column in REQUIRED if column not in (found.features or {})]
+    found = stream_table(str(data))
+    check_columns(str(data), found.features or {})
+    return found.decode(False)
+
+
+def check_columns(data: str, columns: Container[str]) -> None:
+    """Refuse a table that was not made by convert_mmpr.py.
+
+    Raises:
+        BadInputError: naming the column that is missing.
+    """
+    missing = [column for column in REQUIRED if column not in columns]
     if missing:
         raise BadInputError(
             f"{data} has no column '{missing[0]}', so it was not made by convert_mmpr.py; convert the raw release first"
         )
-    return found.decode(False) if streaming else found.with_format("arrow")
 
 
 class EmbeddedPictures:
-    """The pictures of one row, for `encode_group`; reading one touches nothing but its own bytes on the disk."""
+    """The pictures of one row, for `encode_group`; reading one touches nothing but the row group it is in."""
 
-    def __init__(self, table: Any, index: int, folder: str):
+    def __init__(self, table: ParquetTable, number: int, folder: str):
         """Remember where they are.
 
         Args:
-            table: from `open_dataset`.
-            index: of the row.
+            table: of the rows.
+            number: of the row.
             folder: names the folder the paths are relative to; rows that share it share pictures of equal names.
         """
-        self.table, self.index, self.folder = table, index, folder
+        self.table, self.number, self.folder = table, number, folder
 
     def __str__(self) -> str:
         return self.folder
@@ -248,7 +257,7 @@ class EmbeddedPictures:
     @property
     def version(self) -> str:
         """Differs when the data set differs."""
-        return self.table._fingerprint
+        return json.dumps(self.table.facts)
 
     def read(self, name: str) -> bytes:
         """Return a picture's file.
@@ -256,7 +265,7 @@ class EmbeddedPictures:
         Raises:
             RowError: the row has no such picture.
         """
-        for picture in self.table[self.index]["images"][0]:
-            if picture["path"].as_py() == name and picture["bytes"].is_valid:
-                return picture["bytes"].as_py()
-        raise RowError(f"image '{name}' is not among those of row {self.index} of {self.folder}")
+        for picture in self.table.value(self.number, "images"):
+            if picture["path"] == name and picture["bytes"] is not None:
+                return picture["bytes"]
+        raise RowError(f"image '{name}' is not among those of row {self.number} of {self.folder}")

@@ -27,7 +27,8 @@ from internvl_mpo.formats import to_own_form
 from internvl_mpo.jsonl import parse_object
 from internvl_mpo.mmpr.files import PictureFolder, ReleaseFiles, is_absolute
 from internvl_mpo.mmpr.lines import MAX_LINE_BYTES, Annotation, is_array, read_lines
-from internvl_mpo.mmpr.tables import HUB_PREFIX, TablePictures, TableRows, is_table
+from internvl_mpo.mmpr.row_groups import HUB_PREFIX
+from internvl_mpo.mmpr.tables import TablePictures, TableRows, is_table
 from internvl_mpo.records import PreferencePair, content_id, images_of
 
 # Name suffixes of the official subsets and the rule they stand for.

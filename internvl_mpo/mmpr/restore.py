@@ -12,7 +12,7 @@ from internvl_mpo.jsonl import json_line
 from internvl_mpo.mmpr.files import relative
 from internvl_mpo.mmpr.manifest import MANIFEST
 from internvl_mpo.mmpr.parquet import open_dataset, to_raw
-from internvl_mpo.mmpr.tables import HUB_PREFIX
+from internvl_mpo.mmpr.row_groups import HUB_PREFIX
 
 
 def restore(data: str, output: Path) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def restore(data: str, output: Path) -> tuple[int, int]:
     num_images = num_rows = 0
     with ExitStack() as files:
         annotations: dict[str, IO[str]] = {}
-        for row in tqdm(open_dataset(data, streaming=True), desc="restoring", unit="row"):
+        for row in tqdm(open_dataset(data), desc="restoring", unit="row"):
             subset = row["subset"]
             entry = meta.setdefault(subset, {})
             entry.setdefault("root", row["image_root"] or "images")

@@ -14,11 +14,13 @@ from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.lines import Member, read_lines
 from internvl_mpo.mmpr.manifest import MANIFEST
 from internvl_mpo.mmpr.pairs import PairRow
-from internvl_mpo.mmpr.parquet import REQUIRED, EmbeddedPictures, open_dataset, to_pair
+from internvl_mpo.mmpr.parquet import REQUIRED, EmbeddedPictures, check_columns, to_pair
 from internvl_mpo.mmpr.release import Subset, parse_line, read_subsets
-from internvl_mpo.mmpr.tables import TableRows, columns_of, is_table
+from internvl_mpo.mmpr.row_groups import ParquetTable, open_table
+from internvl_mpo.mmpr.tables import RowPictures, TablePictures, TableRows, columns_of, is_table
 
-BLOCK_BYTES, BLOCK_ROWS = 8 << 20, 8192
+BLOCK_BYTES, BLOCK_ROWS = 8 << 20, 8192  # of a file of lines
+TABLE_ROWS = 1 << 16  # of a row group
 
 
 class Block(NamedTuple):
@@ -84,7 +86,7 @@ class SubsetSource(PairSource):
     def num_bytes(self) -> int:
         text = self.subset.annotation
         if isinstance(text, TableRows):
-            return len(text.table)
+            return sum(group.num_bytes for group in text.table.groups)
         return text.entry.size if isinstance(text, Member) else text.stat().st_size
 
     def settings(self) -> list[Any]:
@@ -101,7 +103,7 @@ class SubsetSource(PairSource):
     def blocks(self) -> Iterator[Block]:
         text = self.subset.annotation
         if isinstance(text, TableRows):
-            yield from _ranges(1, len(text.table))
+            yield from _blocks(text.table, first=1)
             return
         first, size, lines = 1, 0, []
         try:
@@ -125,10 +127,10 @@ class SubsetSource(PairSource):
             lines = (line for _, _, line in self.subset.annotation.lines(first, first + block.num_rows))
         for number, line in enumerate(lines, start=block.first):
             if not line.isspace():
-                yield number, self._row(line, self.where(number))
+                yield number, self._row(line, number)
 
-    def _row(self, line: bytes, where: str) -> PairRow | RowError:
-        subset = self.subset
+    def _row(self, line: bytes, number: int) -> PairRow | RowError:
+        subset, where = self.subset, self.where(number)
         try:
             pair = subset.pair(parse_line(line, where), where)
         except RowError as error:
@@ -136,41 +138,45 @@ class SubsetSource(PairSource):
         images = tuple(map(subset.pictures.below, pair.images))
         if images != pair.images:
             pair = replace(pair, images=images)
-        return PairRow(pair, subset.root, subset.max_tiles, where, subset.name, subset.repeat_time)
+        return PairRow(pair, self.pictures("", number), subset.max_tiles, where, subset.name, subset.repeat_time)
 
     def where(self, number: int) -> str:
         return f"{self.subset.annotation}:{number}"
 
     def pictures(self, folder: str, number: int) -> Any:
-        return self.subset.root
+        pictures = self.subset.pictures
+        return RowPictures(pictures, number - 1) if isinstance(pictures, TablePictures) else self.subset.root
 
 
 class ParquetSource(PairSource):
     """MMPR as Parquet, as convert_mmpr.py makes it, here or on the Hub; pictures stay where they are."""
 
     def __init__(self, data: str):
-        self.data = data
-        self.table = open_dataset(data)
-        self.texts = self.table.remove_columns(["images", "prompt"])
+        """Find the files.
+
+        Raises:
+            BadInputError: there are none, or they have other columns.
+        """
+        self.table = open_table(data)
+        check_columns(data, self.table.schema.names)
 
     @property
     def num_bytes(self) -> int:
-        return len(self.table)
+        return sum(group.num_bytes for group in self.table.groups)
 
     def settings(self) -> list[Any]:
-        return [self.data, self.table._fingerprint]
+        return [str(self.table), self.table.facts]
 
     def facts(self) -> list[Any]:
         return []
 
     def blocks(self) -> Iterator[Block]:
-        yield from _ranges(0, len(self.table))
+        return _blocks(self.table, first=0)
 
     def rows(self, block: Block) -> Iterator[tuple[int, PairRow | RowError]]:
-        for start in range(block.first, block.first + block.num_rows, 1000):
-            stop = min(start + 1000, block.first + block.num_rows)
-            for number, columns in enumerate(self.texts[start:stop].to_pylist(), start=start):
-                yield number, self._row(columns, number)
+        names = [name for name in self.table.schema.names if name not in ("images", "prompt")]
+        for number, columns in self.table.rows(block.first, block.first + block.num_rows, names):
+            yield number, self._row(columns, number)
 
     def _row(self, columns: dict[str, Any], number: int) -> PairRow | RowError:
         where = self.where(number)
@@ -178,11 +184,11 @@ class ParquetSource(PairSource):
             pair = to_pair(columns)
         except (RowError, ValueError, LookupError, TypeError) as error:
             return RowError(getattr(error, "reason", f"not a pair ({error})"), where)
-        pictures = self.pictures(f"{self.data}/{columns['image_root']}", number)
+        pictures = self.pictures(f"{self.table}/{columns['image_root']}", number)
         return PairRow(pair, pictures, columns["max_dynamic_patch"], where, columns["subset"], columns["repeat_time"])
 
     def where(self, number: int) -> str:
-        return f"{self.data}, row {number}"
+        return f"{self.table}, row {number}"
 
     def pictures(self, folder: str, number: int) -> Any:
         return EmbeddedPictures(self.table, number, folder)
@@ -207,11 +213,12 @@ def is_parquet(data: str | Path) -> bool:
     return columns is None or set(REQUIRED) <= set(columns) or (Path(data) / MANIFEST).is_file()
 
 
-def _ranges(first: int, count: int) -> Iterator[Block]:
-    """Blocks of a table, whose rows are read by number."""
-    for start in range(0, count, BLOCK_ROWS):
-        num_rows = min(BLOCK_ROWS, count - start)
-        yield Block(first + start, num_rows, num_rows)
+def _blocks(table: ParquetTable, first: int) -> Iterator[Block]:
+    """Yield the row groups of a table, large ones in pieces; `first` is the number of its first row."""
+    for group in table.groups:
+        for start in range(0, group.num_rows, TABLE_ROWS):
+            count = min(TABLE_ROWS, group.num_rows - start)
+            yield Block(first + group.first + start, count, group.num_bytes * count // group.num_rows)
 
 
 def _file_facts(path: Path) -> list[Any]:

@@ -6,16 +6,14 @@ that is only a path lies in the image root.
 
 import json
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.files import PictureFolder, ReleaseFiles
-
-HUB_PREFIX = "hub:"
-_BATCH = 64
+from internvl_mpo.mmpr.row_groups import HUB_PREFIX, ParquetTable, open_table
 
 
 def is_table(data: str | Path) -> bool:
@@ -31,7 +29,7 @@ def is_table(data: str | Path) -> bool:
 def columns_of(data: str | Path) -> list[str] | None:
     """Return the columns of a table, None where its first file cannot be read."""
     if str(data).startswith(HUB_PREFIX):
-        return list(load_table(str(data)).column_names)
+        return list(open_table(str(data)).schema.names)
     import pyarrow.parquet as pq
 
     path = Path(data)
@@ -42,12 +40,11 @@ def columns_of(data: str | Path) -> list[str] | None:
         return None
 
 
-def load_table(data: str, *, streaming: bool = False) -> Any:
-    """Return the split `train` as a `datasets` data set.
+def stream_table(data: str) -> Any:
+    """Return the split `train` as a `datasets` data set that gives rows as they are read.
 
     Args:
         data: folder, `.parquet` file, or `hub:OWNER/NAME[@REVISION][:CONFIG]`.
-        streaming: give rows as they are read, instead of Arrow tables from a memory-mapped copy.
 
     Raises:
         BadInputError: nothing there that can be loaded.
@@ -61,24 +58,17 @@ def load_table(data: str, *, streaming: bool = False) -> Any:
     try:
         shards = sorted(map(str, Path(name).glob("data/*/train-*.parquet")))
         if shards or name.endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=shards or name, split="train", streaming=streaming)
-        return datasets.load_dataset(
-            name, config or None, split="train", revision=revision or None, streaming=streaming
-        )
+            return datasets.load_dataset("parquet", data_files=shards or name, split="train", streaming=True)
+        return datasets.load_dataset(name, config or None, split="train", revision=revision or None, streaming=True)
     except Exception as error:  # the Hub client raises dozens of types
         raise BadInputError(f"cannot load {data}: {error}") from error
-
-
-@lru_cache(maxsize=4)
-def _table(data: str) -> Any:
-    return load_table(data).with_format("arrow")
 
 
 class TableRows:
     """The rows of a table as lines of JSON, pictures by name; `read_lines` takes it for an annotation file.
 
     Attributes:
-        data: as in `load_table`.
+        data: as in `stream_table`.
         places: name of a picture -> row, column and number in it; grows as rows are read.
     """
 
@@ -93,14 +83,14 @@ class TableRows:
         return self.data
 
     @property
-    def table(self) -> Any:
+    def table(self) -> ParquetTable:
         """The data set, opened once per process."""
-        return _table(self.data)
+        return open_table(self.data)
 
     @property
     def version(self) -> str:
         """Differs when the table differs."""
-        return self.table._fingerprint
+        return json.dumps(self.table.facts)
 
     @cached_property
     def picture_columns(self) -> list[str]:
@@ -114,17 +104,15 @@ class TableRows:
                 return any(part.name == "bytes" for part in kind)
             return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-        return [column.name for column in self.table.features.arrow_schema if holds_files(column.type)]
+        return [column.name for column in self.table.schema if holds_files(column.type)]
 
     def lines(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, bytes]]:
         """Yield (number of the row, 1, row as JSON) from row `start` on."""
-        stop = len(self.table) if stop is None else min(stop, len(self.table))
-        for first in range(start, stop, _BATCH):
-            rows = self.table[first : min(first + _BATCH, stop)].to_pylist()
-            for number, row in enumerate(rows, start=first):
-                for column in self.picture_columns:
-                    row[column] = self._names(row[column], number, column)
-                yield number, 1, json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+        stop = len(self.table) if stop is None else stop
+        for number, row in self.table.rows(start, stop, self.table.schema.names):
+            for column in self.picture_columns:
+                row[column] = self._names(row[column], number, column)
+            yield number, 1, json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
 
     def picture(self, name: str) -> bytes | None:
         """Return the file of a picture, None for a name that no row gave."""
@@ -134,8 +122,15 @@ class TableRows:
         if name not in self.places:
             return None
         row, column, number = self.places[name]
-        value = self.table[row][column][0].as_py()
-        return _content((value if isinstance(value, list) else [value])[number])
+        return _content(_several(self.table.value(row, column))[number])
+
+    def picture_of_row(self, name: str, number: int) -> bytes | None:
+        """Return the file of a picture that row `number` shows, None for a name that the row does not give."""
+        for column in self.picture_columns:
+            for value in _several(self.table.value(number, column)):
+                if _content(value) is not None and _name(value) == name:
+                    return _content(value)
+        return None
 
     def _names(self, value: Any, row: int, column: str) -> Any:
         if isinstance(value, list):
@@ -143,13 +138,23 @@ class TableRows:
         return self._name(value, row, column, 0)
 
     def _name(self, value: Any, row: int, column: str, number: int) -> str | None:
-        content = _content(value)
-        path = value.get("path") if isinstance(value, dict) else None
-        if content is None:
-            return path
-        name = blake2b(content, digest_size=12).hexdigest() + PurePosixPath(path or "").suffix
-        self.places.setdefault(name, (row, column, number))
+        name = _name(value)
+        if _content(value) is not None:
+            self.places.setdefault(name, (row, column, number))
         return name
+
+
+def _name(value: Any) -> str | None:
+    """The name of a picture: a hash of its file, or its path where it is only that."""
+    content = _content(value)
+    path = value.get("path") if isinstance(value, dict) else None
+    if content is None:
+        return path
+    return blake2b(content, digest_size=12).hexdigest() + PurePosixPath(path or "").suffix
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _content(value: Any) -> bytes | None:
@@ -194,3 +199,28 @@ class TablePictures(PictureFolder):
         """
         content = self.rows.picture(name)
         return PictureFolder(self.files, ".").read(name) if content is None else content
+
+
+class RowPictures:
+    """The pictures of one row of a table; reading one touches nothing but the row group it is in."""
+
+    def __init__(self, pictures: TablePictures, number: int):
+        """Remember where they are; rows are numbered from 0."""
+        self.pictures, self.number = pictures, number
+
+    def __str__(self) -> str:
+        return str(self.pictures)
+
+    @property
+    def version(self) -> str:
+        """Differs when the table differs."""
+        return self.pictures.version
+
+    def read(self, name: str) -> bytes:
+        """Return a picture's file.
+
+        Raises:
+            RowError: it is nowhere.
+        """
+        content = self.pictures.rows.picture_of_row(name, self.number)
+        return PictureFolder(self.pictures.files, ".").read(name) if content is None else content

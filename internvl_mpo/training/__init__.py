@@ -1,7 +1,8 @@
 """What `train_mpo.py` is made of.
 
 settings, arguments, first_look   what a run is told, and what is refused before anything is loaded
-pairs, preflight, lengths the pairs of a run: read, checked, measured, planned
+preflight, table_parts, pair_table   pairs read, checked and measured once, in a table that all ranks map
+pairs, lengths            the pairs of a run: chosen, shown, planned
 data                      steps of pairs become packs
 policy, distributed       the model that is trained, on one device or many
 reference_plan, reference_pass, reference_cache, live_reference   log-probs of the start model

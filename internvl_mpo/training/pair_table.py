@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow
 
+from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_path, atomic_writer
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.sources import PairSource
@@ -139,10 +140,19 @@ def _part_batch(path: Path) -> pyarrow.RecordBatch:
 
 
 def map_batches(path: Path) -> list[pyarrow.RecordBatch]:
-    """Return the record batches of a file, mapped: they take no memory of this process."""
-    with pyarrow.memory_map(str(path)) as file:
-        reader = pyarrow.ipc.open_file(file)
-        return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    """Return the record batches of a file, mapped: they take no memory of this process.
+
+    Raises:
+        BadInputError: the file is missing or damaged.
+    """
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            reader = pyarrow.ipc.open_file(file)
+            return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise BadInputError(
+            f"{path} cannot be read ({error}); delete the folder {path.parent}, its pairs are read again"
+        ) from error
 
 
 def write_batch(columns: Mapping[str, Any], path: Path) -> None:
@@ -221,9 +231,12 @@ def read_index(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def read_facts(folder: Path, name: str) -> dict[str, Any]:
-    """Return what is known of a part beside its pairs: `num_pairs`, `kinds`, `unusable`, `pictures`."""
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+def read_facts(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return what is known of a part beside pairs: `num_pairs`, `kinds`, `unusable`, `pictures`; None if absent."""
+    try:
+        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def same_id_twice(table: PairTable) -> Iterator[tuple[int, str]]:

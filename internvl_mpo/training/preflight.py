@@ -88,15 +88,21 @@ class Preflight:
             BadInputError: a source cannot be read, or a worker process died.
         """
         made_from = content_id([[source.settings(), source.facts()] for source in self.sources])
-        index = read_index(self.folder)
-        facts = (read_facts(self.folder, name) for _, _, name, _ in index.get("parts", ()))
-        if index.get("made_from") == made_from and not any(map(pictures_changed, facts)):
-            return PairTable(self.folder, self.sources, index)
+        if self._is_current(made_from):
+            return PairTable(self.folder, self.sources)
         with beating(self._show_life):
             parts = list(self._parts())
             write_index(self.folder, parts, made_from, self.sources)
         self._remove_others(parts, made_from)
         return PairTable(self.folder, self.sources)
+
+    def _is_current(self, made_from: str) -> bool:
+        """Say whether an earlier pass was completed on the same sources, and no picture has changed since."""
+        index = read_index(self.folder)
+        if index.get("made_from") != made_from:
+            return False
+        facts = (read_facts(self.folder, name) for _, _, name, _ in index["parts"])
+        return all(known is not None and not pictures_changed(known) for known in facts)
 
     def reopen(self) -> str:
         """Forget that an earlier pass was completed, and return the token of a mark that the others `wait` for."""

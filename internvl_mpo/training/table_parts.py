@@ -44,10 +44,9 @@ class PartWriter:
             block: of it.
         """
         name = self._name(source, block)
-        if (self.folder / f"{name}.json").is_file():
-            facts = read_facts(self.folder, name)
-            if not pictures_changed(facts):
-                return name, facts["num_pairs"]
+        known = read_facts(self.folder, name)
+        if known is not None and not pictures_changed(known):
+            return name, known["num_pairs"]
         rows = list(self.sources[source].rows(block))
         pictures = picture_facts(row for _, row in rows if isinstance(row, PairRow))
         good, unusable = self._look(rows, block.first)

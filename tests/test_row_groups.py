@@ -1,0 +1,129 @@
+"""Parquet read by row groups, on a disk and through a remote file system: the same rows, and no second copy of them.
+
+pytest tests/test_row_groups.py
+"""
+
+import io
+from pathlib import Path
+
+import datasets
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from tiny import tiny_processor
+
+from internvl_mpo.encoding import encode_group
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.mmpr import row_groups, sources
+from internvl_mpo.mmpr.reading import iter_pairs
+from internvl_mpo.mmpr.row_groups import ParquetTable, open_table
+from internvl_mpo.training.preflight import Preflight
+
+LIMITS = {"max_tiles": 4, "max_length": 2000}
+
+
+def picture(width: int) -> bytes:
+    out = io.BytesIO()
+    Image.effect_noise((28 * width, 28), 90).convert("RGB").save(out, "PNG")
+    return out.getvalue()
+
+
+PICTURES = [picture(width) for width in (1, 2, 3)]
+
+
+def rows(count: int, first: int = 0) -> list[dict]:
+    """Pairs in TRL's words, three of each question, pictures inside."""
+    return [
+        {
+            "images": [{"bytes": PICTURES[number // 3 % 3], "path": f"{number // 3 % 3}.png"}],
+            "prompt": f"Question {number // 3}?",
+            "chosen": f"yes {number}",
+            "rejected": "no " * (1 + number % 4),
+        }
+        for number in range(first, first + count)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Two shards of several row groups; `datasets` may load nothing."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("datasets made a copy"))
+    (tmp_path / "data").mkdir()
+    for shard, (count, first) in enumerate(((50, 0), (31, 50))):
+        table = pyarrow.Table.from_pylist(rows(count, first))
+        pyarrow.parquet.write_table(table, tmp_path / "data" / f"{shard}.parquet", row_group_size=20)
+    return tmp_path / "data"
+
+
+def test_rows_are_numbered_over_groups_and_shards(folder):
+    table = ParquetTable(str(folder))
+    assert [(group.shard, group.first, group.num_rows) for group in table.groups] == [
+        *((0, 0, 20), (0, 20, 20), (0, 40, 10), (1, 50, 20), (1, 70, 11))
+    ]
+    assert len(table) == 81
+    assert list(table.rows(35, 75, ["chosen"])) == [(n, {"chosen": f"yes {n}"}) for n in range(35, 75)]
+    assert [table.value(number, "chosen") for number in (80, 0, 49, 50)] == ["yes 80", "yes 0", "yes 49", "yes 50"]
+
+
+def test_a_picture_that_many_rows_show_is_in_memory_once(folder):
+    group = ParquetTable(str(folder)).groups[0]
+    shown = ParquetTable(str(folder)).read(group, ["images"])
+    assert shown.nbytes < sum(map(len, PICTURES)) + 100 * group.num_rows < 3 * sum(map(len, PICTURES))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_table_gives_the_tokens_and_tiles_of_the_rows(folder, tmp_path, monkeypatch, num_workers):
+    monkeypatch.setattr(sources, "TABLE_ROWS", 8)  # groups are cut
+    made = Preflight(tiny_processor(), tmp_path / "cache", [folder], **LIMITS, num_workers=num_workers).run()
+    read = list(iter_pairs(folder))
+    assert not made.unusable
+    assert [made.row(index).pair for index in range(81)] == [row.pair for row in read]
+    assert [made.row(index).where for index in range(81)] == [row.where for row in read]
+    for index in range(0, 81, 7):
+        groups = [
+            encode_group(tiny_processor(), [row.pair], row.image_root, **LIMITS)
+            for row in (read[index], made.row(index))
+        ]
+        assert groups[0].prompt_ids == groups[1].prompt_ids
+        assert groups[0].tiles.equal(groups[1].tiles)
+        assert len(groups[0].tiles) == made.columns["num_tiles"][index]
+
+
+def test_data_on_the_hub_is_read_over_its_file_system(folder, tmp_path, monkeypatch):
+    here = Preflight(tiny_processor(), tmp_path / "here", [folder], **LIMITS, num_workers=0).run()
+    files = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        files.pipe(f"/me/data@c0ffee/{path.name}", path.read_bytes())
+    monkeypatch.setattr(
+        row_groups, "_hub_shards", lambda data: [f"memory://me/data@c0ffee/{n}.parquet" for n in range(2)]
+    )
+    open_table.cache_clear()
+    there = Preflight(tiny_processor(), tmp_path / "there", ["hub:me/data"], **LIMITS, num_workers=0).run()
+    assert there.columns["prompt"].tolist() == here.columns["prompt"].tolist()
+    assert [there.row(index).pair.chosen for index in range(81)] == [f"yes {number}" for number in range(81)]
+    row = there.row(5)
+    assert row.image_root.read(row.pair.images[0]) == PICTURES[1]
+    open_table.cache_clear()
+
+
+def test_a_shard_that_changed_is_read_again(folder, tmp_path):
+    def run():
+        open_table.cache_clear()
+        return Preflight(tiny_processor(), tmp_path / "cache", [folder], **LIMITS, num_workers=0).run()
+
+    assert len(run()) == 81
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(9)), folder / "1.parquet")
+    assert len(run()) == 59
+
+
+def test_what_cannot_be_read_is_named(folder):
+    (folder / "1.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(BadInputError, match=r"1\.parquet cannot be read as Parquet"):
+        len(ParquetTable(str(folder)))
+    pyarrow.parquet.write_table(pyarrow.table({"other": [1]}), folder / "1.parquet")
+    with pytest.raises(BadInputError, match=r"1\.parquet has other columns than .*0\.parquet"):
+        len(ParquetTable(str(folder)))
+    with pytest.raises(BadInputError, match="there is no Parquet file"):
+        ParquetTable(str(folder.parent / "empty"))
