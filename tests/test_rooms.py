@@ -51,7 +51,7 @@ ROOMS = {
     "engines": {"torch", "transformers", "modeling_internvl_mpo", "PIL", "jinja2", "pyarrow", "ray", "uvicorn", "vllm"},
     "benchmarks": {"PIL", "datasets", "evaluate", "gradio"},
     "evaluation": {"huggingface_hub"},
-    "mmpr": {"PIL", "datasets", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "transformers"},
+    "mmpr": {"PIL", "datasets", "fsspec", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "transformers"},
     "publish": {
         *("PIL", "datasets", "huggingface_hub", "matplotlib", "modeling_internvl_mpo", "peft", "pyarrow"),
         *("safetensors", "torch", "transformers"),
