@@ -324,6 +324,7 @@ def reference_logps(
     if settings.reference == "adapter_off":
         return None
     from internvl_mpo.objective import needs_reference
+    from internvl_mpo.training.distributed import zero_stage
     from internvl_mpo.training.reference_cache import ReferenceCache
     from internvl_mpo.training.reference_pass import ReferencePass
 
@@ -333,8 +334,9 @@ def reference_logps(
         (pairs + held_out).digests,
     )
     reference = ReferencePass(cache, processor, pairs, held_out, settings)
-    if settings.reference_pass != "ahead" or not needs_reference(settings.preference, settings.quality):
-        reference.before(model, share=settings.reference_share)  # ORPO and the like: of held-out pairs alone
+    compares = needs_reference(settings.preference, settings.quality)  # else held-out pairs alone are looked at
+    if settings.reference_pass != "ahead" or zero_stage(settings) == 3 or not compares:
+        reference.before(model, share=settings.reference_share)
     if settings.reference_pass == "only" and settings.process_index == 0:
         print(f"reference log-probs of share {settings.reference_shard or '0/1'} are in {cache.folder}")
     return reference

@@ -69,14 +69,14 @@ class StartWeights:
         """Copy what is trained.
 
         Args:
-            model: the policy as it starts, through `attach_scoring`, not wrapped. Under ZeRO-3 each rank keeps its
-                share.
+            model: the policy as it starts, through `attach_scoring`, not wrapped. Weights partitioned by ZeRO-3
+                will not do.
         """
         self.model = model
         self.has_adapters = hasattr(model, "disable_adapter")
         trained = {} if self.has_adapters else {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = trained
-        self.weights = {name: _stored(p).detach().to("cpu", copy=True) for name, p in trained.items()}
+        self.weights = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[nn.Module]:
@@ -94,25 +94,10 @@ class StartWeights:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        persistent = [p for p in self.parameters.values() if _is_whole_under_zero3(p)]
-        if (
-            persistent
-        ):  # DeepSpeed keeps small weights whole beside their shares: it gathers them anew when they are used
-            persistent[0].partition(persistent)
         for name, parameter in self.parameters.items():
-            stored = _stored(parameter)
-            other = stored.detach().to("cpu", copy=True)
-            stored.copy_(self.weights[name])
+            other = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(self.weights[name])
             self.weights[name] = other
-
-
-def _stored(parameter: Tensor) -> Tensor:
-    """Where the numbers of a weight are, under ZeRO-3 those of this rank."""
-    return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
-
-
-def _is_whole_under_zero3(parameter: Tensor) -> bool:
-    return hasattr(parameter, "ds_status") and parameter.ds_status.name == "AVAILABLE"
 
 
 class MovingReference:
