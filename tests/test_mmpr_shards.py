@@ -28,7 +28,7 @@ def line_of(number: int, pictures: list[str], length: int) -> bytes:
 
 
 a_line = st.one_of(
-    st.tuples(st.lists(st.sampled_from(sorted(SIZES)), max_size=3), st.integers(0, 120)), st.sampled_from(NO_ROWS)
+    st.tuples(st.lists(st.sampled_from(sorted(SIZES)), max_size=3), st.integers(1, 120)), st.sampled_from(NO_ROWS)
 )
 releases = st.lists(st.lists(a_line, max_size=12), min_size=1, max_size=3)
 
@@ -62,14 +62,16 @@ def lines_of(folder: Path, shard: Shard) -> list[tuple[int, int, bytes]]:
 
 
 def cost_of(lines: list[tuple[int, int, bytes]]) -> int:
-    """Bytes of text, and of every picture once for each subset that shows it."""
+    """Bytes of text, line ends included, and of every picture once for each subset that shows it."""
     pairs = [(subset, line) for subset, _, line in lines if line not in NO_ROWS]
     shown = {(subset, name) for subset, line in pairs for name in json.loads(line)["images"]}
-    return sum(len(line) for _, line in pairs) + sum(SIZES[name] for _, name in shown)
+    return sum(len(line) + 1 for _, line in pairs) + sum(SIZES[name] for _, name in shown)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(subsets=releases, limit=st.integers(1, 3000))
+@example(subsets=[[([], 1), ([], 1)]], limit=1)  # every row is larger than a shard
+@example(subsets=[[(["4.png", "4.png"], 1), ([], 1)]], limit=1080)  # a row shows one picture twice
 @example(subsets=[[(["4.png"], 1), (["3.png", "4.png"], 1), ([], 1)]], limit=1200)  # shown on both sides of a cut
 @example(subsets=[[(["4.png"], 1), (["3.png"], 1), (["4.png"], 1)]], limit=1200)  # and again, a shard later
 def test_shards_hold_every_line_once_in_order_and_as_many_as_fit(tmp_path, subsets, limit):

@@ -20,7 +20,7 @@ from internvl_mpo import memory_estimate
 from internvl_mpo.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
-OTHER = {"mini", "ablation", "ablation_reduced"}  # run files that are no recipe for a released model
+OTHER = {"mini", "rounds_mini", "ablation", "ablation_reduced"}  # run files that are no recipe for a released model
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem not in OTHER)
 SHELL = sorted(path for path in (ROOT / "runs").iterdir() if path.suffix != ".py")
 

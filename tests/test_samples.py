@@ -48,6 +48,7 @@ class Judge:
 
     name = "judge"
     model_id = "judge-1"
+    revision = None
 
     def __init__(self, replies: list[str]):
         self.replies = iter(replies)

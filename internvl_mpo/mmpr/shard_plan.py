@@ -226,7 +226,7 @@ def _cut(
             seen: set[int] = set()
             start, first = part.start, line
             for row in range(len(part.offsets)):
-                new = [key for key in shown.get(row, ()) if key not in seen]
+                new = [key for key in dict.fromkeys(shown.get(row, ())) if key not in seen]
                 more = part.costs[row] + sum(part.pictures[key] for key in new)
                 if cost and cost + more > shard_bytes:
                     if part.offsets[row] > start:
@@ -234,7 +234,7 @@ def _cut(
                         tiny = 0
                     shards.append([])
                     start, first, cost, seen = part.offsets[row], line, 0, set()
-                    new = shown.get(row, [])
+                    new = list(dict.fromkeys(shown.get(row, ())))  # a row may show one twice
                     more = part.costs[row] + sum(part.pictures[key] for key in new)
                 cost += more
                 seen.update(new)
