@@ -69,10 +69,7 @@ def test_the_better_response_is_chosen_and_the_judge_sees_picture_and_both_order
         chosen, rejected = (next(word for word in WORDS if word in text) for text in (pair.chosen, pair.rejected))
         assert WORDS.index(chosen) > WORDS.index(rejected)
         assert pair.rule == "judged"
-        for side, word in (
-            ("chosen", chosen),
-            ("rejected", rejected),
-        ):  # each response has its own rating in both orders
+        for side, word in (("chosen", chosen), ("rejected", rejected)):  # its own rating in both orders
             assert pair.provenance[f"{side}_response"]["ratings"] == [2 * WORDS.index(word) + 1] * 2
     assert len(judge.requests) == 6
     assert all(len(request.images) == 1 and request.question.count("<image>") == 1 for request in judge.requests)
