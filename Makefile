@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed-base  ## the whole path on handwritten digits: da
 
 test: $(VENV)/.installed-test lint  ## the whole suite
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(JOBS)
 
 test-fast: $(VENV)/.installed-test  ## without the tests that train or generate for long
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)

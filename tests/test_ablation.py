@@ -99,6 +99,17 @@ def test_another_round_samples_the_model_of_the_round_before(plan, tmp_path):
     assert str(sample.makes.parent) in second.command[second.command.index("--data") + 1]
 
 
+def test_every_training_of_the_plan_is_given_files_that_its_stages_make(plan, tmp_path):
+    """A comma in a path would be taken for the end of it."""
+    lanes = Lanes(plan, tmp_path)
+    for cell in {cell for group in plan.groups for cell in group.all_cells(1)}:
+        lane = lanes.cell(cell)
+        made = {str(stage.makes) for stage in (*lane.needs, *lane.stages)}
+        for stage in lane.stages:
+            if "--data" in stage.command:
+                assert set(stage.command[stage.command.index("--data") + 1].split(",")) <= made, cell
+
+
 def test_stages_of_the_whole_plan_have_names_and_files_of_their_own(plan, tmp_path):
     lanes = Lanes(plan, tmp_path)
     cells = {cell for group in plan.groups for cell in group.all_cells()}

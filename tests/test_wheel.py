@@ -97,7 +97,8 @@ def test_help_of_every_command_says_what_can_be_typed(scripts, tmp_path):
 
 @pytest.mark.slow
 def test_quickstart_finds_its_programs_and_its_run_file(scripts, tmp_path):
-    source = (ROOT / "internvl_mpo" / "quickstart.py").read_text(encoding="utf-8")
+    files = [ROOT / "internvl_mpo" / "quickstart.py", ROOT / "internvl_mpo" / "rounds" / "lanes.py"]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
     names = sorted(set(re.findall(r'program\("([^"]+)"\)', source)))
     assert len(names) >= 6
     code = (

@@ -2,6 +2,7 @@
 
 OUT/worlds/guess_share=0.8/seed_0/     world, start, data, reference
 OUT/cells/mpo,beta=1.0/seed_0/         model, measured.json
+OUT/pairs/mpo+rounds=2/seed_0/         pairs of a cell that trains on others than its world's
 """
 
 from collections.abc import Iterator
@@ -50,11 +51,11 @@ class Lanes:
         if cell.own("after"):
             start = self._folder(Cell(cell.own("after"), cell.start().varied, cell.seed)) / "model"
         if {"pairs_per_question", "dropout_ntp_ratio"} & {key for key, _ in cell.varied}:
-            data = folder / "data"
+            data = self._pairs(cell) / "data"
             stages += self._other_pairs(cell, data)
         for number in range(1, cell.own("rounds") + 1):
             if number > 1:
-                data = folder / f"data_{number}"
+                data = self._pairs(cell) / f"data_{number}"
                 stages += _renamed(f"round_{number}", self._sampled(cell, start, data))
             is_last = number == cell.own("rounds")
             model = folder / ("model" if is_last else f"model_{number}")
@@ -68,6 +69,10 @@ class Lanes:
 
     def _folder(self, cell: Cell) -> Path:
         return self.out / "cells" / cell.name / f"seed_{cell.seed}"
+
+    def _pairs(self, cell: Cell) -> Path:
+        """Folder of a cell's own pairs; `--data` takes files with commas between them, so its name has none."""
+        return self.out / "pairs" / cell.name.replace(",", "+") / f"seed_{cell.seed}"
 
     def _sampled(self, cell: Cell, model: Path, data: Path) -> list[Stage]:
         by_correctness, by_dropout = pair_stages(self._world(cell), model, data, cell.seed)
