@@ -17,6 +17,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[LoopbackHub]:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        # transformers keeps one client for the whole process, which would go on asking the Hub of an earlier test
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setenv("HF_TOKEN", WRITER)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
         server.pauses = []
