@@ -3,9 +3,9 @@
 import json
 import re
 import shutil
-import threading
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
