@@ -25,7 +25,7 @@ from internvl_mpo.engines.journal import Journal, collect_replies, report_missin
 from internvl_mpo.engines.loading import load_engine
 from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.records import PreferencePair, Response, content_id, read_rows
+from internvl_mpo.records import Response, content_id, read_rows
 from internvl_mpo.settings import parse_settings, setting, show_settings, write_settings
 from internvl_mpo.text_checks import cut_prefix, without_images
 
@@ -163,17 +163,10 @@ class Plan:
                 left_out["equal continuations"] += 1
             else:
                 seen.add((response.id, rejected))
-                yield PreferencePair(
-                    images=response.images,
-                    question=response.question,
-                    chosen=response.response,
-                    rejected=rejected,
-                    answer=response.answer,
-                    system=response.system,
-                    history=response.history,
-                    source=response.source,
-                    rule="prefix_with_image" if self.settings.with_image else "dropout_ntp",
-                    provenance={
+                yield response.chosen_over(
+                    rejected,
+                    "prefix_with_image" if self.settings.with_image else "dropout_ntp",
+                    {
                         **provenance,
                         "request": id,
                         "prefix_chars": len(prefix),

@@ -130,17 +130,10 @@ def judged_pairs(
 def as_pair(better: Rated, worse: Rated, judge: str) -> PreferencePair:
     """Return the row of a pair, with both ratings and who gave them."""
     first = better.response
-    return PreferencePair(
-        images=first.images,
-        question=first.question,
-        chosen=first.response,
-        rejected=worse.response.response,
-        answer=first.answer,
-        system=first.system,
-        history=first.history,
-        source=first.source,
-        rule="judged",
-        provenance={
+    return first.chosen_over(
+        worse.response.response,
+        "judged",
+        {
             "model": first.provenance.get("model"),
             "judge": judge,
             "chosen_response": {"id": first.id, "ratings": list(better.ratings)},

@@ -345,17 +345,10 @@ _KEPT = ("engine", "model", "revision", "style", "language", "temperature", "top
 
 def _pair(right: Judged, other: Judged, rule: str, pass_rate: float) -> PreferencePair:
     response, made = right.response, right.response.provenance
-    return PreferencePair(
-        images=response.images,
-        question=response.question,
-        chosen=response.response,
-        rejected=other.response.response,
-        answer=response.answer,
-        system=response.system,
-        history=response.history,
-        source=response.source,
-        rule=rule,
-        provenance={
+    return response.chosen_over(
+        other.response.response,
+        rule,
+        {
             **{key: made[key] for key in _KEPT if key in made},
             "pass_rate": round(pass_rate, 4),
             "chosen_response": _origin(right),

@@ -196,6 +196,27 @@ class Response(Row):
             object.__setattr__(self, "id", key)
         super().__post_init__()
 
+    def chosen_over(self, rejected: str, rule: str, provenance: Mapping[str, Any]) -> "PreferencePair":
+        """Return the pair in which this response is preferred over another to the same prompt.
+
+        Args:
+            rejected: text of the other.
+            rule: see `PreferencePair`.
+            provenance: of the pair.
+        """
+        return PreferencePair(
+            images=self.images,
+            question=self.question,
+            chosen=self.response,
+            rejected=rejected,
+            answer=self.answer,
+            system=self.system,
+            history=self.history,
+            source=self.source,
+            rule=rule,
+            provenance=provenance,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair(Row):

@@ -53,6 +53,7 @@ def test_table_tells_how_much_longer_the_chosen_are():
         {"images": ()},
         {"images": ("a.png", '\u56fe "2".png')},
         {"source": "", "question": 'Wie "viele"?\n\u2028'},
+        {"system": "Z\u00e4hle.", "history": (("How many trees?", 'three "firs"'),)},
         {"provenance": {"style": "cot", "seed": "s", "temperature": 0.7, "top_k": None, "top_p": True, "other": 1}},
     ],
 )

@@ -24,6 +24,22 @@ def test_rows_survive_the_file(tmp_path):
         assert read_rows(path, type(row)) == [row]
 
 
+def test_a_pair_made_of_a_response_keeps_the_whole_prompt():
+    """Without its earlier turns or system message a pair would train answers to a question nobody asked."""
+    asked = Response(
+        question_id="q", images=("a.png", "b.png"), question="And now?", response="3", answer="3", source="s",
+        system="Count.", history=(("How many?", "2"),), provenance={"seed": 1},
+    )  # fmt: skip
+    pair = asked.chosen_over("4", "correctness", {"made": "here"})
+    expected = PreferencePair.from_json(
+        {"images": ["a.png", "b.png"], "question": "And now?", "chosen": "3", "rejected": "4", "answer": "3",
+         "source": "s", "system": "Count.", "history": [["How many?", "2"]], "rule": "correctness",
+         "provenance": {"made": "here"}}
+    )  # fmt: skip
+    assert pair == expected
+    assert pair.group_key == content_id(asked.images, asked.question, *asked.context)
+
+
 def test_official_annotation_is_read_as_it_is(tmp_path):
     path = tmp_path / "mmpr.jsonl"
     line = {
