@@ -26,8 +26,10 @@ from transformers.masking_utils import sdpa_mask
 
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.families.registry import family_of_type
+from internvl_mpo.objective import needs_reference
 from internvl_mpo.programs import run_file
 from internvl_mpo.settings import parse_settings, read_yaml, setting
+from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.fake_pass import FakePolicy, Setup, config_of, fused_attention, look_at_policy
 from internvl_mpo.training.policy import Part
 from modeling_internvl_mpo import InternVLChatConfig
@@ -100,7 +102,8 @@ class Estimate:
     Attributes:
         num_weights: weights of the model.
         num_trained: weights that are trained, adapters included.
-        weights: of the share of this device, what ZeRO-3 holds gathered, and a moving reference.
+        weights: of the share of this device, what ZeRO-3 holds gathered, and a moving reference; on a CPU also the
+            copy of the start weights.
         gradients: with DDP's or ZeRO's communication buckets.
         optimizer: its states, and float32 copies of half-precision weights under DeepSpeed.
         activations: the most that a forward and backward pass adds, a part of the logits included.
@@ -139,7 +142,9 @@ def estimate_memory(config: Any, setup: Setup) -> Estimate:
         ValueError: the family has no estimate.
     """
     # The pass does not depend on how many devices there are, so that variants of one setup are cheap.
-    alone = replace(setup, num_gpus=1, zero=0, offload_optimizer=False, offload_weights=False, optim="")
+    alone = replace(
+        setup, num_gpus=1, zero=0, offload_optimizer=False, offload_weights=False, optim="", start_copy=False
+    )
     policy = look_at_policy(json.dumps(config.to_dict(), sort_keys=True, default=str), alone)
     ranks, trained, width = setup.num_gpus, policy.num_trained, policy.trained_bytes / policy.num_trained
 
@@ -149,6 +154,11 @@ def estimate_memory(config: Any, setup: Setup) -> Estimate:
         host += setup.offload_weights * weights / ranks
         weights = (0 if setup.offload_weights else weights / ranks) + gathered * (ranks > 1 or setup.offload_weights)
     weights += policy.trained_bytes * (setup.reference_sync_steps > 0)
+    copied = policy.trained_bytes * (setup.start_copy and not setup.lora_rank and setup.zero != 3)
+    if setup.attention == "segments":  # a CPU: the device's memory is the host's
+        weights += copied
+    else:
+        host += copied
     gradients = policy.trained_bytes / (ranks if setup.zero >= 2 else 1)
     if setup.zero == 0 and ranks > 1:
         gradients += policy.trained_bytes  # DDP's buckets
@@ -364,6 +374,8 @@ def setup_of_run(run: Mapping[str, Any]) -> dict[str, Any]:
     values.setdefault("dtype", "float32")
     values.setdefault("gradient_checkpointing", False)
     precision = "bfloat16" if run.get("bf16") else "float16" if run.get("fp16") else None
+    terms = (run.get(name, getattr(MPOArguments, name)) for name in ("preference", "quality"))
+    values["start_copy"] = run.get("reference_pass", "ahead") == "ahead" and needs_reference(*terms)
     engine = run.get("deepspeed")
     if engine:
         zero = _read_engine(engine).get("zero_optimization", {})

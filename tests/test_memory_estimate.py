@@ -96,6 +96,22 @@ def test_every_stage_holds_its_share(setup, weights, gradients, optimizer, monke
         assert found.host == pytest.approx((2 + 12 + 4) / 8 * count)
 
 
+def test_the_start_weights_that_the_host_keeps_are_counted_where_a_run_keeps_them():
+    config = tiny_config("qwen2")
+    small = {"max_tokens_per_pack": 200, "num_tiles": 1}
+
+    def found(run: dict, **changes):
+        return estimate_memory(config, Setup(**{**setup_of_run({"dtype": "bfloat16", **run}), **small, **changes}))
+
+    kept = found({})
+    assert kept.host == 2 * kept.num_trained
+    on_a_cpu = [found(run, attention="segments").total for run in ({}, {"reference_pass": "before"})]
+    assert on_a_cpu[0] - on_a_cpu[1] == 2 * kept.num_trained
+    for run in ({"reference_pass": "before"}, {"lora_rank": 2}, {"preference": "none", "quality": "none"},
+                {"preference": "simpo", "quality": "none"}):  # fmt: skip
+        assert found(run).host == 0, run
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("checkpointing", [False])
@@ -114,7 +130,7 @@ from internvl_mpo.training.fake_pass import fake_pack, peak_of_a_pass
 from modeling_internvl_mpo import InternVLChatModel
 shape = dict(hidden_size=512, num_hidden_layers=4, intermediate_size=1536, vocab_size=8000)
 setup = module.Setup(dtype="float32", attention="segments", max_tokens_per_pack=3000, num_tiles=20)
-setup = replace(setup, gradient_checkpointing={checkpointing})
+setup = replace(setup, gradient_checkpointing={checkpointing}, start_copy=False)
 warm = torch.nn.Linear(64, 64); warm(torch.ones(2, 64)).sum().backward(); torch.optim.AdamW(warm.parameters()).step()
 config = tiny_config("internlm2", llm_config=shape)
 if sys.argv[1] == "estimate":

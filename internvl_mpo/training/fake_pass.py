@@ -47,6 +47,8 @@ class Setup:
         load_in_4bit: NF4 weights of the language model.
         freeze_vision, freeze_projector, freeze_language, freeze_language_layers: what is not trained.
         reference_sync_steps: above 0, a moving reference takes a second copy of what is trained.
+        start_copy: the host keeps the start weights of what is trained, for `reference_pass ahead`; adapters and ZeRO-3
+            need none.
         max_tokens_per_pack: tokens of one forward pass.
         num_tiles: tiles of one forward pass; None means that four fifths of the tokens are image tokens.
         response_tokens: scored tokens of a response.
@@ -71,6 +73,7 @@ class Setup:
     freeze_language: bool = False
     freeze_language_layers: int = 0
     reference_sync_steps: int = 0
+    start_copy: bool = True
     max_tokens_per_pack: int = 8192
     num_tiles: int | None = None
     response_tokens: int = 300
