@@ -145,6 +145,7 @@ def _family_usage(facts: CardFacts) -> list[str]:
         "base": facts.base_model or facts.base_folder,
         "packages": " ".join(needed),
         "wide": wide,
+        "ask": card_texts.FAMILY_ASK,
     }
     return [text.format(**known) for text in texts]
 

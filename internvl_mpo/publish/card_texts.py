@@ -81,22 +81,25 @@ four_bit = BitsAndBytesConfig(
 model = AutoModel.from_pretrained("{name}", quantization_config=four_bit, trust_remote_code=True)
 ```"""
 
-FAMILY = """\
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto", device_map="auto")
-processor = AutoProcessor.from_pretrained("{name}")
-content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+FAMILY_ASK = """\
+content = [{"type": "image", "path": "picture.png"}, {"type": "text", "text": "What is this?"}]
 inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
+    [{"role": "user", "content": content}],
     add_generation_prompt=True,
     tokenize=True,
     return_dict=True,
     return_tensors="pt",
 ).to(model.device, model.dtype)
 answer = model.generate(**inputs, max_new_tokens=512)[0, inputs["input_ids"].shape[1] :]
-print(processor.decode(answer, skip_special_tokens=True))
+print(processor.decode(answer, skip_special_tokens=True))"""
+
+FAMILY = """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained("{name}")
+{ask}
 ```
 
 With a LoRA adapter trained on it: `model = peft.PeftModel.from_pretrained(model, "owner/adapter")`. Servers that
@@ -110,16 +113,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 base = AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto", device_map="auto")
 model = PeftModel.from_pretrained(base, "{name}")
 processor = AutoProcessor.from_pretrained("{base}")
-content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True,
-    tokenize=True,
-    return_dict=True,
-    return_tensors="pt",
-).to(base.device, base.dtype)
-answer = model.generate(**inputs, max_new_tokens=512)[0, inputs["input_ids"].shape[1] :]
-print(processor.decode(answer, skip_special_tokens=True))
+{ask}
 ```
 
 `model.disable_adapter()` gives the base model's answers; `model.merge_and_unload()` makes one model of the two."""
