@@ -59,3 +59,8 @@ def run_file(path: str | Path) -> Path:
     A file of the working directory comes first; a path that is nowhere stays as it is.
     """
     return HOME / path if not Path(path).exists() and (HOME / path).is_file() else Path(path)
+
+
+def way_to(path: str) -> str:
+    """Say how a user gets a file or folder that is not there."""
+    return "`make quickstart` makes it" if path.startswith("outputs/mini/") else "give its path"

@@ -354,7 +354,7 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
         word = rest[position]
         if not word.startswith("--"):
             shown = "with an '@', which may end a password" if holds_password(word, is_url=True) else quoted(word)
-            raise BadInputError(f"unexpected argument {shown}; settings are given as --key value")
+            raise BadInputError(f"unexpected argument {shown}; settings are given as --key value, lists as --key a,b")
         key, equals, value = word[2:].partition("=")
         if not equals:
             following = rest[position + 1] if position + 1 < len(rest) else None

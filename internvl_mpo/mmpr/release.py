@@ -29,6 +29,7 @@ from internvl_mpo.mmpr.files import PictureFolder, ReleaseFiles, is_absolute
 from internvl_mpo.mmpr.lines import MAX_LINE_BYTES, Annotation, is_array, read_lines
 from internvl_mpo.mmpr.row_groups import HUB_PREFIX
 from internvl_mpo.mmpr.tables import TablePictures, TableRows, is_table
+from internvl_mpo.programs import way_to
 from internvl_mpo.records import PreferencePair, content_id, images_of
 
 # Name suffixes of the official subsets and the rule they stand for.
@@ -220,7 +221,7 @@ def read_subsets(data: str | Path, image_root: str | Path | None = None) -> list
     if data.suffix == ".json" and not (data.is_file() and _holds_rows(data)):
         return read_meta(data, image_root)
     if not data.is_file():
-        raise BadInputError(f"data file '{data}' does not exist")
+        raise BadInputError(f"data file '{data}' does not exist; {way_to(str(data))}")
     return [Subset(data.stem, ReleaseFiles(image_root or data.parent).pictures("."), data)]
 
 

@@ -8,7 +8,7 @@ from internvl_mpo.benchmarks import load_benchmark
 from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.evaluation.settings import EvaluateSettings
-from internvl_mpo.programs import run_file
+from internvl_mpo.programs import run_file, way_to
 from internvl_mpo.settings import check_keys, read_yaml, setting
 from internvl_mpo.training.first_look import setting_keys
 
@@ -126,10 +126,10 @@ class RoundsSettings:
         for key, paths in named.items():
             for path in paths:
                 if not path.startswith("hub:") and not Path(path).exists():
-                    raise BadInputError(f"{key} '{path}' does not exist{_way_out(path)}")
+                    raise BadInputError(f"{key} '{path}' does not exist; {way_to(path)}")
         is_hub_id = self.model.count("/") == 1 and not Path(self.model.partition("/")[0] or "/").exists()
         if not is_hub_id and not Path(self.model, "config.json").is_file():
-            raise BadInputError(f"model '{self.model}' is no model folder{_way_out(self.model)}")
+            raise BadInputError(f"model '{self.model}' is no model folder; {way_to(self.model)}")
 
     @property
     def max_steps(self) -> int:
@@ -143,7 +143,3 @@ class RoundsSettings:
     def temperature(self, number: int) -> float:
         """Return the temperature of a round, counted from 1."""
         return self.temperatures[min(number, len(self.temperatures)) - 1]
-
-
-def _way_out(path: str) -> str:
-    return "; `make quickstart` makes it" if path.startswith("outputs/mini/") else "; give its path"
