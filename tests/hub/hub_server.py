@@ -59,7 +59,7 @@ class HubHandler(BaseHTTPRequestHandler):
                 answer = self._route(path, query, body)
             if fault and fault.lose_reply:
                 raise _Cut
-            status = self._send(*answer)
+            status, headers, content = answer
         except HubError as error:
             status = error.status
             content = json.dumps({"error": error.message}).encode()
@@ -69,14 +69,17 @@ class HubHandler(BaseHTTPRequestHandler):
             if error.code == "" and "url" in error.headers:
                 content = json.dumps({"error": error.message, "url": error.headers.pop("url")}).encode()
                 headers.pop("url")
-            self._send(error.status, headers, content)
         except (_Cut, ConnectionError):
             self.close_connection = True
             with contextlib.suppress(OSError):  # a reset, as a broken network gives it
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()
-        finally:
-            hub.requests.append((self.command, path, status, len(body)))
+        hub.requests.append((self.command, path, status, len(body)))  # before the client can go on
+        if status:
+            try:
+                self._send(status, headers, content)
+            except ConnectionError:
+                self.close_connection = True
 
     def _body(self, limit: int | None) -> bytes:
         """Read the request's body, or only so much of it."""
@@ -92,7 +95,7 @@ class HubHandler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         return self.rfile.read(length if limit is None else min(length, limit))
 
-    def _send(self, status: int, headers: dict[str, str], content: bytes) -> int:
+    def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -101,7 +104,6 @@ class HubHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-        return status
 
     def _route(self, path: str, query: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
         hub = self.server.hub
