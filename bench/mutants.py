@@ -3,6 +3,7 @@
     pip install coverage
     python bench/mutants.py --count 300 --seed 1 --journal mutants.jsonl
     python bench/mutants.py --journal mutants.jsonl --again true     # once more what survived, after tests were added
+    python bench/mutants.py --modules steps,training --tests tests/test_steps.py --journal steps.jsonl
 
 A seed draws lines of the modules, each with one fault of `mutant_operators.py`. Against a fault run the tests that run
 its line, as coverage saw it once for each test; slow ones only where no fast one does. A test file that changes is
@@ -50,7 +51,7 @@ class Settings:
 
     count: int = setting(300, help="faults to draw")
     seed: int = setting(0, help="decides lines and faults")
-    modules: list[str] = setting(MODULES, help="files of internvl_mpo, * allowed")
+    modules: list[str] = setting(MODULES, help="files or folders of internvl_mpo, * allowed")
     journal: str = setting("mutants.jsonl", help="file for what was drawn and the verdicts; an old one is gone on with")
     coverage: str = setting("mutants_coverage", help="folder for which test runs which line")
     tests: list[str] = setting(["tests"], help="files or folders of tests")
@@ -122,14 +123,16 @@ def drawn_mutants(journal: Path, settings: Settings) -> list[Mutant]:
 
 
 def source_files(patterns: Iterable[str]) -> list[str]:
-    """Return the files of the package that patterns name.
+    """Return the files of the package that patterns name: `steps`, `steps.py`, `training`, `answers/*.py`.
 
     Raises:
         BadInputError: a pattern that names none.
     """
+    package = ROOT / "internvl_mpo"
     files: list[str] = []
     for pattern in patterns:
-        found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "internvl_mpo").glob(pattern))
+        paths = [path for form in (pattern, f"{pattern}.py", f"{pattern}/**/*.py") for path in package.glob(form)]
+        found = sorted(str(path.relative_to(ROOT)) for path in paths if path.suffix == ".py")
         if not found:
             raise BadInputError(f"modules has '{pattern}', which names no file below internvl_mpo")
         files += found
