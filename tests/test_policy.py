@@ -28,6 +28,7 @@ from internvl_mpo.training.policy import (
     trainable_table,
     whole_weights,
 )
+from modeling_internvl_mpo.modeling_intern_vit import InternVisionEncoderLayer
 
 NO_REPOSITORY = """
 import sys
@@ -121,6 +122,31 @@ def test_merged_weights_answer_like_the_adapters(backbone):
     assert all("lm_head" in name or "output" in name for name in missing)  # a tied head is saved once
     torch.testing.assert_close(plain.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert moved_parts({k: start[k] for k in weights}, weights) == {"vision_model", "language_model"}
+
+
+@pytest.mark.parametrize("more", [("--lora_rank", "2"), ("--freeze_vision", "true", "--freeze_projector", "true")])
+def test_recomputation_runs_a_frozen_tower_once_and_never_backwards(world, tmp_path, monkeypatch, more):
+    asks_for_gradient: list[bool] = []
+    plain = InternVisionEncoderLayer.forward
+
+    def forward(layer, hidden_states):
+        if layer.training:  # the reference is not
+            asks_for_gradient.append(hidden_states.requires_grad)
+        return plain(layer, hidden_states)
+
+    monkeypatch.setattr(InternVisionEncoderLayer, "forward", forward)
+    recompute = ("--max_steps", "1", "--save_strategy", "no", "--gradient_checkpointing", "true")
+    assert train(world, tmp_path / "run", *recompute, *more) == 0
+    assert asks_for_gradient
+    assert not any(asks_for_gradient)
+
+
+@pytest.mark.slow
+def test_recomputation_leaves_the_losses_of_adapters_on_both_towers_as_they_are(world, tmp_path):
+    more = ("--lora_rank", "2", "--lora_on", "both", "--lr_scheduler_type", "constant", "--save_strategy", "no")
+    assert train(world, tmp_path / "kept", *more) == 0
+    assert train(world, tmp_path / "recomputed", *more, "--gradient_checkpointing", "true") == 0
+    assert losses(tmp_path / "recomputed") == losses(tmp_path / "kept")
 
 
 @pytest.mark.slow

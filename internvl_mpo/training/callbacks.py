@@ -1,4 +1,4 @@
-"""Trainer callbacks: moving reference, last evaluation, console lines."""
+"""Trainer callbacks: moving reference, recomputation, last evaluation, console lines."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.live_reference import MovingReference
 from internvl_mpo.training.run_log import RunLog
+from internvl_mpo.training.speed import no_input_gradients
 from internvl_mpo.training.watch import Watch, expected_first_loss, expected_first_terms, rounding_noise
 
 
@@ -27,6 +28,15 @@ class MoveReference(TrainerCallback):
         """Move if it is time."""
         if state.global_step % args.reference_sync_steps == 0:
             self.reference.move()
+
+
+class NoInputGradients(TrainerCallback):
+    """Takes back what transformers does to embeddings when it starts to recompute activations, see `speed`."""
+
+    def on_train_begin(self, args: MPOArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Do it, unless the reentrant form is asked for, which cannot do without."""
+        if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            no_input_gradients(model)
 
 
 class EvaluateAtTheEnd(TrainerCallback):

@@ -23,7 +23,7 @@ from internvl_mpo.kernels.scoring_head import CPU_TILE_BYTES, MIN_CHUNK, TILE_BY
 from internvl_mpo.logps import attach_scoring, response_logps
 from internvl_mpo.packing import Group, Pack, pack_groups
 from internvl_mpo.training.policy import Part, add_adapters, freeze
-from internvl_mpo.training.speed import checkpoint_parts
+from internvl_mpo.training.speed import checkpoint_parts, no_input_gradients
 
 NF4_BYTES = 0.5 + 4 / 64  # 4 bits, and a float32 scale for every 64 weights
 
@@ -165,8 +165,7 @@ def fake_policy(config: Any, setup: Setup) -> Iterator[nn.Module]:
     policy = model
     if setup.lora_rank:
         policy = add_adapters(model, rank=setup.lora_rank, on=setup.lora_on, base="none")
-        if both:
-            model.enable_input_require_grads()
+        no_input_gradients(policy)  # peft asks for them as well
     policy.train()
     with (
         _fake_numbers(),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.registry import family_of_model
@@ -118,3 +119,19 @@ def checkpoint_parts(model: nn.Module, *, vision: bool, language: bool) -> None:
             new = hasattr(part, "activation_checkpointing_enable")
             enable = part.activation_checkpointing_enable if new else part.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+    no_input_gradients(model)
+
+
+def no_input_gradients(model: nn.Module) -> None:
+    """Let what is frozen run forward only, and once.
+
+    As soon as activations are recomputed, transformers and peft make the output of every embedding ask for a gradient,
+    that of the vision tower's patches too, since the reentrant form of recomputation works on nothing else. The form
+    used here needs none, and a frozen tower would be kept, recomputed and run backwards for nothing.
+
+    Args:
+        model: of any family, or one with a LoRA adapter.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.disable_input_require_grads()

@@ -25,7 +25,7 @@ from internvl_mpo.objective import RewardShift, mpo_loss, needs_reference, wpo_w
 from internvl_mpo.packing import Pack, pack_groups
 from internvl_mpo.training import checkpoint
 from internvl_mpo.training.arguments import MPOArguments
-from internvl_mpo.training.callbacks import EvaluateAtTheEnd, MoveReference
+from internvl_mpo.training.callbacks import EvaluateAtTheEnd, MoveReference, NoInputGradients
 from internvl_mpo.training.data import GroupDataset, StepLoader
 from internvl_mpo.training.distributed import engine_name
 from internvl_mpo.training.held_out import HeldOut, sample_means, send_samples
@@ -102,7 +102,7 @@ class MPOTrainer(Trainer):
             eval_dataset=dataset(held_out.rows) if held_out else None,
             processing_class=processor,
             data_collator=pack_groups,
-            callbacks=[*callbacks, stopping],
+            callbacks=[NoInputGradients(), *callbacks, stopping],
         )
         self.held_out: HeldOut | None = None
         if held_out:
