@@ -232,7 +232,8 @@ class InternVisionModel(PreTrainedModel):
         collected = [hidden_states]
         for layer in self.encoder.layers:
             hidden_states = layer(hidden_states)
-            collected.append(hidden_states)
+            if output_hidden_states:  # else each layer's output would live on until the last
+                collected.append(hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],

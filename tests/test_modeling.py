@@ -1,6 +1,7 @@
 """What every backbone must do: one contract, all sizes."""
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,21 @@ def test_random_start_trains() -> None:
         losses.append(loss.item())
     assert losses[0] == pytest.approx(torch.tensor(272.0).log().item(), rel=0.1)
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_tower_without_gradients_keeps_no_layer_but_the_last() -> None:
+    tower = tiny_model(vision_config={"num_hidden_layers": 5}).vision_model
+    outputs, alive = [], []
+
+    def count(_layer: Any, _inputs: Any, output: torch.Tensor) -> None:
+        outputs.append(weakref.ref(output))
+        alive.append(sum(found() is not None for found in outputs))
+
+    for layer in tower.encoder.layers:
+        layer.register_forward_hook(count)
+    with torch.no_grad():
+        assert tower(torch.randn(1, 3, 28, 28)).hidden_states is None
+    assert max(alive) == 2  # the layer's output and what went into it
 
 
 @pytest.mark.parametrize("side", [42, 56])  # of 42 the patches cannot even be folded
