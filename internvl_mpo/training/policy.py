@@ -11,6 +11,7 @@ A parameter that ZeRO-3 has partitioned is empty between uses; `num_elements` an
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -237,8 +238,10 @@ def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
                 continue
             value = _dequantised(parameter)
             if is_wrapped and leaf == "weight":
-                delta = sum(layer.get_delta_weight(adapter).to(value.device) for adapter in layer.active_adapters)
-                value = (value.float() + delta.float()).to(value.dtype)
+                merged = value.to(torch.float32, copy=True)
+                for adapter in layer.active_adapters:
+                    merged += layer.get_delta_weight(adapter).to(merged)
+                value = merged.to(value.dtype)
             partitioned = hasattr(parameter, "ds_id")
             if partitioned and parameter.shape != parameter.ds_shape:
                 raise RuntimeError(f"ZeRO-3 did not gather {name}: {tuple(parameter.shape)}, not {parameter.ds_shape}")
@@ -269,6 +272,11 @@ def _dequantised(parameter: Tensor) -> Tensor:
     return dequantize_4bit(parameter.data, state)
 
 
+def _largest(tensor: Tensor) -> float:
+    """The largest magnitude, found without a second tensor of that size; 0 or 1 for what holds no fractions."""
+    return (torch.linalg.vector_norm(tensor, torch.inf) if tensor.is_floating_point() else tensor.any()).item()
+
+
 def check_saved_weights(folder: str | Path, weights: Mapping[str, Tensor]) -> None:
     """Refuse weights on disk that nobody could use: absent, of another shape, NaN, infinity, or a matrix of zeros.
 
@@ -291,9 +299,9 @@ def check_saved_weights(folder: str | Path, weights: Mapping[str, Tensor]) -> No
                 fault = None
                 if not tensor.numel() or (name in weights and tensor.shape != weights[name].shape):
                     fault = f"has shape {tuple(tensor.shape)}"
-                elif not torch.isfinite(tensor).all():
+                elif not math.isfinite(largest := _largest(tensor)):
                     fault = "is not finite"
-                elif tensor.ndim > 1 and not tensor.any():
+                elif tensor.ndim > 1 and not largest:
                     fault = "is all zero"
                 if fault:
                     raise BadInputError(f"{path}: {name} {fault}; {_LEFT_ALONE}")
