@@ -24,13 +24,15 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 _PARTS = {"half": 2, "halves": 2, "quarter": 4, "quarters": 4}
 _PARTS |= {word + end: number for number, word in enumerate(ORDINALS[2:], start=3) for end in ("", "s")}
 
-_WORD = "|".join([*VALUES, "hundred", *SCALES, *LOTS])
+_SCALE = "|".join(["hundred", *SCALES, *LOTS])
+_WORD = "|".join([*VALUES, _SCALE])
 _SEQUENCE = (
-    rf"(?:an? (?=hundred|{'|'.join((*SCALES, *LOTS))}))?(?:{_WORD})"
+    rf"(?:an? (?={_SCALE}))?(?:{_WORD})"
     rf"(?:[ -](?:{_WORD})|(?:(?<=hundred)|(?<=thousand)|(?<=million)|(?<=billion)) and (?:{_WORD}))*"
     rf"(?: point(?: (?:{'|'.join(list(VALUES)[:10])}))+)?"
 )
-_CARDINAL = re.compile(rf"(?<![\w-]){_SEQUENCE}(?![\w-])", re.IGNORECASE)
+# "5 million" is one number already
+_CARDINAL = re.compile(rf"(?<![\w-])(?!(?<=\d )(?:{_SCALE})){_SEQUENCE}(?![\w-])", re.IGNORECASE)
 _LEADING = re.compile(rf"(?:{_SEQUENCE})(?![\w])", re.IGNORECASE)
 _SHARE = rf"(?:(?P<over>an?|{'|'.join(VALUES)})[ -])?(?P<under>{'|'.join(_PARTS)})"
 _FRACTION = re.compile(rf"{_SHARE}\b(?! (?:past|to)\b)", re.IGNORECASE)

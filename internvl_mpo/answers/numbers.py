@@ -63,7 +63,6 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
         | {"hour": 3600, "秒": 1, "分钟": 60, "小时": 3600},
         "volume": {"ml": "1/1000", "l": 1, "liter": 1, "litre": 1, "milliliter": "1/1000"},
         "angle": {"°": 1, "degree": 1, "deg": 1, "^\\circ": 1, "^{\\circ}": 1, "度": 1},
-        "percent": {"%": 1, "percent": 1, "pct": 1, "per cent": 1},
     }.items()
     for name, size in table.items()
 }
@@ -147,7 +146,7 @@ def parse_number(text: str) -> Number | None:
     if "-" in (part["sign"], part["sign2"]):
         value = -value
     unit = _unit(part["currency"], part["unit"])
-    return None if unit is None else Number(value, "percent" if unit in _PERCENT else unit, decimals)
+    return None if unit is None else Number(value, unit, decimals)
 
 
 def assigned_name(text: str) -> str | None:
@@ -173,6 +172,8 @@ def _unit(currency: str | None, unit: str | None) -> str | None:
     lowered = _singular(unit.lower().strip("()[] "))
     if lowered in _CURRENCIES:
         return _CURRENCIES[lowered]
+    if lowered in _PERCENT:
+        return "percent"
     if unit in _UNITS or lowered in _UNITS:
         return unit if unit in _UNITS else lowered
     # words only: "5 red cubes" has the unit "red cube"; "5 - 3", "5 or 6", "5x" and "5\\pi" have none
@@ -193,7 +194,7 @@ def split_unit(text: str) -> tuple[str, str]:
     return match[1].strip(), _singular(match[2].lower()) if len(match[2]) > 3 else match[2]
 
 
-_LONG_UNITS = sorted((unit for unit in _UNITS if unit.isalpha() and len(unit) > 1), key=len, reverse=True)
+_LONG_UNITS = sorted((unit for unit in (*_UNITS, "percent") if unit.isalpha() and len(unit) > 1), key=len, reverse=True)
 _FORMULA_UNIT = re.compile(rf"^(.*[\d)}}!πi°])\s*(?:\b|(?<=[\d)}}!]))({'|'.join(_LONG_UNITS)})s?(?:\^?[23])?$")
 
 # ------------------------------------------------------------------------------------------- numbers in sentences
@@ -295,7 +296,9 @@ def equal_numbers(given: Number | None, wanted: Number | None) -> bool:
     if given is None or wanted is None:
         return False
     if given.unit != wanted.unit and given.unit and wanted.unit:
-        (one, size), (other, other_size) = (_UNITS.get(number.unit, (number.unit, 1)) for number in (given, wanted))
+        if not {given.unit, wanted.unit} <= _UNITS.keys():
+            return False
+        (one, size), (other, other_size) = _UNITS[given.unit], _UNITS[wanted.unit]
         return one == other and given.value * size == wanted.value * other_size
     if "percent" in (given.unit, wanted.unit) and given.unit != wanted.unit:
         plain, percent = (given, wanted) if wanted.unit == "percent" else (wanted, given)

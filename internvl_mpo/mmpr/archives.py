@@ -163,18 +163,15 @@ class Archive:
             return None
         num_entries, length, start = struct.unpack("<HII", tail[position + 10 : position + 20])
         end = tail_start + position
-        if _MAX32 in (length, start) or num_entries == _MAX16:
-            locator = self._read_at(end - 20, 20)
-            if locator[:4] == _LOCATOR64:
-                record = self._read_at(struct.unpack("<Q", locator[8:16])[0], 56)
-                end64 = struct.unpack("<Q", locator[8:16])[0]
-                if record[:4] != _END64:  # parts are missing or bytes stand before the archive
-                    end64 = end - 20 - 56
-                    record = self._read_at(end64, 56)
-                if record[:4] != _END64:
-                    return None
-                num_entries, length, start = struct.unpack("<QQQ", record[32:56])
-                end = end64
+        locator = self._read_at(end - 20, 20)
+        if locator[:4] == _LOCATOR64:  # Python writes it from 2 GB on, where the plain record still holds all numbers
+            record = self._read_at(end64 := struct.unpack("<Q", locator[8:16])[0], 56)
+            if record[:4] != _END64:  # parts are missing or bytes stand before the archive
+                record = self._read_at(end64 := end - 20 - 56, 56)
+            if record[:4] != _END64:
+                return None
+            num_entries, length, start = struct.unpack("<QQQ", record[32:56])
+            end = end64
         found = end - length
         if found < 0 or (num_entries and self._read_at(found, 4) != _CENTRAL):
             return None
@@ -238,8 +235,7 @@ class Archive:
         )
 
     def _next_header(self, position: int) -> int | None:
-        while position < self._file.size:
-            block = self._read_at(position, _SCAN_STEP)
+        while block := self._read_at(position, _SCAN_STEP):
             found = block.find(_LOCAL, 0 if block[:4] != _LOCAL else 4)
             if found >= 0:
                 return position + found
