@@ -32,6 +32,8 @@ NUMBERS = {
     "-12": ("-12", "", 0),
     "+12": ("12", "", 0),
     " 12.50 ": ("12.5", "", 2),
+    " x = 5 ": ("5", "", 0),
+    " five ": ("5", "", 0),
     ".5": ("0.5", "", 1),
     "-.5": ("-0.5", "", 1),
     "1,234": ("1234", "", 0),
@@ -65,7 +67,7 @@ NUMBERS = {
     "1.5678e2": ("156.78", "", 2),
     "2 million": ("2000000", "", -6),
     "2.5 million": ("2500000", "", -5),
-    "2.5 millions": ("2500000", "", -5),
+    "2.5 Millions": ("2500000", "", -5),
     "3 dozen": ("36", "", -1),
     "3 dozens": ("36", "", -1),
     "2 score": ("40", "", -1),
@@ -89,6 +91,8 @@ NUMBERS = {
     "3万": ("30000", "", 0),
     "1,234万": ("12340000", "", -4),
     "1,234亿": ("123400000000", "", -8),
+    "1千米": ("1000", "米", 0),
+    "1 千克": ("1000", "克", -3),
     "1,200打": ("14400", "", -1),
     "$5": ("5", "$", 0),
     "-$5": ("-5", "$", 0),
@@ -308,6 +312,8 @@ SENTENCES = {
     "it is greater than or equal to 5": None,
     "the number 3 squared": None,
     "see the 1990s": None,
+    "see it in 300 BC": None,
+    "with 2 it is 2*3.": "6",
     "There are 5 million people": "5000000",
     "There are 2 dozen eggs": "24",
     "The sum is 5 hundred": "500",
@@ -335,8 +341,8 @@ def test_a_long_text_answers_with_no_number():
 
 BOUNDS = (
     "5 than, at least 5, at most 5, over 5, under 5, above 5, below 5, up to 5, minimum 5, maximum 5, exceed 5, "
-    "exceeds 5, exceeding 5, between 5 x, from 5, too 5, enough 5, except 5, without 5, plus or minus 5, 5 per, <5, >5, "
-    "≤5, ≥5, ≠5, ±5, \\ge 5, \\geq 5, \\le 5, \\leq 5, \\ne 5, \\neq 5, \\pm 5, \\gt 5, \\lt 5, +/-5, !=5, 5+, 5 +."
+    "exceeds 5, exceeding 5, between 5 x, from 5, too 5, enough 5, except 5, without 5, plus or minus 5, 5 per, <5, "
+    ">5, ≤5, ≥5, ≠5, ±5, \\ge 5, \\geq 5, \\le 5, \\leq 5, \\ne 5, \\neq 5, \\pm 5, \\gt 5, \\lt 5, +/-5, !=5, 5+, 5 +."
 )
 BOUNDS_IN_CHINESE = "至少 至多 最多 最少 大于 小于 超过 不到 以上 以下 以内 少于 多于 多 余 几 低于 高于 正负 或 之间"
 
@@ -352,8 +358,8 @@ def test_a_bound_is_no_number(text):
 
 OPERATIONS = (
     "sqrt root roots log ln lg sin cos tan squared cubed factorial twice thrice double triple times plus minus "
-    "negative half halves third thirds quarter quarters past divided multiplied power b z x = * ^ \\ √ ! { } | 平方 立方 "
-    "根号 倍 除 乘 负 的倍"
+    "negative half halves third thirds quarter quarters past divided multiplied power b z x = * ^ \\ √ ! { } | 平方 "
+    "立方 根号 倍 除 乘 负 的倍"
 )
 
 
@@ -382,6 +388,7 @@ def test_a_sign_behind_a_number_goes_on_with_it(text):
         ("5-7", None),  # a range
         ("5.5 – 7", None),
         ("5 - 7", None),
+        ("5-7+1", -1),  # begins with a range
         ("|-3|", 3),
         ("(3)", 3),
         ("3!", 6),
@@ -422,6 +429,7 @@ def number(text: str) -> Number:
     [
         ("5 cm", "0.05 m", True),
         ("5 cm", "0.06 m", False),
+        ("5 cm", "50 mm", True),
         ("5 cm", "5", True),
         ("5 cm", "5 kg", False),
         ("5 length", "5 m", False),  # the name of a dimension is no unit of it
@@ -460,6 +468,38 @@ def test_two_numbers_are_the_same_where_the_finer_rounds_to_the_coarser(one, oth
     assert equal_numbers(number(one), number(other)) is equal
 
 
+MEASURES = """
+1/1000 m = mm millimeter millimetre 毫米
+1/100 m = cm centimeter centimetre 厘米
+1 m = meter metre 米
+1000 m = km kilometer kilometre 公里
+1/1000 g = mg
+1 g = gram 克
+1000 g = kg kilogram 公斤
+1/1000 s = ms
+1 s = sec second 秒
+60 s = min minute 分钟
+3600 s = h hr hour 小时
+1/1000 l = ml milliliter
+1 l = liter litre
+1 ° = degree deg ^\\circ ^{\\circ} 度
+"""
+
+
+@pytest.mark.parametrize("line", MEASURES.strip().splitlines())
+def test_each_unit_is_so_many_of_its_base(line):
+    (size, base), names = line.split(" = ")[0].split(" "), line.split(" = ")[1].split(" ")
+    wanted = Number(Fraction(size), base, None)
+    for name in names:
+        assert parse_number(f"1 {name}") == (1, name, 0)
+        assert equal_numbers(Number(Fraction(1), name, 0), wanted)
+        assert equal_numbers(wanted, Number(Fraction(1), name, 0))
+        for other in ("m", "g", "s", "l", "°"):
+            assert equal_numbers(Number(Fraction(7), name, 0), Number(7 * Fraction(size), other, None)) is (
+                base == other
+            )
+
+
 def test_no_number_equals_none():
     assert not equal_numbers(None, number("5")) and not equal_numbers(number("5"), None)
     assert not equal_numbers(None, None)
@@ -489,7 +529,9 @@ def test_a_value_is_shown_in_few_characters():
     assert shown(Fraction(10) ** 400) == "a number beyond 10^308"
 
 
-@pytest.mark.parametrize("text", ["2^x", "√x", "πx", "x=y", "x*y", "x+y", "x/y", "sqrt x", "2 pi x", "2:3", "2 : 3", "\\x"])
+@pytest.mark.parametrize(
+    "text", ["2^x", "√x", "πx", "x=y", "x*y", "x+y", "x/y", "sqrt x", "2 pi x", "2:3", "2 : 3", "\\x"]
+)
 def test_what_may_be_a_formula_is_left_to_formulas(text):
     assert decide_number(text, "5", None) is None
     assert decide_number(f"at least {text}", "5", None) == (False, "no number, expected 5")

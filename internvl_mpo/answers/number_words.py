@@ -97,13 +97,12 @@ def _cardinal(words: str) -> str | None:
     """The number as digits; None for words that are several numbers, such as "five six"."""
     whole, _, decimals = words.lower().partition(" point ")
     total = group = 0
-    is_first = True
     for word in re.split(r"[ -]", whole):
         if word in ("a", "an", "and"):
             continue
         if word in VALUES:
             value, below = VALUES[word], group % 100
-            if not is_first and (below and not (below >= 20 and below % 10 == 0 and 0 < value < 10)):
+            if below and not (below >= 20 and below % 10 == 0 and 0 < value < 10):
                 return None
             group += value
         elif word == "hundred":
@@ -111,11 +110,11 @@ def _cardinal(words: str) -> str | None:
                 return None
             group = (group or 1) * 100
         elif word in SCALES:
-            total += (group or 1) * SCALES[word]
+            # "two million three thousand", and "a thousand million"
+            total = total + (group or 1) * SCALES[word] if group or not total else total * SCALES[word]
             group = 0
         else:
             total, group = (total + group or 1) * LOTS[word], 0
-        is_first = False
     tail = "".join(str(VALUES[word]) for word in decimals.split())
     return f"{total + group}.{tail}" if tail else str(total + group)
 
@@ -148,7 +147,10 @@ def _han_value(text: str) -> str:
         if part in _HAN:
             digit = 10 * digit + _HAN[part]
         elif part in _HAN_GROUPS:
-            total, group, digit = (total + group + digit or 1) * _HAN_GROUPS[part], Fraction(0), Fraction(0)
+            size, below = _HAN_GROUPS[part], group + digit
+            # 一亿三千万 is 一亿 and 三千万, 一千万亿 so many 亿
+            total = total + below * size if below and total >= size else (total + below or 1) * size
+            group = digit = Fraction(0)
         elif part in _HAN_SCALES:
             group += (digit or 1) * _HAN_SCALES[part]
             digit = Fraction(0)

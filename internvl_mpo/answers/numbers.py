@@ -54,11 +54,10 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
             "millimetre": "1/1000",
             "centimetre": "1/100",
             "kilometre": 1000,
-            "千米": 1000,
             "公里": 1000,
             "毫米": "1/1000",
         },
-        "mass": {"mg": "1/1000", "g": 1, "kg": 1000, "gram": 1, "kilogram": 1000, "克": 1, "千克": 1000, "公斤": 1000},
+        "mass": {"mg": "1/1000", "g": 1, "kg": 1000, "gram": 1, "kilogram": 1000, "克": 1, "公斤": 1000},
         "time": {"ms": "1/1000", "s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hr": 3600}
         | {"hour": 3600, "秒": 1, "分钟": 60, "小时": 3600},
         "volume": {"ml": "1/1000", "l": 1, "liter": 1, "litre": 1, "milliliter": "1/1000"},

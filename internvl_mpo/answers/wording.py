@@ -63,7 +63,7 @@ _DIGITS = (
     (re.compile(r"^([A-Za-z])\s*≈\s*"), r"\1 = "),
     (re.compile(r"^(?:between|from) (\S+) (?:and|to) (\S+)$", re.IGNORECASE), r"\1-\2"),
     (re.compile(r"^(-?[\d.,]+) to (-?[\d.,]+)$", re.IGNORECASE), r"\1-\2"),
-    (re.compile(r"^-?10\^\{?(-?\d{1,2})\}?$"), lambda match: f"1 x 10^{match[1]}"),
+    (re.compile(r"^(-?)10\^\{?(-?\d{1,2})\}?$"), r"\g<1>1 x 10^\2"),
 )
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 _SPELLINGS = {name[:3]: name for name in (*MONTH_NAMES, *_DAYS) if name != "may"}
