@@ -42,7 +42,7 @@ seven hundred thousand and one = 700001; three dozen five = 41; 五 = 5; 十 = 1
 八 = 8; 七 = 7; 六 = 6; 四 = 4; 十万 = 100000; 百万 = 1000000; 万 = 10000; 亿 = 100000000; 千 = 1000;
 百 = 100; 打 = 12; 两千零二十 = 2020; 一千万亿 = 1000000000000000; 3点5 = 3点5; 3.25亿 = 325000000;
 1.5千 = 1500; 0.1234567890123万 = 1234.56789012; 点五 = 点五; 五人次 = 5人次; 五本 = 5本; 五张 = 5张;
-五猫 = 五猫; 五_ = 五_; 十猫 = 十猫
+五猫 = 五猫; 五_ = 五_; 3.50千x = 3.50千x; 十猫 = 十猫
 """
 THROUGHOUT = r"""
 there are five cats = there are 5 cats; one cat = one cat; the one and two = the one and 2;
@@ -78,7 +78,8 @@ on Monday, 1 January 2020 = 2020 1 1; tuesday 1 january = _ 1 1; Wednesday, Jan 
 thursday Jan 1 = _ 1 1; fri Jan 1 = none; friday Jan 1 = _ 1 1; saturday, 1 jan = _ 1 1;
 sunday 1 jan 2020 = 2020 1 1; sept 5 = _ 9 5; September 5 = _ 9 5; sep 5 = _ 9 5; foo 5 = none; 5 foo = none;
 foo 2020 = none; 2020 = none; 12 = none; 2020-1 = none; May = none; 2020-13-45 = 2020 13 45;
-x 2020-01-02 = none; june 5 = _ 6 5; jul 5 = _ 7 5; aug 5 = _ 8 5; oct 5 = _ 10 5; nov 5 = _ 11 5;
+x 2020-01-02 = none; june 5 = _ 6 5; august 5 = _ 8 5; october 5 = _ 10 5; november 5 = _ 11 5; december 5 = _ 12 5;
+february 5 = _ 2 5; april 5 = _ 4 5; july 5 = _ 7 5; jul 5 = _ 7 5; aug 5 = _ 8 5; oct 5 = _ 10 5; nov 5 = _ 11 5;
 dec 5 = _ 12 5; feb 5 = _ 2 5
 """
 AMERICAN = r"""

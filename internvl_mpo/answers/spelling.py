@@ -21,7 +21,7 @@ _NO_PLURAL = frozenset(("news", "lens", "gas", "series", "species", "texas", "wa
 
 def american(word: str) -> str:
     """Return a word in American spelling: colour is color, theatre is theater."""
-    singular = word.removesuffix("s") if not word.endswith("ss") else word
+    singular = word.removesuffix("s")
     if singular in _BRITISH:
         return _BRITISH[singular] + word[len(singular) :]
     return _BRITISH.get(word) or _ISE.sub("iz", _OUR.sub(r"\1or", word))
