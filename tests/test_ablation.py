@@ -175,6 +175,19 @@ def test_the_page_shows_what_was_measured_and_names_what_was_not(plan, tmp_path)
     assert page.read_bytes() == before
 
 
+def test_a_seed_that_one_row_alone_has_moves_no_row_of_its_table(plan, tmp_path):
+    lanes = Lanes(plan, tmp_path / "out")
+    finish(lanes, Cell("sft", seed=0), [1, 1, 0, 0])
+    finish(lanes, Cell("mpo", seed=0), [1, 1, 1, 0])
+    finish(lanes, Cell("mpo", seed=2), [0, 0, 0, 0])
+    page = tmp_path / "ablation.md"
+    page.write_text("<!-- results: main --><!-- /results -->", encoding="utf-8")
+    write_page(page, tmp_path / "images", plan, Results(lanes, 3))
+    (line,) = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| MPO")]
+    assert line.startswith("| MPO | 75.0 | 75.0 |")
+    assert line.endswith("| 1 |")
+
+
 def test_a_figure_is_drawn_where_something_varies(plan, tmp_path):
     lanes = Lanes(plan, tmp_path / "out")
     for share in ((), (("guess_share", 0.0),)):

@@ -6,7 +6,7 @@ from pathlib import Path
 from internvl_mpo.ablation.costs import cost_text
 from internvl_mpo.ablation.figures import draw
 from internvl_mpo.ablation.plan import Group, Plan
-from internvl_mpo.ablation.results import PER_MODEL, PER_QUESTION, Results, Row, missing_text
+from internvl_mpo.ablation.results import PER_MODEL, PER_QUESTION, Results, Row, missing_text, shared_seeds
 from internvl_mpo.ablation.signs import draw_signs, signs_table
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_writer
@@ -66,6 +66,8 @@ def write_page(path: Path, images: Path, plan: Plan, results: Results) -> list[s
 
 def _section(group: Group, images: Path, page: Path, plan: Plan, results: Results) -> str:
     rows, missing = results.rows(group)
+    shared = shared_seeds(rows)
+    rows = [row.only(shared) for row in rows] if shared else rows
     parts = [table(group, rows, results)]
     figure = draw(group, rows, images, NAMES, plan) if group.figure else None
     if figure:

@@ -1,7 +1,7 @@
 """What was measured of the cells, over all their seeds."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +50,25 @@ class Row:
         values = [value for value in map(read, self.found) if value is not None]
         return form.format(sum(values) / len(values)) if values else "-"
 
+    def only(self, seeds: Collection[int]) -> "Row":
+        """Return what is known of these seeds."""
+        kept = [(seed, found) for seed, found in zip(self.seeds, self.found, strict=True) if seed in seeds]
+        return Row(self.cell, tuple(seed for seed, _ in kept), tuple(found for _, found in kept))
+
     def minus(self, other: "Row", heading: str = "chain of thought") -> Estimate | None:
         """Return how much more this has than another on the seeds both have; None where there is none."""
-        shared = sorted(set(self.seeds) & set(other.seeds))
+        shared = shared_seeds([self, other])
         if not shared:
             return None
         read = PER_QUESTION[heading]
         mine, others = ([read(row.found[row.seeds.index(seed)]) for seed in shared] for row in (self, other))
         return difference(mine, others)
+
+
+def shared_seeds(rows: Iterable[Row]) -> list[int]:
+    """Return the seeds that all rows have. A table compares on these: one more, lucky seed moves a mean by points."""
+    seeds = [set(row.seeds) for row in rows]
+    return sorted(set.intersection(*seeds)) if seeds else []
 
 
 class Results:
