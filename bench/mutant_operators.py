@@ -192,6 +192,8 @@ def parts(statement: ast.stmt) -> Iterator[ast.AST]:
         return
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
         return
+    if isinstance(statement, ast.Assign) and re.match(r"(tuple|list|dict|Callable)\[", ast.unparse(statement.value)):
+        return  # the name of a type
     skipped = {"annotation", "returns", "decorator_list", "type_params", "body", "orelse", "finalbody", "handlers"}
 
     def walk(node: ast.AST) -> Iterator[ast.AST]:

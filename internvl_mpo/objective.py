@@ -250,7 +250,7 @@ class RewardShift:
     @property
     def value(self) -> float:
         """The shift to use now."""
-        if self.count == 0 or self.mode == "none":
+        if self.count == 0:
             return 0.0
         return self.total if self.mode == "ema" else self.total / self.count
 
@@ -264,7 +264,7 @@ class RewardShift:
         rewards = to_float64(rewards)
         if self.mode == "inclusive":
             return torch.stack([rewards.mean(), rewards.new_ones(())])
-        return torch.stack([rewards.sum(), rewards.new_tensor(float(rewards.numel()))])
+        return torch.stack([rewards.sum(), rewards.new_tensor(rewards.numel())])
 
     def update(self, sums: Tensor) -> float:
         """Take rewards in and return the new value.

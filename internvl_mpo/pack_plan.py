@@ -82,7 +82,7 @@ def plan_packs(costs: Sequence[float], num_packs: int) -> list[list[int]]:
     packs: list[list[int]] = [[] for _ in range(num_packs)]
     # An empty pack comes before every other, so that each gets a group even where costs are zero.
     loads = [(0, 0.0, pack) for pack in range(num_packs)]
-    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         _, load, pack = loads[0]
         packs[pack].append(index)
         heapq.heapreplace(loads, (1, load + costs[index], pack))
@@ -104,11 +104,11 @@ def fill_packs(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
     """
     free: list[tuple[int, int]] = []  # (tokens left, pack), sorted
     packs: list[list[int]] = []
-    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         cost = costs[index]
         if cost > max_tokens:
             raise ValueError(f"group {index} has {cost} tokens, more than the budget of {max_tokens} tokens a pack")
-        place = bisect.bisect_left(free, (cost, -1))
+        place = bisect.bisect_left(free, (cost,))
         if place == len(free):
             packs.append([])
             left, pack = max_tokens, len(packs) - 1

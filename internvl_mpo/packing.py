@@ -195,9 +195,9 @@ class Pack:
         """Sums of the token weights of chosen and rejected: their lengths where all are 1. Shape: 2 x (P,)"""
         return self.pair_sums(torch.ones_like(self.entry_scored_E, dtype=torch.float32))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Pack":
+    def to(self, device: torch.device | str) -> "Pack":
         """Return the pack with every tensor on `device`."""
-        return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._with_each(lambda tensor: tensor.to(device))
 
     def _with_each(self, function: Callable[[Tensor], Tensor]) -> "Pack":
         """Return the pack with `function` applied to every tensor."""

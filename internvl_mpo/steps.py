@@ -103,7 +103,7 @@ def _questions(keys: Sequence[Hashable] | np.ndarray, counts: np.ndarray) -> tup
         keys = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
     rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     turns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    numbers = np.unique(keys, return_inverse=True)[1][rows] * (int(counts.max(initial=0)) + 1) + turns
+    numbers = np.unique(keys, return_inverse=True)[1][rows] * len(rows) + turns
     _, firsts, numbers = np.unique(numbers, return_index=True, return_inverse=True)
     begins = firsts[numbers].astype(np.int32)  # what tells questions, in the order of the data
     order = np.argsort(begins, kind="stable")
@@ -142,7 +142,7 @@ def split_step(
     Raises:
         ValueError: the step has fewer pairs than there are packs.
     """
-    groups = [part for group in step for part in ([group] if len(group) == 1 else cut_group(group, sizes, max_tokens))]
+    groups = [part for group in step for part in cut_group(group, sizes, max_tokens)]
     while len(groups) < num_packs:  # cut the largest group until every pack gets one
         largest = max(range(len(groups)), key=lambda i: (len(groups[i]), -i))
         rows = groups[largest]

@@ -193,6 +193,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
         (Group([1], [[1], []], [(0, 1)], ["a"]), "group a has an empty response"),
         (Group([1], [], [], []), "empty response or none"),
         (Group([1], [[1]], [(0, 1)], ["a"]), "not among its 1"),
+        (Group([1], [[1], [2]], [(0, -1)], ["a"]), "not among its 2"),
         (Group([1], [[1], [2]], [(0, 1)], []), "1 pairs but 0 pair ids"),
     ],
 )
@@ -226,6 +227,8 @@ def test_plan_packs_holds_every_group_once_and_stays_near_the_mean(costs, num_pa
 
 def test_fill_packs_keeps_to_the_budget_and_names_what_does_not_fit():
     assert fill_packs([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    assert fill_packs([2, 10, 4, 6], 10) == [[0], [1], [2, 3]]
+    assert fill_packs([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
     with pytest.raises(ValueError, match="group 1 has 11 tokens, more than the budget of 10"):
         fill_packs([3, 11], 10)
 

@@ -182,6 +182,76 @@ def test_any_data_is_seen_exactly_as_often_as_asked(questions, pairs_per_step, p
     assert all(sum(map(len, step)) == pairs_per_step for step in list(steps)[:-1])
 
 
+def test_a_step_that_is_not_there_is_no_step():
+    steps = sampler().steps()
+    for step in (-1, len(steps)):
+        with pytest.raises(IndexError):
+            steps[step]
+
+
+def test_the_order_of_an_epoch_takes_four_bytes_a_pair():
+    assert sampler().steps().order.dtype == np.int32
+
+
+def test_the_loader_knows_how_many_packs_come():
+    one = sampler(accumulation=2)
+    assert len(one) == len(list(one)) == 6
+
+
+def test_a_step_is_cut_no_further_than_it_has_packs_and_the_largest_groups_first():
+    step = [(0, 1, 2), (3, 4, 5), (6,), (7, 8)]
+    data = sizes(10, 9)
+    assert split_step(step, data, 1, 1000) == [step]
+    assert sorted(split_step(step, data, 4, 1000)) == [[group] for group in step]
+    parts = [[(0,)], [(1, 2)], [(3, 4, 5)], [(6,)], [(7, 8)]]
+    assert sorted(split_step(step, data, 5, 1000)) == parts
+    assert sorted(split_step(step, data, 6, 1000)) == [*parts[:2], [(3,)], [(4, 5)], *parts[3:]]
+
+
+def test_lengths_that_are_at_hand_change_no_pack_and_save_looking_at_single_pairs():
+    data = [size._replace(prompt=8 + index) for index, size in enumerate(sizes(10))]
+    tokens = np.array([size.num_tokens for size in data])
+    plain = sampler(sizes=data, pairs_per_group=3, pairs_per_step=6, accumulation=2, max_tokens=25)
+    quick = sampler(sizes=data, pairs_per_group=3, pairs_per_step=6, accumulation=2, max_tokens=25)
+    quick.tokens = tokens
+    assert list(quick) == list(plain)
+    largest = [plain.largest_pack(step) for step in plain.steps()]
+    assert [quick.largest_pack(step) for step in quick.steps()] == largest
+    assert [quick.is_over_budget(step) for step in quick.steps()] == [size > 25 for size in largest]
+    assert split_step([(0,), (1,), (2,)], None, 2, 25, tokens) == [[(2,)], [(0,), (1,)]]
+
+
+def packs_needed(prompts: list[int], max_tokens: int, num_epochs: float, max_steps: int = 0) -> tuple[int, int]:
+    """Packs that a run of pairs with these prompts needs, and the epoch that the sampler is left at."""
+    data = [PairSize(prompt, 2, 2, chosen_key=2 * i, rejected_key=2 * i + 1) for i, prompt in enumerate(prompts)]
+    plan = sampler(keys=list(range(len(data))), sizes=data, max_tokens=max_tokens)
+    fit_to_budget(plan, num_epochs=num_epochs, max_steps=max_steps)
+    return plan.gradient_accumulation_steps, plan.epoch
+
+
+def test_the_budget_is_looked_at_in_every_epoch_that_the_run_reaches_and_in_no_other():
+    growing = range(0, 240, 20)  # three steps an epoch; the second epoch has one of more than 650 tokens
+    assert packs_needed(growing, 650, num_epochs=1) == packs_needed(growing, 650, num_epochs=9, max_steps=3) == (1, 0)
+    assert packs_needed(growing, 650, num_epochs=1.1) == packs_needed(growing, 650, 1, max_steps=4) == (2, 0)
+
+
+def test_more_packs_that_leave_out_a_last_step_reach_one_epoch_more():
+    prompts = [10, 40, 100, 40, 10, 100, 40, 100, 20]  # nine pairs: with two packs a step of one pair is left out
+    assert packs_needed(prompts, 150, num_epochs=1) == (2, 0)
+    assert packs_needed(prompts, 150, num_epochs=1, max_steps=3) == packs_needed(prompts, 150, num_epochs=2) == (3, 0)
+
+
+def test_a_run_without_a_whole_step_needs_no_more_packs():
+    short = sampler(keys=["q"], accumulation=2)
+    fit_to_budget(short, num_epochs=1, max_steps=5)
+    assert (short.num_steps, short.gradient_accumulation_steps) == (0, 2)
+
+
+def test_a_pair_that_is_larger_than_the_budget_is_refused():
+    with pytest.raises(ValueError, match="a step of 3 pairs cannot be cut for 1 ranks into packs of at most 9 tokens"):
+        fit_to_budget(sampler(keys=["a", "b", "c"], pairs_per_step=3, max_tokens=9), num_epochs=1)
+
+
 def subsets(*sizes: tuple[str, int, float]) -> tuple[list[tuple[str, float]], np.ndarray]:
     """Names and repeat times of subsets of (name, rows, repeat_time), and the subset of each row."""
     return [(name, repeat_time) for name, _, repeat_time in sizes], np.repeat(

@@ -181,7 +181,7 @@ class ReferenceCache:
                 f"run the training command again to fill the gap"
             )
         chosen, rejected = torch.from_numpy(values).to(dtype).unbind(dim=1)
-        return chosen.contiguous(), rejected.contiguous()
+        return chosen, rejected
 
     def flush(self) -> None:
         """Write what was added as a shard."""
