@@ -51,6 +51,8 @@ TRANSPARENT = {
     *("detach", "double", "float", "long", "contiguous", "clone", "copy", "resolve", "clamp", "removeprefix"),
     *("removesuffix", "normalize", "_wide"),
 }
+# Arguments that say what holds anyway: `strict` of zip, and UTF-8, which is what tests run with.
+GUARDS = {"strict", "encoding"}
 # Text of these calls is for people.
 SPOKEN = re.compile(r"(Error|Warning|warn|print|log|info|debug|write_line|warning|setting|add_argument|tqdm|progress)$")
 
@@ -200,7 +202,7 @@ def parts(statement: ast.stmt) -> Iterator[ast.AST]:
         if isinstance(node, ast.Call) and _spoken(node):
             return
         yield node
-        if isinstance(node, ast.keyword) and node.arg == "strict":
+        if isinstance(node, ast.keyword) and node.arg in GUARDS:
             return
         for field, value in ast.iter_fields(node):
             inside = field in {"body", "orelse"} and not isinstance(node, ast.stmt)  # of a lambda, of `a if b else c`
@@ -334,7 +336,7 @@ def calls(node: ast.AST, code: bytes, span) -> Iterator[Change]:
             yield a, d, swapped.decode(), "arguments swapped"
     ends = [span(argument)[1] for argument in node.args] + [span(keyword.value)[1] for keyword in node.keywords]
     for index, keyword in enumerate(node.keywords, start=len(node.args)):
-        if keyword.arg == "strict":  # of zip: it guards what should hold anyway
+        if keyword.arg in GUARDS:
             continue
         before = ends[index - 1] if index else span(keyword)[0]
         yield before, ends[index], "", "argument dropped"

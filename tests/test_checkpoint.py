@@ -51,7 +51,7 @@ def test_a_new_run_starts_anew_and_never_beside_an_earlier_one(tmp_path):
     make(tmp_path, 4)
     assert find_checkpoint("never", tmp_path) is None
     make(tmp_path, 3, STATE)
-    with pytest.raises(BadInputError, match="resume is 'never', but .* holds checkpoint-3"):
+    with pytest.raises(BadInputError, match=r"resume is 'never', but .* holds checkpoint-3"):
         find_checkpoint("never", tmp_path)
 
 
@@ -60,7 +60,7 @@ def test_a_checkpoint_given_by_hand_must_be_a_whole_one(tmp_path):
     assert find_checkpoint(str(whole), tmp_path / "elsewhere") == whole
     with pytest.raises(BadInputError, match=r"checkpoint-4 is not a whole checkpoint: mpo_state\.json is missing"):
         find_checkpoint(str(half), tmp_path)
-    with pytest.raises(BadInputError, match="'.*checkpoint-5' does not exist; resume takes auto, never or"):
+    with pytest.raises(BadInputError, match=r"'.*checkpoint-5' does not exist; resume takes auto, never or"):
         find_checkpoint(str(tmp_path / "checkpoint-5"), tmp_path)
     (half / STATE_FILE).write_text('{"global_step": ')
     with pytest.raises(BadInputError, match="missing or damaged"):
@@ -98,7 +98,7 @@ def test_a_run_holds_its_folder_and_clears_what_a_killed_one_left(tmp_path, caps
     (result.parent / ".model.part").mkdir(parents=True)
     left = run / f".log.jsonl.{os.uname().nodename.replace('.', '-')}.999999999.part"
     left.write_text("half")
-    with checkpoint.run_folder(run, [result]):
+    with checkpoint.run_folder(run, [result, tmp_path / "not there"]):
         assert names(sorted(run.iterdir())) == ["checkpoint-4"]
         assert list(result.parent.iterdir()) == []
         with pytest.raises(BadInputError, match="another training is writing"), checkpoint.run_folder(run):

@@ -66,11 +66,13 @@ def test_a_journal_stays_as_long_as_the_rows_do_not_hold_all_its_replies(tmp_pat
 
 
 def test_a_second_run_is_kept_away_until_the_first_has_finished(tmp_path):
-    first = Journal(tmp_path / "out.jsonl", reply_of)
-    with pytest.raises(BadInputError, match=r"another run is writing .*out\.jsonl;"):
-        Journal(tmp_path / "out.jsonl")
-    first.finish([])
-    Journal(tmp_path / "out.jsonl").__exit__()
+    for reading in (reply_of, None):
+        first = Journal(tmp_path / "out.jsonl", reading)
+        assert first.path == tmp_path / "out.jsonl.part"
+        with pytest.raises(BadInputError, match=r"another run is writing .*out\.jsonl;"):
+            Journal(tmp_path / "out.jsonl")
+        first.finish([])
+        Journal(tmp_path / "out.jsonl").__exit__()
 
 
 @pytest.mark.parametrize("row", [{"id": "a"}, {"id": ["a"], "response": None}])

@@ -3,15 +3,18 @@
 pytest tests/test_objective.py
 """
 
+import inspect
 import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 
-from internvl_mpo.objective import RewardShift, mpo_loss
+from internvl_mpo.objective import RewardShift, mpo_loss, needs_reference, wpo_weights
+from internvl_mpo.preference_terms import Preference
 from internvl_mpo.training.meters import MeanMeter
 
 GOLDENS = Path(__file__).resolve().parent.parent.parent / "shared" / "oracle" / "mpo" / "mpo_losses.json"
@@ -106,11 +109,61 @@ def test_sft_is_a_mean_over_responses_and_sft_token_a_mean_over_tokens():
     assert token.generation.mean().item() == pytest.approx(2.5)
 
 
-def test_half_precision_logps_are_compared_in_float32():
-    chosen, rejected = torch.tensor([-1000.0]), torch.tensor([-1001.0])
-    half = [t.bfloat16() for t in (chosen, rejected)]
-    out = mpo_loss(*half, chosen, rejected, torch.tensor([500]), beta=0.1, weights=(1, 0, 0), shift=0.0)
-    assert out.loss.dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logps_are_compared_in_float32(dtype):
+    policy, reference = [torch.tensor([-1000.0, -7.0]).to(dtype)] * 2, [torch.tensor([-1001.0, -7.25]).to(dtype)] * 2
+    out = mpo_loss(*policy, *reference, torch.tensor([500, 3]), weights=(1, 0, 1))
+    assert out.loss.dtype == out.chosen_rewards.dtype == out.generation.dtype == torch.float32
+    assert out.chosen_rewards.tolist() == pytest.approx([0.1 * (p - r) for p, r in zip(*map(torch.Tensor.tolist, (
+        policy[0].float(), reference[0].float())), strict=True)], rel=1e-6)  # fmt: skip
+    imitated = mpo_loss(*policy, *reference, torch.tensor([500, 3]), generation_logps=policy[0] * 2)
+    assert imitated.generation.dtype == torch.float32
+
+
+def test_the_settings_are_those_of_the_paper_unless_others_are_given():
+    given = {name: one.default for name, one in inspect.signature(mpo_loss).parameters.items()}
+    assert {name: value for name, value in given.items() if value not in (None, inspect.Parameter.empty)} == {
+        "beta": 0.1, "weights": (0.8, 0.2, 1.0), "shift": 0.0, "preference": "dpo", "quality": "bco",
+        "generation": "sft", "label_smoothing": 0.0, "simpo_gamma": 1.0, "dpop_lambda": 50.0,
+    }  # fmt: skip
+    assert (RewardShift().mode, RewardShift().momentum) == ("previous", 0.99)
+
+
+def test_each_term_can_be_left_out_and_nothing_else_changes():
+    pc, pr, rc, rr, lengths = random_pairs(4, seed=1)
+    whole = mpo_loss(pc, pr, rc, rr, lengths, shift=0.3)
+    for name, weight in (("preference", 0.8), ("quality", 0.2), ("generation", 1.0)):
+        out = mpo_loss(pc, pr, rc, rr, lengths, shift=0.3, **{name: "none"})
+        assert getattr(out, name).tolist() == [0.0] * 4
+        assert out.loss.item() == pytest.approx(whole.loss.item() - weight * getattr(whole, name).mean().item())
+    nothing = mpo_loss(pc, pr, None, None, lengths, preference="none", quality="none", generation="none")
+    assert nothing.loss == 0
+    assert nothing.chosen_rewards.tolist() == nothing.rejected_rewards.tolist() == [0.0] * 4
+
+
+def test_the_generation_term_imitates_the_log_probs_that_are_meant_for_it():
+    pc, pr, rc, rr, lengths = random_pairs(3, seed=2)
+    plain, other = (mpo_loss(pc, pr, rc, rr, lengths, generation_logps=logps) for logps in (None, pc - 30.0))
+    assert (other.generation - plain.generation - 30 / lengths.double()).abs().max() < 1e-12
+    assert torch.equal(other.preference, plain.preference)
+    assert torch.equal(other.chosen_rewards, plain.chosen_rewards)
+
+
+def test_rewards_and_weights_are_constants():
+    pc, pr, rc, rr, lengths = random_pairs(3, seed=2)
+    pc.requires_grad_(), pr.requires_grad_()
+    out = mpo_loss(pc, pr, rc, rr, lengths)
+    assert out.loss.requires_grad
+    assert not out.chosen_rewards.requires_grad and not out.rejected_rewards.requires_grad
+    assert not wpo_weights(pc, pr).requires_grad
+    assert not RewardShift().sums(pc).requires_grad
+
+
+def test_only_what_compares_needs_a_reference():
+    free = {"none", "simpo", "orpo"}
+    for preference in get_args(Preference):
+        assert needs_reference(preference, "bco")
+        assert needs_reference(preference, "none") == (preference not in free)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +173,9 @@ def test_half_precision_logps_are_compared_in_float32():
         ({"preference": "ipo"}, "needs the lengths of both"),
         ({"chosen_lengths": torch.tensor([0])}, "no scored token"),
         ({"reference_chosen_logps": None}, "needs reference"),
+        ({"reference_rejected_logps": None}, "needs reference"),
+        ({"quality": "boc"}, "unknown quality 'boc'"),
+        ({"generation": "stf"}, "unknown generation 'stf', expected one of sft, sft_token, none"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_by_name(changes, words):
@@ -133,6 +189,8 @@ def test_what_cannot_be_computed_is_refused_by_name(changes, words):
     }
     with pytest.raises(ValueError, match=words):
         mpo_loss(**{**arguments, **changes})
+    assert torch.isfinite(mpo_loss(**arguments, num_pairs=1).loss)
+    assert torch.isfinite(mpo_loss(**{**arguments, "chosen_lengths": torch.tensor([1])}).loss)
 
 
 # --- the reward shift -------------------------------------------------------------------------------------------------
@@ -166,7 +224,25 @@ def test_ema_shift_starts_at_the_first_step_and_forgets():
 
 
 def test_no_shift_stays_zero():
-    assert add(RewardShift("none"), 7.0) == 0.0
+    shift = RewardShift("none")
+    assert add(shift, 7.0) == shift.value == 0.0
+    assert shift.state_dict()["count"] == 0
+
+
+@pytest.mark.parametrize("momentum", [-0.01, 1.0])
+def test_a_momentum_that_forgets_nothing_or_grows_is_refused(momentum):
+    with pytest.raises(ValueError, match="expected 0 <= momentum < 1"):
+        RewardShift("ema", momentum)
+    with pytest.raises(ValueError, match="unknown reward shift 'mean'"):
+        RewardShift("mean")
+
+
+def test_a_shift_that_goes_on_keeps_the_momentum_it_began_with():
+    first = RewardShift("ema", momentum=0.5)
+    add(first, 2.0)
+    resumed = RewardShift("ema", momentum=0.9)
+    resumed.load_state_dict(first.state_dict())
+    assert add(resumed, 4.0) == 3.0
 
 
 @pytest.mark.parametrize("mode", ["previous", "inclusive", "ema"])

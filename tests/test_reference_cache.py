@@ -3,19 +3,23 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from tiny import tiny_model
 
+from internvl_mpo import files
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.logps import attach_scoring, pair_logps
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.reading import iter_pairs
 from internvl_mpo.packing import Group, pack_groups
 from internvl_mpo.records import PreferencePair
+from internvl_mpo.training import reference_cache
 from internvl_mpo.training.reference_cache import ReferenceCache, model_digest
 
-SETTINGS = {"model": "0123abcd", "template": "internlm2-chat", "max_tiles": 12, "max_length": 6144, "dtype": "float32"}
+SETTINGS = {"model": "0123abcd", "template": "书生", "max_tiles": 12, "max_length": 6144, "dtype": "float32"}
 
 
 def pair(chosen: str = "two", **changes) -> PreferencePair:
@@ -173,7 +177,113 @@ def test_a_value_that_is_not_finite_never_reaches_the_disk(tmp_path, value):
 def test_settings_are_readable(tmp_path):
     with ReferenceCache(tmp_path, SETTINGS, digests(pair())) as cache:
         cache.add([pair().id], torch.tensor([-1.0]), torch.tensor([-2.0]))
-    assert json.loads((cache.folder / "settings.json").read_text()) == SETTINGS
+    shown = (cache.folder / "settings.json").read_text()
+    assert json.loads(shown) == SETTINGS
+    assert [line.split('"')[1] for line in shown.splitlines()[1:-1]] == sorted(SETTINGS)
+    assert '"template": "书生"' in shown
+
+
+def filled(folder: Path, *values: tuple[str, float, float], rows: list[PreferencePair]) -> ReferenceCache:
+    """A cache on the disk that holds (chosen text, log-prob of chosen, of rejected) of some of the pairs."""
+    ids = {row.chosen: row.id for row in rows}
+    with ReferenceCache(folder, SETTINGS, digests(*rows)) as cache:
+        for chosen, *logps in values:
+            cache.add([ids[chosen]], *(torch.tensor([value]) for value in logps))
+    return cache
+
+
+def test_a_cache_of_an_earlier_version_is_found_again(tmp_path):
+    """Its name and the digests of its pairs may not change, or days of work are done once more."""
+    row = pair(id="7", system="Count.", history=(("1?", "one"),))
+    assert ReferenceCache(tmp_path, SETTINGS, {}).name == "cac40bd4049d5e9f"
+    assert digests(row) == {"7": "0e6a1efec1b810ee"}
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert model_digest(tmp_path) == "30e2146889dbbc8b"
+
+
+def test_a_run_that_computes_nothing_leaves_no_file(tmp_path):
+    filled(tmp_path / "cache", rows=[pair()])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_every_pair_is_written_once_and_not_read_again_by_who_wrote_it(tmp_path, monkeypatch):
+    rows = [pair(str(number)) for number in range(5)]
+    with ReferenceCache(tmp_path, SETTINGS, digests(*rows), shard_size=2) as cache:
+        for number, row in enumerate(rows):
+            cache.add([row.id], torch.tensor([-1.0 - number]), torch.tensor([-2.0]))
+    monkeypatch.setattr(pyarrow.parquet, "read_table", lambda path: pytest.fail("an own shard is read"))
+    cache.refresh()
+    monkeypatch.undo()
+    shards = [pyarrow.parquet.read_table(path) for path in cache.folder.glob("part-00000-*.parquet")]
+    assert sorted(map(len, shards)) == [1, 2, 2]
+    assert sorted(digest for shard in shards for digest in shard["digest"].to_pylist()) == sorted(
+        cache.digests.values()
+    )
+
+
+def test_what_another_rank_found_last_counts(tmp_path):
+    rows = [pair("two"), pair("2")]
+    filled(tmp_path, ("two", -1.0, -2.0), rows=rows)
+    mine = ReferenceCache(tmp_path, SETTINGS, digests(*rows))
+    filled(tmp_path, ("two", -5.0, -6.0), ("2", -7.0, -8.0), rows=rows)
+    assert [logps.tolist() for logps in mine.lookup([rows[0].id])] == [[-1.0], [-2.0]]
+    mine.refresh()
+    assert [logps.tolist() for logps in mine.lookup([row.id for row in rows])] == [[-5.0, -7.0], [-6.0, -8.0]]
+    mine.take(np.array([int(mine.digests[rows[1].id], 16)], np.uint64), np.array([[-9.0, -10.0]]))
+    assert [logps.tolist() for logps in mine.lookup([row.id for row in rows])] == [[-5.0, -9.0], [-6.0, -10.0]]
+
+
+def test_many_pairs_become_numbers_in_arrays_and_stay_known(tmp_path, monkeypatch):
+    """Before they are on the disk they may not: they would never get there."""
+    monkeypatch.setattr(reference_cache, "_RECENT", 3)
+    rows = [pair(str(number)) for number in range(9)]
+    cache = ReferenceCache(tmp_path, SETTINGS, digests(*rows), shard_size=5)
+    for number, row in enumerate(rows):
+        cache.add([row.id], torch.tensor([-1.0 - number]), torch.tensor([-20.0 + number]))
+        assert cache.missing() == [other.id for other in rows[number + 1 :]]
+    assert (len(cache._digests), len(cache._recent)) == (5, 4)
+    cache.flush()
+    assert (len(cache._digests), len(cache._recent)) == (9, 0)
+    for known in (cache, ReferenceCache(tmp_path, SETTINGS, digests(*rows))):
+        chosen, rejected = known.lookup([row.id for row in rows])
+        assert chosen.tolist() == [-1.0 - number for number in range(9)]
+        assert rejected.tolist() == [-20.0 + number for number in range(9)]
+
+
+def test_log_probs_come_as_float32_unless_more_is_asked_for(tmp_path):
+    row, value = pair(), torch.tensor([-1445.0123456789], dtype=torch.float64)
+    cache = filled(tmp_path, rows=[row])
+    cache.add([row.id], value, value)
+    assert cache.lookup([row.id])[0].dtype == torch.float32
+    assert torch.equal(cache.lookup([row.id], torch.float64)[0], value)
+
+
+def test_what_is_half_written_by_a_program_that_is_gone_is_removed(tmp_path):
+    folder = ReferenceCache(tmp_path, SETTINGS, {}).folder
+    folder.mkdir()
+    left = folder / f".part-00000-1.parquet.{files._HOST}.999999999.part"
+    left.write_bytes(b"half")
+    ReferenceCache(tmp_path, SETTINGS, {})
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "config.json", "tokenizer.model", "merges.txt"])
+def test_every_file_that_a_model_is_loaded_from_counts(tmp_path, name):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    seen = {model_digest(tmp_path)}
+    for content in ("one", "other"):
+        (tmp_path / name).write_text(content)
+        seen.add(model_digest(tmp_path))
+    (tmp_path / name).rename(tmp_path / f"renamed_{name}")
+    seen.add(model_digest(tmp_path))
+    assert len(seen) == 4
+
+
+def test_old_weights_are_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    model_digest(tmp_path)
 
 
 def test_model_digest_follows_weights_and_tokenizer(tmp_path):
