@@ -9,12 +9,15 @@ model has InternVL2-1B's real shape and random weights. Its folder is published;
 weights, two steps of two pairs are trained, a picture of 12 tiles and its thumbnail in each, killed with SIGKILL when
 the first checkpoint stands, and started again; the result is published, loaded by the Auto classes in a process of its
 own, and asked. Every stage is one command; a stage that is finished is not run again. The highest resident memory of
-each is taken from the kernel, and that of training compared with `python -m internvl_mpo.memory_estimate`.
+each is taken from the kernel, and that of training compared with `python -m internvl_mpo.memory_estimate`. Of training
+it is also told apart what the process itself holds (anonymous) and what it sees of files (weights as they were loaded),
+which the system takes back when it is short of memory.
 """
 
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -74,14 +77,16 @@ def main(argv: list[str]) -> int:
         chat(out / settings.way / "published")
     else:
         done = Stages(out / "stages")
-        done.run_all([Lane(list(stages(settings, out, argv)))])
+        done.run_all([Lane(stages(settings, out))])
         report(settings, out, done)
     return 0
 
 
-def stages(settings: Settings, out: Path, argv: list[str]) -> list[Stage]:
-    """Return what is run, in order."""
-    own = [sys.executable, str(Path(__file__).resolve()), *argv, "--output", str(out), "--step"]
+def stages(settings: Settings, out: Path) -> list[Stage]:
+    """Return what is run, in order; the ways share the model they start from."""
+    asked = {name: getattr(settings, name) for name in ("tokenizer", "size", "max_tokens_per_pack")}
+    own = [sys.executable, str(Path(__file__).resolve()), "--output", str(out)]
+    own += [*(word for name, value in asked.items() for word in (f"--{name}", str(value))), "--step"]
     publish = [*program("-m internvl_mpo.publish"), "model"]
     start = out / "start"
     found = [
@@ -166,17 +171,50 @@ def train_killed_once(settings: Settings, out: Path) -> None:
         *program("train_mpo.py"), "--model", str(out / "start"), "--data", str(out / "pairs.jsonl"),
         "--output_dir", str(folder / "run"), "--model_dir", str(folder / "model"), *training(settings),
     ]  # fmt: skip
+    peaks = Peaks(folder)
     if not whole_checkpoints(folder / "run"):
         process = subprocess.Popen(command, start_new_session=True)
         while process.poll() is None and not whole_checkpoints(folder / "run"):
-            time.sleep(0.2)
+            peaks.look(process.pid)
         if process.poll() is not None:
             raise BadInputError(f"training ended with exit code {process.returncode} before its first checkpoint")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         print(f"killed after {[path.name for path in whole_checkpoints(folder / 'run')]}", flush=True)
-    if code := subprocess.run(command, check=False).returncode:
-        raise BadInputError(f"the second start of training ended with exit code {code}")
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        peaks.look(process.pid)
+    if process.returncode:
+        raise BadInputError(f"the second start of training ended with exit code {process.returncode}")
+
+
+class Peaks:
+    """The most that a training process held in each part of its run, in GiB; kept in memory.json of its folder."""
+
+    def __init__(self, folder: Path):
+        """Go on with what is in the folder."""
+        self.file, self.log = folder / "memory.json", folder / "run/log.jsonl"
+        self.found: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def look(self, pid: int) -> None:
+        """Look five times a second, where the system tells."""
+        time.sleep(0.2)
+        try:
+            text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        except OSError:
+            return
+        held = {key: int(size) / 2**20 for key, size in re.findall(r"^Rss(Anon|File):\s+(\d+) kB", text, re.MULTILINE)}
+        if not held:  # it is ending
+            return
+        losses = self.log.read_text(encoding="utf-8").count('"loss"') if self.log.exists() else 0
+        part = ("first step", "checkpoint, second step", "checkpoint, result")[losses]
+        peak = self.found.setdefault(part, {"anonymous": 0.0, "resident": 0.0})
+        before = dict(peak)
+        peak["anonymous"] = max(peak["anonymous"], held["Anon"])
+        peak["resident"] = max(peak["resident"], sum(held.values()))
+        if peak != before:
+            with atomic_writer(self.file) as file:
+                json.dump(self.found, file, indent=2)
 
 
 def training(settings: Settings) -> list[str]:
@@ -227,9 +265,11 @@ def report(settings: Settings, out: Path, done: Stages) -> None:
             f"memory of training, {way}: {found['calculated_gib']:.1f} GiB calculated, {found['measured_gib']:.1f} GiB "
             f"measured, {found['measured_gib'] / found['calculated_gib'] - 1:+.0%}"
         )
+        for part, peak in found["parts"].items():
+            print(f"  {part:<24} {peak['anonymous']:>5.1f} GiB anonymous, {peak['resident']:>5.1f} GiB resident")
 
 
-def memory(settings: Settings, out: Path, way: str, done: Stages) -> dict[str, float]:
+def memory(settings: Settings, out: Path, way: str, done: Stages) -> dict[str, Any]:
     """Return what memory a training run should take, and the most that its process held."""
     from internvl_mpo.memory_estimate import estimate_memory, read_shape, setup_of_run
     from internvl_mpo.training.fake_pass import Setup
@@ -242,7 +282,8 @@ def memory(settings: Settings, out: Path, way: str, done: Stages) -> dict[str, f
     given = {"attention": "segments", "num_tiles": num_tiles, "max_tokens_per_pack": tokens, "response_tokens": 24}
     setup = Setup(**{**setup_of_run(run), **given})
     calculated = estimate_memory(read_shape(str(out / "start" / "config.json")), setup).total
-    return {"calculated_gib": calculated / GIB, "measured_gib": done.finished[f"train_{way}"]["peak_mib"] / 1024}
+    measured = done.finished[f"train_{way}"]["peak_mib"] / 1024
+    return {"calculated_gib": calculated / GIB, "measured_gib": measured, "parts": Peaks(out / way).found}
 
 
 if __name__ == "__main__":

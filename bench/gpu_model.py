@@ -51,14 +51,21 @@ class Machine:
             config.force_image_size = config.vision_config.image_size = 112
         return config
 
-    def model(self, size: str, dtype: torch.dtype = torch.bfloat16) -> InternVLChatModel:
-        """Return a random model on the device, in training mode."""
+    def model(
+        self, size: str, dtype: torch.dtype = torch.bfloat16, layers: tuple[int, int] | None = None
+    ) -> InternVLChatModel:
+        """Return a random model on the device, in training mode; `layers` of vision tower and language model."""
+        config = self.config(size)
+        if layers is not None:
+            config.vision_config.num_hidden_layers, config.llm_config.num_hidden_layers = layers
+            if getattr(config.llm_config, "layer_types", None):
+                config.llm_config.layer_types = ["full_attention"] * layers[1]
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         try:
             torch.set_default_dtype(dtype)
             with torch.device(self.device):
-                return InternVLChatModel(self.config(size)).train()
+                return InternVLChatModel(config).train()
         finally:
             torch.set_default_dtype(before)
 

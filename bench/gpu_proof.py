@@ -37,7 +37,7 @@ class Stage:
     Attributes:
         name: of a function in gpu_stages.py.
         title: heading of its table.
-        limit: seconds after which it is stopped.
+        limit: seconds after which it is stopped on a GPU; on a CPU, which may be busy, only the whole budget counts.
         least: seconds below which it is not begun.
     """
 
@@ -142,7 +142,7 @@ def run_stage(stage: Stage, settings: Settings, out: Path, left: float, argv: Se
     with open(log, "wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        code: int | None = process.wait(timeout=min(stage.limit, left))
+        code: int | None = process.wait(timeout=left if settings.device == "cpu" else min(stage.limit, left))
     except subprocess.TimeoutExpired:
         code = None
     finally:
