@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tiny_world import WIDE_ENOUGH_FOR_4_BITS, make_model_folder, make_training_
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.publish.proof import clean_environment
+from internvl_mpo.training import policy
 from internvl_mpo.training.live_reference import MovingReference
 from internvl_mpo.training.policy import (
     add_adapters,
@@ -412,6 +414,23 @@ def test_a_folder_of_useless_weights_is_refused(tmp_path, spoil, words):
     save_file(written, tmp_path / "model.safetensors")
     with pytest.raises(BadInputError, match=words):
         check_saved_weights(tmp_path, weights)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="mapped memory is read from Linux's /proc")
+def test_the_check_of_what_was_saved_does_not_map_the_whole_file(tmp_path, monkeypatch):
+    weights = {f"w{number}": torch.ones(2**20) for number in range(16)}  # 4 MiB each
+    save_file(weights, tmp_path / "model.safetensors")
+    mapped: list[int] = []
+
+    def largest(tensor):
+        found = plain(tensor)
+        mapped.append(int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]))
+        return found
+
+    plain = policy._largest
+    monkeypatch.setattr(policy, "_largest", largest)
+    check_saved_weights(tmp_path, weights)
+    assert max(mapped) - mapped[0] < 16 * 1024
 
 
 def test_the_table_counts_what_is_trained():

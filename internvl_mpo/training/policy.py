@@ -272,6 +272,21 @@ def _dequantised(parameter: Tensor) -> Tensor:
     return dequantize_4bit(parameter.data, state)
 
 
+def _saved_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """Every tensor of a folder, with its file and name, one in memory at a time.
+
+    Files are opened anew for each: what was read of an open file stays mapped, in the end all of it.
+    """
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        for name in names:
+            with safe_open(path, framework="pt") as file:
+                yield path, name, file.get_tensor(name)
+
+
 def _largest(tensor: Tensor) -> float:
     """The largest magnitude, found without a second tensor of that size; 0 or 1 for what holds no fractions."""
     return (torch.linalg.vector_norm(tensor, torch.inf) if tensor.is_floating_point() else tensor.any()).item()
@@ -289,23 +304,18 @@ def check_saved_weights(folder: str | Path, weights: Mapping[str, Tensor]) -> No
     Raises:
         BadInputError: naming the file and the tensor.
     """
-    from safetensors import safe_open
-
     missing = set(weights)
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the file is not a mapping
-                tensor = file.get_tensor(name)
-                fault = None
-                if not tensor.numel() or (name in weights and tensor.shape != weights[name].shape):
-                    fault = f"has shape {tuple(tensor.shape)}"
-                elif not math.isfinite(largest := _largest(tensor)):
-                    fault = "is not finite"
-                elif tensor.ndim > 1 and not largest:
-                    fault = "is all zero"
-                if fault:
-                    raise BadInputError(f"{path}: {name} {fault}; {_LEFT_ALONE}")
-                missing.discard(name)
+    for path, name, tensor in _saved_tensors(Path(folder)):
+        fault = None
+        if not tensor.numel() or (name in weights and tensor.shape != weights[name].shape):
+            fault = f"has shape {tuple(tensor.shape)}"
+        elif not math.isfinite(largest := _largest(tensor)):
+            fault = "is not finite"
+        elif tensor.ndim > 1 and not largest:
+            fault = "is all zero"
+        if fault:
+            raise BadInputError(f"{path}: {name} {fault}; {_LEFT_ALONE}")
+        missing.discard(name)
     if missing:
         raise BadInputError(
             f"{folder} was written without {min(missing)}, {len(missing)} tensors in all; {_LEFT_ALONE}"
