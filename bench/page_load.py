@@ -108,7 +108,8 @@ def uri(content: bytes, kind: str = "png") -> str:
 def make_acts(page: Page) -> list[tuple[str, Callable[[], str]]]:
     """One of every kind; what it ends with stands in front."""
     small, photo = uri(encoded("PNG", (300, 200))), uri(encoded("JPEG", (1600, 1200)), "jpeg")
-    large, bomb = uri(encoded("PNG", (5000, 5000))), uri(encoded("PNG", (20_000, 20_000), "white", "1"))
+    large, huge = uri(encoded("PNG", (5000, 5000))), uri(encoded("PNG", (8000, 6000)))
+    bomb = uri(encoded("PNG", (20_000, 20_000), "white", "1"))
 
     numbers = itertools.count()
 
@@ -126,7 +127,8 @@ def make_acts(page: Page) -> list[tuple[str, Callable[[], str]]]:
     return [
         *[("answered", lambda: page.ask()), ("answered", lambda: page.ask(small)), ("answered", upload_and_ask)],
         ("answered", lambda: page.ask(small, photo)),
-        ("answered", lambda: page.ask(large)),  # 75 MB of pixels in 70 KB; made smaller
+        ("answered", lambda: page.ask(large)),  # 100 MB of pixels in 70 KB
+        ("answered", lambda: page.ask(huge)),  # made smaller
         ("refused", lambda: page.ask(bomb)),
         ("refused", lambda: page.ask(uri(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"))),
         ("refused", lambda: page.ask(question="word " * 100_000)),

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import to_pil_image
@@ -50,7 +50,7 @@ def open_image(source: Any) -> Any:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an upright 8-bit RGB image.
+    """Return an upright 8-bit RGB image; the image itself, loaded, where it is one already.
 
     EXIF rotation is applied, the first frame of an animation is taken, transparency is dropped as the original drops
     it, and 16-bit greyscale is scaled to 8 bits (PIL would clip it to white).
@@ -64,11 +64,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
     except Exception as error:  # decoders of broken files raise nearly anything
         raise ValueError(f"the image file cannot be decoded ({error}); it is damaged or incomplete") from error
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else Pillow would copy every pixel
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("the image has floating-point pixels of unknown range; convert it to 8 bits first")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("the image has 32-bit pixels of unknown range; convert it to 8 bits first")
         image = Image.fromarray((values >> 8).astype(np.uint8))

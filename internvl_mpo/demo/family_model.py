@@ -8,7 +8,7 @@ from PIL import Image
 
 from internvl_mpo.demo.conversation import Message
 from internvl_mpo.demo.generation import ChatModel
-from internvl_mpo.demo.pictures import Cutter, Picture
+from internvl_mpo.demo.pictures import Cutter, Picture, open_pictures
 from internvl_mpo.engines.image_text_engine import ImageTextEngine
 from internvl_mpo.engines.internvl_engine import load_internvl_processor
 from internvl_mpo.errors import BadInputError
@@ -42,7 +42,7 @@ class FamilyChatModel(ChatModel):
         for chat in chats:
             messages = [{"role": message.role, "content": self._content(message)} for message in chat]
             texts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-            pictures.append([picture.open() for message in chat for picture in message.images])
+            pictures.append(open_pictures([picture for message in chat for picture in message.images]))
         inputs = self.engine.inputs(self.processor, texts, pictures, max_tiles)
         return dict(inputs.to(self.device, self.model.dtype))
 
@@ -90,9 +90,7 @@ class FamilyCutter(Cutter):
         return cost.left_out + cost.text.count(self.processor.image_token)
 
     def draw(self, picture: Picture, limit: int, tile_pixels: int = 96, gap: int = 4) -> Image.Image:
-        image = picture.open().convert("RGB")
-        image.thumbnail((3 * tile_pixels, 3 * tile_pixels))
-        return image
+        return picture.smaller(3 * tile_pixels, 3 * tile_pixels)
 
 
 def load_chat_model(source: str, **options: Any) -> ChatModel:

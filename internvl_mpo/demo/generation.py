@@ -15,7 +15,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from internvl_mpo.demo.conversation import Message
-from internvl_mpo.demo.pictures import Cutter
+from internvl_mpo.demo.pictures import Cutter, hand_back_memory, open_pictures
 from internvl_mpo.engines import Sampling
 from internvl_mpo.engines.internvl_engine import InternVLEngine
 from internvl_mpo.engines.local import SeededDraw
@@ -89,6 +89,8 @@ class ChatModel:
             stop: ends the generation after the step that is running.
         """
         inputs = self.inputs(chats, max_tiles, adapters)
+        if any(message.images for chat in chats for message in chat):
+            hand_back_memory()  # what the pictures took as pixels
         mixed = {"adapter_names": list(adapters)} if adapters else {}
         (self.peft or self.model).generate(
             **inputs,
@@ -121,7 +123,8 @@ class ChatModel:
             images.append([picture for message in chat for picture in message.images])
         most = max(len(row) for row in images)
         settings = {"max_dynamic_patch": self.cutter.share(max_tiles, most)} if most else {}
-        opened = {id(picture): picture.open() for row in images for picture in row}
+        distinct = {id(picture): picture for row in images for picture in row}
+        opened = dict(zip(distinct, open_pictures([*distinct.values()]), strict=True))
         inputs = self.processor(
             text=texts,
             images=[[opened[id(picture)] for picture in row] for row in images] if most else None,

@@ -3,23 +3,30 @@
 import base64
 import binascii
 import contextlib
+import ctypes
 import io
+import math
+import sys
 import threading
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from internvl_mpo.engines.pictures import FORMATS
+from internvl_mpo.engines.pictures import FORMATS, upright_size
 from internvl_mpo.errors import BadInputError
 from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid, to_rgb
 
 THUMBNAIL_PIXELS = 480
 EDGE = "#8a94a3"  # of a drawn tile: to be seen on white and on black
-SHRUNK = 4  # a photo of 48 megapixels is common, and nothing is lost: tiles are smaller
-LARGE = 4_000_000  # pixels; of pictures above it one is decoded at a time, since each takes up to 300 MB meanwhile
+SHRUNK = 2  # a photo of 48 megapixels is common, and nothing is lost: tiles are smaller
+LARGE = 4_000_000  # pixels; of pictures above it one is decoded at a time, since each takes up to 250 MB meanwhile
+WEBP_COPIES = 4  # of all pixels, that its decoder makes
+STRIP = 128  # rows
+FELT = 1_000_000  # pixels; above it the memory they took is handed back
+MOST_FOR_A_MODEL = 25_000_000  # pixels of one conversation; 100 MB of memory
 _OPENING, _DECODING = threading.Lock(), threading.Lock()
 # Two visitors who upload the same file share its place on the disk, which the first question empties.
 _TAKEN: weakref.WeakValueDictionary[str, "Picture"] = weakref.WeakValueDictionary()
@@ -57,16 +64,36 @@ class Picture:
         """Return the pixels."""
         return Image.open(io.BytesIO(self.png))
 
+    def smaller(self, width: int, height: int) -> Image.Image:
+        """Return the pixels, shrunk to fit into so many where they are more."""
+        with decoding(self.width * self.height):
+            image = self.open()
+            image.thumbnail((width, height))
+            return image
+
     def thumbnail(self, pixels: int = THUMBNAIL_PIXELS) -> str:
         """Return a small copy as a data URI; small pictures are enlarged in whole steps, so that they can be seen."""
-        with _decoding(self.width * self.height):
-            image = self.open().convert("RGB")
-            if max(image.size) > pixels:
-                image.thumbnail((pixels, pixels))
+        image = self.smaller(pixels, pixels)
         if max(image.size) < 160:
             times = 160 // max(image.size) + 1
             image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
         return data_uri(image)
+
+
+def open_pictures(pictures: Sequence[Picture]) -> list[Image.Image]:
+    """Return the pixels of a conversation's pictures, in order.
+
+    Those of more than `MOST_FOR_A_MODEL` pixels together are made smaller first, one after the other: several pictures
+    share the model's tiles, so each has room for far fewer.
+    """
+    if sum(picture.width * picture.height for picture in pictures) <= MOST_FOR_A_MODEL:
+        return [picture.open() for picture in pictures]
+    share = MOST_FOR_A_MODEL / len(pictures)
+    scales = [min(1.0, (share / (picture.width * picture.height)) ** 0.5) for picture in pictures]
+    return [
+        picture.smaller(max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
+        for picture, scale in zip(pictures, scales, strict=True)
+    ]
 
 
 def read_picture(content: bytes, name: str, limits: Limits) -> Picture:
@@ -82,40 +109,70 @@ def read_picture(content: bytes, name: str, limits: Limits) -> Picture:
     try:
         with _unlimited_header(content) as opened:
             width, height = opened.size
-            most = limits.max_pixels * SHRUNK
-            if width * height > most:
-                raise BadInputError(
-                    f"{name} is too large: {width:,} x {height:,} pixels; at most {most / 1e6:g} megapixels please"
-                )
-            with _decoding(width * height):
-                return _decoded(opened, limits.max_pixels)
+            most = limits.max_pixels * SHRUNK // (WEBP_COPIES if opened.format == "WEBP" else 1)
+        if width * height > most:
+            raise BadInputError(
+                f"{name} is too large: {width:,} x {height:,} pixels; at most {most / 1e6:g} megapixels please"
+            )
+        with decoding(width * height):
+            return _decoded(content, limits.max_pixels)
     except BadInputError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInputError(f"{name} is no picture that can be read; PNG, JPEG, WebP, GIF and BMP are") from error
 
 
-def _decoded(opened: Image.Image, max_pixels: int) -> Picture:
-    """The pixels of an opened file as a picture of at most so many."""
-    width, height = opened.size
-    sent = None
-    if width * height > max_pixels:
-        sent = (width, height)
-        scale = (max_pixels / (width * height)) ** 0.5
-        smaller = (max(1, int(width * scale)), max(1, int(height * scale)))
-        opened.draft("RGB", smaller)  # a JPEG is decoded at half or a quarter of its size
-        opened.thumbnail(smaller)
-    image = to_rgb(opened)
-    if sent and image.width > image.height and sent[0] < sent[1]:
-        sent = sent[::-1]  # turned upright by its EXIF mark
+def _decoded(content: bytes, max_pixels: int) -> Picture:
+    """A file as a picture of at most so many pixels."""
+    with _unlimited_header(content) as opened:
+        sent = upright_size(opened) if opened.width * opened.height > max_pixels else None
+        image = _shrunk(opened, max_pixels) if sent else to_rgb(opened)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return Picture(buffer.getvalue(), *image.size, sent)
 
 
-def _decoding(num_pixels: int) -> contextlib.AbstractContextManager[Any]:
-    """A block in which a picture may be in memory as pixels; large ones wait for each other."""
-    return _DECODING if num_pixels > LARGE else contextlib.nullcontext()
+def _shrunk(opened: Image.Image, max_pixels: int) -> Image.Image:
+    """An opened file upright, in RGB, at a half (a third..) of its size, the first that has at most so many pixels.
+
+    Made from strips: as RGB the whole would be in memory a second time.
+    """
+    factor = math.ceil((opened.width * opened.height / max_pixels) ** 0.5)
+    opened.draft("RGB", (opened.width // factor, opened.height // factor))  # JPEG is decoded at half or a quarter
+    factor = math.ceil((opened.width * opened.height / max_pixels) ** 0.5)
+    orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+    small = Image.new("RGB", (-(-opened.width // factor), -(-opened.height // factor)))
+    for top in range(0, small.height, STRIP):
+        strip = opened.crop((0, top * factor, opened.width, min((top + STRIP) * factor, opened.height)))
+        strip.info.clear()  # else each strip would be turned
+        small.paste(to_rgb(strip).reduce(factor), (0, top))
+    small.getexif()[ExifTags.Base.Orientation] = orientation
+    return to_rgb(small)
+
+
+@contextlib.contextmanager
+def decoding(num_pixels: int) -> Iterator[None]:
+    """A block in which a picture is in memory as pixels: large ones wait for each other.
+
+    The memory goes back to the system at the end of the block, so nothing may hold the pixels any more.
+    """
+    with _DECODING if num_pixels > LARGE else contextlib.nullcontext():
+        try:
+            yield
+        finally:
+            if num_pixels > FELT:
+                hand_back_memory()
+
+
+def hand_back_memory() -> None:
+    """Give freed memory back to the system; does nothing where the C library is not glibc.
+
+    glibc keeps freed blocks of up to 32 MB for the thread that had them, and Pillow's have 16 MB: a picture of 25
+    megapixels would cost 100 MB in every thread that once decoded one, of which the page and the models have dozens.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _unlimited_header(content: bytes) -> Image.Image:
@@ -261,7 +318,8 @@ class Cutter:
         columns, rows = self.grid(picture, limit)
         tile_pixels = max(28, min(tile_pixels, 720 // (columns + 1)))
         inside = tile_pixels - 2  # without the line around it
-        pixels = picture.open().convert("RGB").resize((columns * inside, rows * inside))
+        with decoding(picture.width * picture.height):
+            pixels = picture.open().resize((columns * inside, rows * inside))
         has_thumbnail = self.thumbnail and columns * rows > 1
         width = columns * (tile_pixels + gap) - gap + (tile_pixels + 4 * gap if has_thumbnail else 0)
         sheet = Image.new("RGBA", (width, rows * (tile_pixels + gap) - gap))

@@ -54,7 +54,7 @@ def read_picture(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Enc
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            (width, height), mime = _upright_size(opened), Image.MIME[opened.format]
+            (width, height), mime = upright_size(opened), Image.MIME[opened.format]
     except Exception as error:
         if isinstance(error, Image.DecompressionBombError):
             raise BadInputError(f"{name} is too large; at most {max_pixels / 1e6:g} megapixels") from error
@@ -69,10 +69,11 @@ def picture_size(image: Any) -> tuple[int, int]:
     if isinstance(image, (Image.Image, EncodedPicture)):
         return image.size
     with Image.open(image) as opened:
-        return _upright_size(opened)
+        return upright_size(opened)
 
 
-def _upright_size(opened: Image.Image) -> tuple[int, int]:
+def upright_size(opened: Image.Image) -> tuple[int, int]:
+    """Return (width, height) of an opened file once it stands upright; by its header."""
     width, height = opened.size
     tagged = any(name in opened.info for name in ("exif", "xmp", "XML:com.adobe.xmp"))  # else a PNG would be decoded
     return (height, width) if tagged and opened.getexif().get(_ORIENTATION) in _LYING else (width, height)
