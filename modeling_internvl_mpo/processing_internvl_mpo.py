@@ -44,8 +44,7 @@ class InternVLChatProcessor(ProcessorMixin):
     ) -> None:
         if chat_template is None:
             chat_template = get_conversation(template).chat_template(system_message)
-            if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-                # serving engines add no token of their own to what a template writes
+            if _first_token(tokenizer):  # serving engines add no token of their own to what a template writes
                 chat_template = "{{- bos_token -}}\n" + chat_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         vocabulary = tokenizer.get_vocab()
@@ -163,14 +162,14 @@ class InternVLChatProcessor(ProcessorMixin):
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """Render a conversation, or several, as transformers does.
 
-        As text it comes without the first token that the template writes for serving engines, since this processor adds
+        As text it comes without the first token that the template writes for serving engines, where this processor adds
         that by itself.
         """
-        rendered = super().apply_chat_template(*args, **kwargs)
+        rendered, first = super().apply_chat_template(*args, **kwargs), _first_token(self.tokenizer)
         if isinstance(rendered, str):
-            return rendered.removeprefix(self.tokenizer.bos_token or "")
+            return rendered.removeprefix(first)
         if isinstance(rendered, list) and all(isinstance(text, str) for text in rendered):
-            return [text.removeprefix(self.tokenizer.bos_token or "") for text in rendered]
+            return [text.removeprefix(first) for text in rendered]
         return rendered
 
     def expand_images(self, texts: list[str], num_tiles: list[int]) -> list[str]:
@@ -240,6 +239,12 @@ class InternVLChatProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Names of the tensors a call returns."""
         return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _first_token(tokenizer: Any) -> str:
+    """The token that a tokenizer puts in front of every text; "" if none, though `bos_token` may name one."""
+    adds_it = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token if adds_it else ""
 
 
 def _check_placeholders(texts: list[str], groups: Sequence[Sequence[Any]] | None, num_images: int) -> None:

@@ -142,6 +142,15 @@ def test_a_serving_engine_reads_the_tokens_that_the_processor_writes(begins: boo
     assert processor.apply_chat_template([messages, messages], add_generation_prompt=True) == [prompt, prompt]
 
 
+def test_a_first_token_that_opens_the_turn_stays() -> None:
+    """SmolLM2's tokenizer calls `<|im_start|>` its first token and adds none, so the prompt began with "system"."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+    processor = InternVLChatProcessor.from_config(tiny_config(), tokenizer)
+    prompt = processor.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    assert prompt.startswith("<|im_start|>system\n") and prompt.count("<|im_start|>") == 3
+
+
 def test_content_of_a_message_may_be_nothing(processor: InternVLChatProcessor) -> None:
     for nothing in ({}, {"content": None}, {"content": ""}, {"content": []}):
         assert processor.apply_chat_template([{"role": "user", **nothing}]).endswith("<|im_end|><|im_start|>user\n")
