@@ -77,6 +77,9 @@ def test_a_windows_folder_is_an_absolute_path(tmp_path):
 def test_a_key_between_zeros_is_found_behind_any_mark(tmp_path, encoding):
     secret = "".join(SECRETS["AWS"])
     assert "secret key" in found_in(tmp_path, f"a line\n{secret}\n".encode(encoding), "a.txt")
+    for mark in (b"\xff\xfe", b"\xfe\xff", b""):  # half a character at the end hides nothing
+        text = f"a line\n{secret}\n".encode("utf-16-be" if mark == b"\xfe\xff" else "utf-16-le")
+        assert "secret key" in found_in(tmp_path, mark + text + b"\x00", "a.txt")
     mostly = "a" * 6 + "好" * 4  # six in ten are plain: still a text of one byte a character
     assert hygiene._as_utf_8(mostly.encode("utf-16-le")) == mostly.encode("utf-16-le")
     plain = b"plain text"

@@ -53,7 +53,7 @@ def closed_value(text: str) -> Fraction | float | None:
     """Return the real number a formula without letters comes to, None for anything else."""
     try:
         return _value_of(_read(text))
-    except (NoFormulaError, TooLargeError):
+    except NoFormulaError:
         return None
 
 
@@ -67,15 +67,7 @@ def compare_formulas(given: str, wanted: str) -> Comparison | None:
     Raises:
         NoFormulaError: one of the two is no formula.
     """
-    sides = []
-    for text in (given, wanted):
-        try:
-            sides.append(_read(text))
-        except TooLargeError:
-            sides.append(None)
-    if None in sides:
-        return None if sides == [None, None] else Comparison(False, None, None)
-    one, other = sides
+    one, other = sides = [_read(given), _read(wanted)]
     letters = sorted(one.letters | other.letters)
     values = [_value_of(relation) for relation in sides]
     one, other = _as_equation(one, other), _as_equation(other, one)
@@ -117,7 +109,7 @@ def _is_too_large(relation: Relation, letters: list[str]) -> bool:
 
 def _same_sides(one: Relation, other: Relation, letters: list[str]) -> bool:
     """Equal values at all points, of relations the same but for a factor."""
-    if one.right is None or other.right is None:
+    if one.right is None:  # neither has one
         pairs = list(_values(one.left, other.left, letters))
         return bool(pairs) and all(_close(a, b) for a, b in pairs)
     if other.sign != one.sign and other.sign != _TURNED.get(one.sign):

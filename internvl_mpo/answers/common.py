@@ -125,7 +125,7 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 # Marks that carry meaning stay: a decimal point or comma, a colon between digits, signs, roots.
 _INITIALS = re.compile(r"\b(?:[^\W\d_]\.){1,}[^\W\d_]\b\.?")
 _PUNCTUATION = re.compile(
-    r"[^\w\s%$€£¥°+<>=/\\^.,:√±×÷≠≤≥∞-]|[.,](?!\d)|(?<!\d)[.,]|:(?!\s?\d)|(?<!\d)(?<!\d\s):"
+    r"[^\w\s%$€£¥°+<>=/\\^.,:√±×÷≠≤≥∞-]|[.,](?!\d)|(?<!\d),|(?<=[^\d\s])\.|:(?!\s?\d)|(?<!\d)(?<!\d\s):"
     r"|(?<=[^\W\d])-|-(?!\d)|(?<!\d)/|/(?!\d)|_"
 )
 

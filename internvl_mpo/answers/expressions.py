@@ -177,6 +177,12 @@ class Parser:
             value += Fraction(over, under)
         return lambda point: value
 
+    def plain_number(self) -> Term:
+        r"""A number that another may follow: 2 of `\sin^2 30°`."""
+        value = fraction(self.token)
+        self.advance()
+        return lambda point: value
+
     def letter(self, name: str) -> Term:
         if self.token == "_":  # x_1 is a letter of its own
             self.advance()
@@ -232,7 +238,7 @@ class Parser:
         power: Term | None = None
         if self.token == "^":
             self.advance()
-            power = self.exponent()
+            power = self.plain_number() if self.kind == "number" else self.exponent()
         outer, self.degrees = self.degrees, name not in ("ln", "exp")
         value = applied(FUNCTIONS[name], self.operand())
         self.degrees = outer

@@ -21,12 +21,14 @@ def decide_text(prediction: str, gold: str, asked: Asked) -> Decision:
 
 _BRACKETED = re.compile(r"(?:.*=\s*)?(?:\\left)?(\\?[\[({]).*,.*?(?:\\right)?(\\?[\])}])")
 
+_NEGATIVE = re.compile(r"-(?:[A-Za-z]|\s+[A-Za-z]\b)")  # "- red" is an item of a list
+
 
 def same_marks(given: str, gold: str) -> bool:
     """Whether marks that `plain_words` drops agree: the same brackets around (1, 2], -x is not x, a/b is not b/a."""
     if "\\frac" in given and "\\frac" in gold:
         return "".join(given.split()) == "".join(gold.split())
-    if bool(re.match(r"-[a-z]", given)) != bool(re.match(r"-[a-z]", gold)):
+    if bool(_NEGATIVE.match(given)) != bool(_NEGATIVE.match(gold)):
         return False
     if any(re.search(r"\b[A-Za-z]\s*[-+*/]\s*[A-Za-z]\b", text) for text in (given, gold)):
         return "".join(given.lower().split()) == "".join(gold.lower().split())

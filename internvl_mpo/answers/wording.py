@@ -66,7 +66,7 @@ _DIGITS = (
     (re.compile(r"^(-?)10\^\{?(-?\d{1,2})\}?$"), r"\g<1>1 x 10^\2"),
 )
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-_SPELLINGS = {name[:3]: name for name in (*MONTH_NAMES, *_DAYS) if name != "may"}
+_SPELLINGS = {name[:3]: name for name in (*MONTH_NAMES, *_DAYS)}
 _SPELLINGS |= {"sept": "september", "tues": "tuesday", "thurs": "thursday", "thur": "thursday"}
 _SPELLINGS |= {"grey": "gray", "colour": "color", "centre": "center", "yep": "yes", "yeah": "yes", "yup": "yes"}
 _SPELLINGS |= {"nope": "no", "correct": "yes", "incorrect": "no", "wrong": "no", "absolutely": "yes"}
