@@ -57,22 +57,23 @@ def run(settings: "TrainSettings", signals: StopSignals) -> int:
     """Run the chapters below in order."""
     is_training = settings.reference_pass != "only"
     checkpoint = choose_checkpoint(settings) if is_training else None
-    processor = load_processor(settings)
+    processor = load_processor(settings.model)
+    check_reference_model(settings, processor)
     show_forms(settings)
     pairs, held_out = hold_out(settings.held_out_share, read_pairs(settings, processor))
     settings, pairs = plan(settings, pairs)
     identity = identify(settings, processor)
-    fingerprint = {"data": pairs.digest(), **identity, **settings.exact()}
+    fingerprint = {"data": pairs.digest(), **identity, **policy_identity(settings), **settings.exact()}
     if is_training and is_over(settings, pairs, fingerprint):
         return 0
     if settings.process_index == 0:
         show_run(settings, pairs)
 
-    model = load_policy(settings)
+    model = None if settings.reference_model else load_model(settings, settings.model)
     reference = reference_logps(settings, identity, model, processor, pairs, held_out)
     if not is_training:
         return 0
-    model = choose_weights(settings, model)
+    model = choose_weights(settings, model or load_model(settings, settings.model))
     if reference is not None:
         reference.follow(model)
     trainer = build_trainer(settings, fingerprint, model, processor, pairs, held_out, reference, signals)
@@ -194,40 +195,56 @@ def show_memory(settings: "TrainSettings", pairs: TrainingPairs) -> None:
 # --- policy -----------------------------------------------------------------------------------------------------------
 
 
-def load_processor(settings: "TrainSettings") -> Any:
-    """Return the processor of the start model; weights are read only after all pairs have been checked.
+def load_processor(source: str) -> Any:
+    """Return the processor of a model; weights are read only after all pairs have been checked.
 
     Raises:
         BadInputError: there is no such model, or no family takes it.
     """
     from internvl_mpo.families.registry import family_of_source
 
-    family = family_of_source(settings.model)
+    family = family_of_source(source)
     try:
-        return family.load_processor(settings.model)
+        return family.load_processor(source)
     except (OSError, ValueError) as error:
-        raise _cannot_load(settings.model, error) from error
+        raise _cannot_load(source, error) from error
 
 
-def load_policy(settings: "TrainSettings") -> Any:
-    """Return the start model, cut in pieces already where ZeRO-3 trains it.
+def check_reference_model(settings: "TrainSettings", processor: Any) -> None:
+    """Refuse a reference that reads other tokens than the policy: pairs are encoded once for both.
+
+    Raises:
+        BadInputError: naming both models.
+    """
+    if not settings.reference_model:
+        return
+    other = load_processor(settings.reference_model)
+    if other.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+        raise BadInputError(
+            f"reference_model {settings.reference_model} has another vocabulary than {settings.model}; give a model "
+            "that the policy was trained from"
+        )
+
+
+def load_model(settings: "TrainSettings", source: str) -> Any:
+    """Return the start model or the reference, cut in pieces already where ZeRO-3 trains it.
 
     Raises:
         BadInputError: its weights cannot be loaded.
     """
     from internvl_mpo.logps import attach_scoring
+    from internvl_mpo.training import policy
     from internvl_mpo.training.distributed import start_ranks
-    from internvl_mpo.training.policy import load_model
 
     start_ranks(settings)
     try:
         # Scoring is attached before any adapter, whether or not reference log-probs are still missing: a resumed run
         # must take the very same path through the model.
-        return attach_scoring(load_model(settings.model, weights_dtype(settings), in_4bit=settings.load_in_4bit))
+        return attach_scoring(policy.load_model(source, weights_dtype(settings), in_4bit=settings.load_in_4bit))
     except (OSError, ValueError) as error:
         if isinstance(error, BadInputError):
             raise
-        raise _cannot_load(settings.model, error) from error
+        raise _cannot_load(source, error) from error
 
 
 def weights_dtype(settings: "TrainSettings") -> Any:
@@ -245,7 +262,7 @@ def _cannot_load(source: str, error: Exception) -> BadInputError:
     reason = " ".join(str(error).split())
     if not Path(source).is_dir():
         return BadInputError(f"'{source}' is no folder here, and the Hub does not give it: {reason}")
-    return BadInputError(f"cannot load the start model '{source}': {reason}")
+    return BadInputError(f"cannot load the model '{source}': {reason}")
 
 
 def choose_weights(settings: "TrainSettings", model: Any) -> Any:
@@ -285,17 +302,11 @@ def choose_weights(settings: "TrainSettings", model: Any) -> Any:
 
 def identify(settings: "TrainSettings", processor: Any) -> dict[str, Any]:
     """Return what reference log-probs depend on besides the pairs."""
-    from internvl_mpo.engines.revision import model_revision
-    from internvl_mpo.training.distributed import agree, zero_stage
-    from internvl_mpo.training.reference_cache import model_digest
+    from internvl_mpo.training.distributed import zero_stage
 
-    source, dtype = settings.model, weights_dtype(settings)
-    in_engine = zero_stage(settings) is not None
-    digest = None
-    if settings.process_index == 0:  # every byte of the weights is read, once
-        digest = model_digest(source) if Path(source).is_dir() else f"{source}@{model_revision(source)}"
+    dtype, in_engine = weights_dtype(settings), zero_stage(settings) is not None
     return {
-        "start model": agree(digest, settings),
+        "start model": weights_identity(settings, settings.reference_model or settings.model),
         "chat template": content_id(processor.chat_template),
         "max_tiles": settings.max_tiles,
         "max_length": settings.max_length,
@@ -304,6 +315,23 @@ def identify(settings: "TrainSettings", processor: Any) -> dict[str, Any]:
         "load_in_4bit": settings.load_in_4bit,
         **settings.token_weights.identity(),
     }
+
+
+def policy_identity(settings: "TrainSettings") -> dict[str, Any]:
+    """Return what a run depends on besides, where the policy does not start as its reference."""
+    return {"policy": weights_identity(settings, settings.model)} if settings.reference_model else {}
+
+
+def weights_identity(settings: "TrainSettings", source: str) -> str:
+    """Return what tells a model from others, the same on all ranks; every byte of its weights is read."""
+    from internvl_mpo.engines.revision import model_revision
+    from internvl_mpo.training.distributed import agree
+    from internvl_mpo.training.reference_cache import model_digest
+
+    digest = None
+    if settings.process_index == 0:
+        digest = model_digest(source) if Path(source).is_dir() else f"{source}@{model_revision(source)}"
+    return agree(digest, settings)
 
 
 # --- reference log-probs ----------------------------------------------------------------------------------------------
@@ -317,9 +345,10 @@ def reference_logps(
     pairs: TrainingPairs,
     held_out: TrainingPairs,
 ) -> "ReferencePass | None":
-    """Return what computes the log-probs of the start model, or has done so already; None for adapter_off.
+    """Return what computes the log-probs of the reference, or has done so already; None for adapter_off.
 
-    Every rank computes a share and writes its own shards; a killed run goes on where it stopped.
+    Every rank computes a share and writes its own shards; a killed run goes on where it stopped. `model` is the start
+    model, or None where another one is the reference: that is loaded if log-probs are missing, and let go again.
     """
     if settings.reference == "adapter_off":
         return None
@@ -335,7 +364,10 @@ def reference_logps(
     )
     reference = ReferencePass(cache, processor, pairs, held_out, settings)
     compares = needs_reference(settings.preference, settings.quality)  # else held-out pairs alone are looked at
-    if settings.reference_pass != "ahead" or zero_stage(settings) == 3 or not compares:
+    if settings.reference_model:
+        if not reference.is_complete():
+            reference.before(load_model(settings, settings.reference_model), share=settings.reference_share)
+    elif settings.reference_pass != "ahead" or zero_stage(settings) == 3 or not compares:
         reference.before(model, share=settings.reference_share)
     if settings.reference_pass == "only" and settings.process_index == 0:
         print(f"reference log-probs of share {settings.reference_shard or '0/1'} are in {cache.folder}")

@@ -375,7 +375,8 @@ def setup_of_run(run: Mapping[str, Any]) -> dict[str, Any]:
     values.setdefault("gradient_checkpointing", False)
     precision = "bfloat16" if run.get("bf16") else "float16" if run.get("fp16") else None
     terms = (run.get(name, getattr(MPOArguments, name)) for name in ("preference", "quality"))
-    values["start_copy"] = run.get("reference_pass", "ahead") == "ahead" and needs_reference(*terms)
+    is_ahead = run.get("reference_pass", "ahead") == "ahead" and not run.get("reference_model")
+    values["start_copy"] = is_ahead and needs_reference(*terms)
     engine = run.get("deepspeed")
     if engine:
         zero = _read_engine(engine).get("zero_optimization", {})

@@ -239,13 +239,22 @@ def test_arms_share_the_first_data_and_each_samples_its_own_policy_then(given):
         assert f"{lanes.data(arm, 2)}/pairs_correctness.jsonl" in stages[f"{arm}.round_2.train"]
 
 
-def test_one_round_has_as_many_steps_as_all_rounds_and_the_first_model_can_be_trained_anew(given):
-    lanes = RoundLanes(settings_of(given, num_rounds=3, arms="mpo,mpo_one_round", reference="first"))
+def test_one_round_has_as_many_steps_as_all_rounds(given):
+    lanes = RoundLanes(settings_of(given, num_rounds=3, arms="mpo,mpo_one_round"))
     train = next(stage.command for stage in lanes.all_of("mpo_one_round", 1) if stage.name.endswith("train"))
     assert train[train.index("--max_steps") + 1] == "30"
-    train = next(stage.command for stage in lanes.all_of("mpo", 3) if stage.name.endswith("train"))
-    assert train[train.index("--model") + 1] == given["model"]
     assert lanes.settings.rounds_of("mpo_one_round") == 1
+
+
+@pytest.mark.parametrize("reference", ["round", "first"])
+def test_every_round_trains_the_policy_before_it_and_the_first_model_may_stay_the_reference(given, reference):
+    lanes = RoundLanes(settings_of(given, num_rounds=2, reference=reference))
+    for number, start in ((1, given["model"]), (2, str(lanes.policy("mpo", 1)))):
+        train = next(stage.command for stage in lanes.all_of("mpo", number) if stage.name.endswith("train"))
+        assert train[train.index("--model") + 1] == start
+        assert ("--reference_model" in train) == (reference == "first" and number == 2)
+    if reference == "first":
+        assert train[train.index("--reference_model") + 1] == given["model"]
 
 
 def test_a_launcher_stands_in_front_of_the_training_program_alone(given):
@@ -315,6 +324,9 @@ def test_servers_stand_around_every_sampling_stage_and_must_have_the_policy(give
         ({"arms": "mpo_one_round", "training": {"max_steps": -1}}, "needs max_steps"),
         ({"training": {"learning_rat": 1}}, "did you mean 'learning_rate'"),
         ({"training": {"model": "x"}}, "'model', which every round sets itself"),
+        ({"training": {"reference_model": "x"}}, "'reference_model', which every round sets itself"),
+        ({"reference": "first", "training": {"reference_sync_steps": 8}}, "reference_sync_steps 8"),
+        ({"reference": "first", "training": {"reference": "adapter_off"}}, "reference adapter_off"),
         ({"serve": "vllm serve {model}"}, "{model} and {port}"),
         ({"serve": "s {model} {port}", "sampling": {"engine": "vllm"}}, "take engine"),
         ({"temperatures": "0"}, "above 0"),

@@ -246,10 +246,12 @@ class RoundLanes:
         options = {**ARMS[arm.removesuffix(ONE_ROUND)], **settings.training}
         if arm.endswith(ONE_ROUND):
             options["max_steps"] = settings.max_steps * settings.num_rounds
-        start = self.policy(arm, 0 if settings.reference == "first" else number - 1)
+        if settings.reference == "first" and number > 1:
+            options["reference_model"] = settings.model
         python, script = program("train_mpo.py")
         command = [
-            *(shlex.split(settings.launcher) or [python]), script, "--config", settings.train, "--model", str(start),
+            *(shlex.split(settings.launcher) or [python]), script, "--config", settings.train,
+            "--model", str(self.policy(arm, number - 1)),
             "--data", ",".join(map(str, sources)), "--image_root", settings.image_root,
             "--seed", str(42 + settings.seed + ROUND_SEED * (number - 1)),
             "--output_dir", str(folder / "train"), "--model_dir", str(folder / "model"),

@@ -20,7 +20,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "mpo": {},
 }
 ONE_ROUND = "_one_round"  # an arm with this ending does all its steps in one round
-OWN = ("model", "data", "image_root", "output_dir", "model_dir", "reference_cache", "seed")
+OWN = ("model", "reference_model", "data", "image_root", "output_dir", "model_dir", "reference_cache", "seed")
 OWN_OF_SAMPLING = ("model", "temperature", "served_from")
 OWN_OF_EVALUATION = ("model", "benchmarks", "data", "mode", "output", "score_only")
 
@@ -55,7 +55,7 @@ class RoundsSettings:
     fixed_pairs: list[str] = setting([], help="pairs made elsewhere (MMPR, votes.jsonl), a share of every round")
     fixed_share: float = setting(0.2, help="share of fixed pairs among the pairs of a round")
     reference: Literal["round", "first"] = setting(
-        "round", help="what a round trains, and its reference: the policy before it, or the first model anew"
+        "round", help="of a round's training: the policy it starts from, or the first model in all rounds"
     )
     train: str = setting("configs/mini.yaml", help="run file of the training runs of a round")
     training: dict = setting({}, help="settings that differ from it, {key: value}")
@@ -113,6 +113,12 @@ class RoundsSettings:
             check_keys(run, {**keys, **dict.fromkeys(OWN, False)}, f"{self.train} and training")
         if any(arm.endswith(ONE_ROUND) for arm in self.arms) and not run.get("max_steps", 0) > 0:
             raise BadInputError(f"an arm that ends in {ONE_ROUND} needs max_steps in {self.train} or in training")
+        second = [key for key in ("reference", "reference_sync_steps") if run.get(key, "cache") not in ("cache", 0)]
+        if self.reference == "first" and second:
+            raise BadInputError(
+                f"reference is first, and {second[0]} {run[second[0]]} (in {self.train} or training) is another one; "
+                "leave one of them out"
+            )
 
     def check_files(self) -> None:
         """Refuse files that are not there.

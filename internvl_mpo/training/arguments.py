@@ -50,6 +50,9 @@ class MPOArguments(TrainingArguments):
     peak_tflops: float | None = setting(None, help="bfloat16 peak of a device for MFU; none = as known for its name")
     num_eval_samples: int = setting(4, help="held-out questions answered greedily at each evaluation")
     eval_sample_tokens: int = setting(256, help="where such an answer is cut")
+    reference_model: str | None = setting(
+        None, help="reference where it is not the start model: folder or Hub id, as the first model of several rounds"
+    )
     reference_sync_steps: int = setting(
         0, help="move the reference towards the policy every so many steps (TR-DPO); 0 = it stays the start model"
     )

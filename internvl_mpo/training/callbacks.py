@@ -107,8 +107,10 @@ class ConsoleCallback(TrainerCallback):
 
 def first_loss_line(args: MPOArguments, logs: Mapping[str, float]) -> str:
     """Return text that says whether the first loss and its terms are normal: policy and reference are one model yet."""
-    expected, words = expected_first_loss(args, logs["loss_generation"])
     line = f"step 1: loss {logs['loss']:.4f}"
+    if args.reference_model:
+        return f"{line}; policy and reference_model are two, so it has no fixed value"
+    expected, words = expected_first_loss(args, logs["loss_generation"])
     terms = {name: value for name, (value, _) in expected_first_terms(args).items()}
     if terms:
         terms |= dict.fromkeys(("rewards/chosen", "rewards/rejected", "reward_shift"), 0.0)

@@ -41,6 +41,7 @@ def check_result_folders(settings: "TrainSettings") -> None:
     beside = settings.output_dir.rstrip("/")
     used = [settings.output_dir, settings.model, *settings.data, settings.image_root, settings.reference_cache]
     used += [settings.preflight_cache or f"{beside}.preflight", Path(settings.output_dir) / "reference"]
+    used += [settings.reference_model]
     for kind, folder in folders.items():
         others = [other for other in folders.values() if other is not folder]
         name = "model_dir" if kind == "model" and settings.model_dir else f"the {kind} folder"

@@ -70,6 +70,11 @@ class ReferencePass:
 
     # --- before training ----------------------------------------------------------------------------------------------
 
+    def is_complete(self) -> bool:
+        """Whether every rank has the log-probs of all pairs that the run needs."""
+        rows = (self.plan.rows(np.concatenate(questions)) for questions in self._all_questions())
+        return not agree(not all(self.cache.has(self.plan.digests[some]).all() for some in rows), self.args)
+
     def before(self, model: nn.Module, *, share: tuple[int, int] = (0, 1)) -> None:
         """Compute all that is missing with the start model itself.
 
@@ -110,8 +115,7 @@ class ReferencePass:
         Args:
             model: the policy, not wrapped, before a checkpoint is loaded.
         """
-        rows = (self.plan.rows(np.concatenate(questions)) for questions in self._all_questions())
-        if agree(not all(self.cache.has(self.plan.digests[some]).all() for some in rows), self.args):
+        if not self.is_complete():
             self.start = StartWeights(model)
             self._windows = self.plan.windows(self.pairs)
 

@@ -44,7 +44,7 @@ WITHOUT_EFFECT = {
 class TrainSettings(MPOArguments):
     """Settings of `train_mpo.py`."""
 
-    model: str = setting(help="start model: folder or Hub id; it is also the reference")
+    model: str = setting(help="start model: folder or Hub id; it is also the reference, without reference_model")
     data: list[str] = setting(
         help="pairs: MMPR's meta.json, JSONL, Parquet folder, hub:OWNER/NAME; several with commas"
     )
@@ -66,7 +66,9 @@ class TrainSettings(MPOArguments):
         "cache", help="reference log-probs: cache (computed once), or adapter_off (each step, LoRA only)"
     )
     reference_pass: Literal["ahead", "before", "only"] = setting(
-        "ahead", help="reference log-probs: ahead of the steps, before all of them, or only these and no training"
+        "ahead",
+        help="reference log-probs: ahead of the steps (with reference_model: before), before all of them, or only "
+        "these and no training",
     )
     reference_shard: str | None = setting(None, help="with reference_pass only: i/n, share i (from 0) of n jobs")
     lora_rank: int = setting(0, help="rank of LoRA adapters; 0 trains the weights themselves")
@@ -155,6 +157,9 @@ def check_reference_pass(settings: TrainSettings) -> None:
     found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
     if not found or int(found[1]) >= int(found[2]):
         raise BadInputError(f"reference_shard is '{shard}', expected i/n with i from 0 to n - 1, as 0/8")
+    if settings.reference_model and (settings.reference == "adapter_off" or settings.reference_sync_steps):
+        other = "reference adapter_off" if settings.reference == "adapter_off" else "reference_sync_steps"
+        raise BadInputError(f"reference_model stands still and {other} is another reference; leave one of them out")
     if is_only and settings.reference == "adapter_off":
         raise BadInputError("reference adapter_off stores nothing, so reference_pass only would have nothing to do")
     if is_only and not needs_reference(settings.preference, settings.quality):
