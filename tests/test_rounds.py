@@ -317,9 +317,28 @@ def test_servers_stand_around_every_sampling_stage_and_must_have_the_policy(give
     assert "internvl_mpo.engines.with_server" not in commands["mpo.round_2.train"]
 
 
+def test_a_judge_rates_samples_of_each_rounds_own_policy_and_its_pairs_are_trained_on(given):
+    judge = {"engine": "http", "base_url": "http://localhost:1/v1", "num_rated": 3}
+    given |= {"open_questions": given["questions"], "judge": judge, "serve": "serve {model} {port}"}
+    lanes = RoundLanes(settings_of(given, temperatures="1.0,0.8"))
+    stages = {stage.name.removeprefix("mpo.round_2."): stage for stage in lanes.all_of("mpo", 2)}
+    sampled, rated = stages["judged_responses"].command, stages["pairs_judged"].command
+    assert sampled[sampled.index("--served_from") + 1] == str(lanes.policy("mpo", 1))
+    assert [sampled[sampled.index(key) + 1] for key in ("--num_samples", "--temperature")] == ["3", "0.8"]
+    assert rated[rated.index("--base_url") + 1] == "http://localhost:1/v1"
+    assert rated[rated.index("--responses") + 1] == str(stages["judged_responses"].makes)
+    assert "internvl_mpo.engines.with_server" not in rated
+    train = stages["train"].command
+    assert str(stages["pairs_judged"].makes) in train[train.index("--data") + 1].split(",")
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"judge": {"engine": "http", "base_url": "http://localhost:1"}}, "give open_questions"),
+        ({"judge": {"engine": "http"}, "open_questions": "q.jsonl"}, "--engine http needs --base_url"),
+        ({"judge": {"num_rate": 3}}, "did you mean 'num_rated'"),
+        ({"judge": {"seed": 3}}, "judge holds 'seed'"),
         ({"arms": "mpo,ppo"}, "unknown arm 'ppo'"),
         ({"arms": "mpo_one_round", "training": {"max_steps": -1}}, "needs max_steps"),
         ({"training": {"learning_rat": 1}}, "did you mean 'learning_rate'"),

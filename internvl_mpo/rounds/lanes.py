@@ -17,6 +17,7 @@ from internvl_mpo.programs import program, run_file
 from internvl_mpo.rounds.settings import ARMS, ONE_ROUND, RoundsSettings
 from internvl_mpo.stages import Stage
 
+NUM_RATED = 4  # default of build_judged_pairs.py
 ROUND_SEED = 1000  # seeds of two rounds are so far apart, and those of two runs lie in between
 
 
@@ -98,6 +99,29 @@ class Sampler:
                   self._through_server(command), pairs),
         ]  # fmt: skip
 
+    def judged_stages(
+        self, questions: Path, data: Path, *, judge: Mapping[str, Any], temperature: float = 1.0
+    ) -> list[Stage]:
+        """Return the stages that sample descriptions and pair them by a judge's ratings.
+
+        Args:
+            questions: open ones.
+            data: gets `judged_responses.jsonl` and `pairs_judged.jsonl`.
+            judge: settings of `build_judged_pairs.py`.
+            temperature: of the samples.
+        """
+        responses, pairs = data / "judged_responses.jsonl", data / "pairs_judged.jsonl"
+        command = [
+            *program("dataset_scripts/build_judged_pairs.py"), "--responses", str(responses), "--output", str(pairs),
+            "--image_root", str(self.image_root), "--seed", str(self.seed), *words(judge),
+        ]  # fmt: skip
+        num_samples = judge.get("num_rated", NUM_RATED)
+        return [
+            Stage("judged_responses", f"{num_samples} descriptions of each picture for the judge",
+                  self._sample(questions, responses, "plain", num_samples, temperature), responses),
+            Stage("pairs_judged", "descriptions that the judge rates higher against lower ones", command, pairs),
+        ]  # fmt: skip
+
     def _sample(self, questions: Path, output: Path, style: str, num_samples: int, temperature: float) -> list[str]:
         command = [
             *program("dataset_scripts/sample_responses.py"), "--model", str(self.model),
@@ -176,6 +200,9 @@ class RoundLanes:
         if settings.open_questions:
             stages += [self._select_open(arm, number)]
             stages += sampler.dropout_ntp_stages(open_questions, data, ratio=settings.ratio)
+        if settings.judge:
+            temperature = settings.temperature(number)
+            stages += sampler.judged_stages(open_questions, data, judge=settings.judge, temperature=temperature)
         if settings.fixed_pairs:
             stages.append(self._draw_fixed(arm, number))
         name = f"{arm}.round_{number}" if number > 1 else "round_1"
@@ -238,6 +265,7 @@ class RoundLanes:
 
     def _own_pairs(self, data: Path) -> list[Path]:
         names = ["pairs_correctness.jsonl"] + ["pairs_dropout_ntp.jsonl"] * bool(self.settings.open_questions)
+        names += ["pairs_judged.jsonl"] * bool(self.settings.judge)
         return [data / name for name in names]
 
     def _train(self, arm: str, number: int) -> Stage:

@@ -40,7 +40,8 @@ def sampled(folder: Path) -> dict[str, Any]:
     count = sum(outcomes.values())
     bins = Counter(min(int(NUM_BINS * row["pass_rate"]), NUM_BINS - 1) for row in rows)
     tokens = sum(row["tokens"] for row in rows)
-    others = [*_tokens(folder / "open_responses.jsonl"), *_tokens(folder / "pairs_dropout_ntp.jsonl")]
+    names = ("open_responses", "pairs_dropout_ntp", "judged_responses")
+    others = [count for name in names for count in _tokens(folder / f"{name}.jsonl")]
     files = sorted({*folder.glob("pairs_*.jsonl"), *folder.glob("fixed/*.jsonl")} - {*folder.glob("*.all_wrong.jsonl")})
     return {
         "num_questions": len(rows),

@@ -9,7 +9,7 @@ from internvl_mpo.engines.settings import EngineSettings
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.evaluation.settings import EvaluateSettings
 from internvl_mpo.programs import run_file, way_to
-from internvl_mpo.settings import check_keys, read_yaml, setting
+from internvl_mpo.settings import build_settings, check_keys, read_yaml, setting
 from internvl_mpo.training.first_look import setting_keys
 
 # arm -> what it changes in the training runs
@@ -22,6 +22,8 @@ ARMS: dict[str, dict[str, Any]] = {
 ONE_ROUND = "_one_round"  # an arm with this ending does all its steps in one round
 OWN = ("model", "reference_model", "data", "image_root", "output_dir", "model_dir", "reference_cache", "seed")
 OWN_OF_SAMPLING = ("model", "temperature", "served_from")
+OWN_OF_JUDGE = ("responses", "output", "image_root", "seed")
+KEYS_OF_JUDGE = ("rubric", "num_rated", "pairs_per_question", "min_gap", "max_replies", "max_new_tokens")
 OWN_OF_EVALUATION = ("model", "benchmarks", "data", "mode", "output", "score_only")
 
 
@@ -52,6 +54,9 @@ class RoundsSettings:
     temperatures: list[float] = setting([1.0], help="of the samples of round 1, 2, ..; the last one goes on")
     pairs_per_question: int = setting(4, help="most right-wrong pairs of a question, and most right-unparsable ones")
     ratio: float = setting(0.5, help="share of a description that Dropout-NTP keeps")
+    judge: dict = setting(
+        {}, help="settings of build_judged_pairs.py, for pairs of responses to open questions; empty leaves them out"
+    )
     fixed_pairs: list[str] = setting([], help="pairs made elsewhere (MMPR, votes.jsonl), a share of every round")
     fixed_share: float = setting(0.2, help="share of fixed pairs among the pairs of a round")
     reference: Literal["round", "first"] = setting(
@@ -92,13 +97,22 @@ class RoundsSettings:
     def _check_programs(self) -> None:
         """Refuse settings of the other programs, likewise."""
         sampler = [field.name for field in fields(EngineSettings)] + ["max_new_tokens"]
+        judge = [*(field.name for field in fields(EngineSettings)), *KEYS_OF_JUDGE]
         evaluation = [field.name for field in fields(EvaluateSettings)]
-        for name, keys, own in (("sampling", sampler, OWN_OF_SAMPLING), ("evaluation", evaluation, OWN_OF_EVALUATION)):
+        for name, keys, own in (
+            ("sampling", sampler, OWN_OF_SAMPLING),
+            ("judge", judge, OWN_OF_JUDGE),
+            ("evaluation", evaluation, OWN_OF_EVALUATION),
+        ):
             given = getattr(self, name)
             taken = [key for key in own if key in given]
             if taken:
                 raise BadInputError(f"{name} holds '{taken[0]}', which the rounds set themselves; take it out")
             check_keys(given, dict.fromkeys(keys, False), name)
+        if self.judge:
+            if not self.open_questions:
+                raise BadInputError("judge rates responses to open questions; give open_questions")
+            build_settings(EngineSettings, {key: self.judge[key] for key in self.judge if key not in KEYS_OF_JUDGE})
         if self.mode not in load_benchmark(self.benchmark).MAX_NEW_TOKENS:
             raise BadInputError(f"{self.benchmark} is never asked in mode {self.mode}; give the other --mode")
 
