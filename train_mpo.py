@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from internvl_mpo.errors import BadInputError, StoppedError, run_program
 from internvl_mpo.files import replaced_folder
 from internvl_mpo.mmpr.reading import forms_found
-from internvl_mpo.records import content_id
 from internvl_mpo.settings import show_settings, write_settings
 from internvl_mpo.training.checkpoint import SETTINGS_FILE, check_run_folder, read_state, run_folder
 from internvl_mpo.training.finished import (
@@ -55,6 +54,8 @@ def main(argv: list[str]) -> int:
 
 def run(settings: "TrainSettings", signals: StopSignals) -> int:
     """Run the chapters below in order."""
+    from internvl_mpo.training.identity import reference_identity
+
     is_training = settings.reference_pass != "only"
     checkpoint = choose_checkpoint(settings) if is_training else None
     processor = load_processor(settings.model)
@@ -62,8 +63,10 @@ def run(settings: "TrainSettings", signals: StopSignals) -> int:
     show_forms(settings)
     pairs, held_out = hold_out(settings.held_out_share, read_pairs(settings, processor))
     settings, pairs = plan(settings, pairs)
-    identity = identify(settings, processor)
-    fingerprint = {"data": pairs.digest(), **identity, **policy_identity(settings), **settings.exact()}
+    digests = [weights_digest(settings, source) for source in (settings.model, settings.reference_model) if source]
+    identity = reference_identity(settings, processor, digests[-1])
+    policy = {"policy": digests[0]} if settings.reference_model else {}
+    fingerprint = {"data": pairs.digest(), **identity, **policy, **settings.exact()}
     if is_training and is_over(settings, pairs, fingerprint):
         return 0
     if settings.process_index == 0:
@@ -220,10 +223,8 @@ def check_reference_model(settings: "TrainSettings", processor: Any) -> None:
         return
     other = load_processor(settings.reference_model)
     if other.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
-        raise BadInputError(
-            f"reference_model {settings.reference_model} has another vocabulary than {settings.model}; give a model "
-            "that the policy was trained from"
-        )
+        raise BadInputError(f"reference_model {settings.reference_model} has another vocabulary than {settings.model}; "
+                            "give a model that the policy was trained from")  # fmt: skip
 
 
 def load_model(settings: "TrainSettings", source: str) -> Any:
@@ -235,6 +236,7 @@ def load_model(settings: "TrainSettings", source: str) -> Any:
     from internvl_mpo.logps import attach_scoring
     from internvl_mpo.training import policy
     from internvl_mpo.training.distributed import start_ranks
+    from internvl_mpo.training.identity import weights_dtype
 
     start_ranks(settings)
     try:
@@ -245,17 +247,6 @@ def load_model(settings: "TrainSettings", source: str) -> Any:
         if isinstance(error, BadInputError):
             raise
         raise _cannot_load(source, error) from error
-
-
-def weights_dtype(settings: "TrainSettings") -> Any:
-    """Return the type the weights compute in: DeepSpeed casts them, and keeps a float32 master copy of its share."""
-    import torch
-
-    from internvl_mpo.training.distributed import zero_stage
-
-    in_engine = zero_stage(settings) is not None
-    name = "bfloat16" if in_engine and settings.bf16 else "float16" if in_engine and settings.fp16 else settings.dtype
-    return getattr(torch, name)
 
 
 def _cannot_load(source: str, error: Exception) -> BadInputError:
@@ -300,30 +291,8 @@ def choose_weights(settings: "TrainSettings", model: Any) -> Any:
     return model
 
 
-def identify(settings: "TrainSettings", processor: Any) -> dict[str, Any]:
-    """Return what reference log-probs depend on besides the pairs."""
-    from internvl_mpo.training.distributed import zero_stage
-
-    dtype, in_engine = weights_dtype(settings), zero_stage(settings) is not None
-    return {
-        "start model": weights_identity(settings, settings.reference_model or settings.model),
-        "chat template": content_id(processor.chat_template),
-        "max_tiles": settings.max_tiles,
-        "max_length": settings.max_length,
-        "dtype": str(dtype).removeprefix("torch."),
-        "autocast": None if in_engine else "bfloat16" if settings.bf16 else "float16" if settings.fp16 else None,
-        "load_in_4bit": settings.load_in_4bit,
-        **settings.token_weights.identity(),
-    }
-
-
-def policy_identity(settings: "TrainSettings") -> dict[str, Any]:
-    """Return what a run depends on besides, where the policy does not start as its reference."""
-    return {"policy": weights_identity(settings, settings.model)} if settings.reference_model else {}
-
-
-def weights_identity(settings: "TrainSettings", source: str) -> str:
-    """Return what tells a model from others, the same on all ranks; every byte of its weights is read."""
+def weights_digest(settings: "TrainSettings", source: str) -> str:
+    """Return what tells a model from others, the same on all ranks; every byte of its weights is read, once."""
     from internvl_mpo.engines.revision import model_revision
     from internvl_mpo.training.distributed import agree
     from internvl_mpo.training.reference_cache import model_digest

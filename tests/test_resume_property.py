@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_processor
 
-import train_mpo
 from dataset_scripts import sample_responses
 from internvl_mpo.encoding import measure_group, pair_size
 from internvl_mpo.engines import Reply
 from internvl_mpo.errors import run_program
 from internvl_mpo.records import PreferencePair, RowError
 from internvl_mpo.token_weights import TokenWeights
+from internvl_mpo.training.identity import reference_identity
 from internvl_mpo.training.preflight import Preflight
-from internvl_mpo.training.reference_cache import ReferenceCache
+from internvl_mpo.training.reference_cache import ReferenceCache, model_digest
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 
@@ -182,23 +182,20 @@ MATTERS = {  # alone it gives other log-probs of some pair
 }
 
 
-def identity(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes) -> dict:
+def identity(folder: Path, **changes) -> dict:
     given = {**USUAL, "chat_template": "usual", **changes}
-    monkeypatch.setattr(train_mpo, "weights_dtype", lambda settings: f"torch.{settings.dtype}")
     processor = SimpleNamespace(chat_template=given.pop("chat_template"))
-    return train_mpo.identify(SimpleNamespace(**{**given, "model": str(folder / given["model"])}), processor)
+    return reference_identity(SimpleNamespace(**given), processor, model_digest(folder / given["model"]))
 
 
 @settings(SHARED_FOLDER, max_examples=40)
 @given(changed=st.sets(st.sampled_from(sorted(MATTERS))), again=st.sets(st.sampled_from(sorted(MATTERS))))
-def test_the_reference_cache_has_a_key_of_its_own_for_all_that_changes_a_log_prob(
-    tmp_path, monkeypatch, changed, again
-):
+def test_the_reference_cache_has_a_key_of_its_own_for_all_that_changes_a_log_prob(tmp_path, changed, again):
     for name in ("start", "other"):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "model.safetensors").write_bytes(name.encode())
     names = [
-        ReferenceCache(tmp_path, identity(tmp_path, monkeypatch, **{key: MATTERS[key] for key in keys}), {}).name
+        ReferenceCache(tmp_path, identity(tmp_path, **{key: MATTERS[key] for key in keys}), {}).name
         for keys in (changed, again)
     ]
     effective = [keys - {"fp16"} if "bf16" in keys else keys for keys in (changed, again)]  # no run has both
@@ -206,10 +203,10 @@ def test_the_reference_cache_has_a_key_of_its_own_for_all_that_changes_a_log_pro
 
 
 @pytest.mark.parametrize("name", ["ld_alpha", "after_difference", "difference_tokens"])
-def test_each_weight_of_tokens_changes_the_key(tmp_path, monkeypatch, name):
+def test_each_weight_of_tokens_changes_the_key(tmp_path, name):
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "model.safetensors").write_bytes(b"weights")
     weights = [{"ld_alpha": 0.5, "after_difference": 0.5, "difference_tokens": 3} for _ in range(2)]
     weights[1][name] = 0.25 if name != "difference_tokens" else 4
-    found = [identity(tmp_path, monkeypatch, token_weights=TokenWeights(**values)) for values in weights]
+    found = [identity(tmp_path, token_weights=TokenWeights(**values)) for values in weights]
     assert found[0] != found[1]

@@ -5,7 +5,8 @@ preflight, table_parts, pair_table   pairs read, checked and measured once, in a
 pairs, lengths            the pairs of a run: chosen, shown, planned
 data                      steps of pairs become packs
 policy, distributed       the model that is trained, on one device or many
-reference_plan, reference_pass, reference_cache, live_reference   log-probs of the start model
+identity                  what reference log-probs depend on
+reference_plan, reference_pass, reference_cache, live_reference   log-probs of the reference
 trainer, callbacks, meters, run_log   the loop on transformers' Trainer
 watch, not_finite, held_out  what is looked at while it runs
 checkpoint, finished      where a killed run goes on, and when it is over
