@@ -7,23 +7,27 @@ import json
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from tiny import tiny_processor
 
-from internvl_mpo.encoding import encode_group, measure_group, pair_size
+from internvl_mpo.encoding import encode_group, measure_group, pair_size, response_key
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.measuring import PairMeter
 from internvl_mpo.mmpr import sources
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.reading import iter_pairs
+from internvl_mpo.mmpr.sources import Block
+from internvl_mpo.records import PreferencePair
 from internvl_mpo.training import preflight as module
 from internvl_mpo.training.lengths import length_report, show_lengths
-from internvl_mpo.training.pair_table import PairTable
+from internvl_mpo.training.pair_table import PairTable, text_hash
 from internvl_mpo.training.pairs import PairDigests
 from internvl_mpo.training.preflight import Preflight
+from internvl_mpo.training.table_parts import PartWriter, question_share
 
 LIMITS = {"max_tiles": 4, "max_length": 700}
 
@@ -179,6 +183,35 @@ def test_another_template_starts_anew(data, measured):
     assert len(measured) == 149
 
 
+def test_another_vocabulary_starts_anew(data, measured):
+    new(data).run()
+    measured.clear()
+    other = tiny_processor()
+    other.tokenizer.add_tokens(["yes yes"])
+    Preflight(other, data.parent / "cache", [data], **LIMITS, num_workers=0).run()
+    assert len(measured) == 149
+
+
+def test_all_that_the_number_of_tokens_depends_on_is_told_apart(monkeypatch):
+    """Of a tokenizer without a fast form the vocabulary counts, in whatever order it is listed."""
+    monkeypatch.setattr(module, "family_of_processor", lambda processor: processor)
+
+    def digest(vocabulary=None, template="t", cost=(1, "2"), **tokenizer) -> str:
+        tokenizer.setdefault("get_vocab", lambda: vocabulary or {"a": 0, "b": 1})
+        cost_settings = lambda processor: cost  # noqa: E731
+        return module._processor_digest(
+            SimpleNamespace(tokenizer=SimpleNamespace(**tokenizer), chat_template=template, cost_settings=cost_settings)
+        )
+
+    fast = [SimpleNamespace(to_str=lambda text=text: text) for text in ("one", "other")]
+    different = [
+        *(digest(), digest({"a": 1, "b": 0}), digest(template="s"), digest(cost=(2, "2")), digest(cost=(1, "3"))),
+        *(digest(backend_tokenizer=backend) for backend in fast),
+    ]
+    assert len(set(different)) == len(different)
+    assert digest({"b": 1, "a": 0}) == digest(backend_tokenizer=None) == different[0]
+
+
 def test_an_interrupted_pass_goes_on_where_it_stopped(data, measured, monkeypatch):
     whole = plain(new(data, "whole").run())
     real = PairMeter.measure
@@ -198,14 +231,30 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(data, measured, monkeypatc
     assert len(measured) == 30
 
 
-def test_parts_of_data_that_is_gone_do_not_pile_up(data):
+def test_parts_of_data_that_is_gone_do_not_pile_up_and_what_others_write_now_stays(data):
     first = new(data)
     first.run()
+    for name in (".5b0e.arrow.node7.1.part", ".table.json", "notes.txt"):
+        (first.folder / name).write_text("somebody writes it now")
     kept = len(list(first.folder.iterdir()))
     for number in range(3):
         change(data, 0, chosen=f"answer {number}")
         new(data).run()
     assert len(list(first.folder.iterdir())) == kept
+    assert len(list(first.folder.glob("[!.]*.json"))) == 9  # of eight blocks, and table.json
+
+
+def test_a_block_without_a_usable_pair_is_passed_over(data, measured):
+    lines = data.read_text().splitlines()
+    for number in range(20, 40):
+        lines[number] = json.dumps({"question": "Equal?", "chosen": "same", "rejected": "same"})
+    data.write_text("\n".join(lines) + "\n")
+    table = new(data).run()
+    assert [number for _, number, _ in table.unusable] == [*range(21, 41), 42, 70, 91]
+    assert [table.row(index).where for index in (19, 20)] == [f"{data}:20", f"{data}:41"]
+    measured.clear()
+    assert plain(new(data).run()) == plain(table)
+    assert measured == []
 
 
 def test_a_file_of_the_table_that_is_gone_is_made_again_and_a_damaged_one_named(data):
@@ -239,6 +288,98 @@ def test_other_ranks_get_the_first_ranks_findings(data, measured):
     assert measured == []
 
 
+def test_a_new_pass_forgets_that_an_earlier_one_was_completed(data):
+    first = new(data)
+    tokens = {first.reopen(), first.reopen()}
+    assert len(tokens) == 2
+    first.finish()
+    assert (first.folder / "done").exists()
+    first.reopen()
+    assert not (first.folder / "done").exists()
+
+
+@pytest.fixture
+def waiting(data, monkeypatch):
+    """A rank that waits for the first one, and what happens each time it has looked."""
+    monkeypatch.setattr(module, "_SILENCE", 0.0)
+    first, other = new(data), new(data)
+    token = first.reopen()
+    first.run()
+    looks: list[int] = []
+
+    def wait(happens) -> list[int]:
+        def sleep(seconds: float) -> None:
+            assert seconds < 1
+            looks.append(len(looks))
+            if len(looks) > 9:
+                pytest.fail("it waits on and on")
+            happens(first, len(looks))
+
+        monkeypatch.setattr(module.time, "sleep", sleep)
+        assert plain(other.wait(token)) == plain(first.run())
+        return looks
+
+    return wait
+
+
+def test_other_ranks_wait_as_long_as_the_first_shows_life(waiting):
+    def happens(first, num_looks):
+        os.utime(first.folder / "started", ns=(num_looks, num_looks))  # another time than before, whatever the clock
+        if num_looks == 5:
+            first.finish()
+
+    assert len(waiting(happens)) == 5
+
+
+def test_a_sign_of_life_is_the_time_of_the_mark(data):
+    first = new(data)
+    first.reopen()
+    os.utime(first.folder / "started", ns=(1, 1))
+    first._show_life(1)
+    assert (first.folder / "started").stat().st_mtime_ns > 1
+
+
+def test_a_first_rank_without_a_sign_of_life_is_not_waited_for(waiting):
+    with pytest.raises(BadInputError, match="has shown no sign of life in .*; start the command again"):
+        waiting(lambda first, num_looks: None)
+
+
+def test_a_rank_without_its_launcher_does_not_wait(waiting, monkeypatch):
+    monkeypatch.setattr(module, "_SILENCE", 600.0)
+    with pytest.raises(BadInputError, match="the launcher of this rank is gone"):
+        waiting(lambda first, num_looks: monkeypatch.setattr(os, "getppid", lambda: 1))
+
+
+def test_a_worker_that_dies_is_one_sentence(data, monkeypatch):
+    monkeypatch.setattr(module.PartWriter, "write", lambda *args: os._exit(1))
+    with pytest.raises(BadInputError, match="a process that checks pairs died, .* --preflight_workers"):
+        new(data, num_workers=1).run()
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_rows", "num_cores", "made"),
+    [
+        (0, 150, 40, "here"),
+        (None, 20, 40, "here"),  # one block: starting processes takes longer than the work
+        (None, 21, 40, 16),
+        (None, 150, 3, 3),
+        (5, 20, 40, 5),
+    ],
+)
+def test_processes_are_started_where_that_pays(data, monkeypatch, num_workers, num_rows, num_cores, made):
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:num_rows]))
+    chosen = []
+    monkeypatch.setattr(module, "_num_cores", lambda: num_cores)
+    monkeypatch.setattr(Preflight, "_make_here", lambda self, blocks: chosen.append((list(blocks), "here")) or [])
+    monkeypatch.setattr(
+        Preflight, "_make_in_workers", lambda self, blocks, workers: chosen.append((list(blocks), workers)) or []
+    )
+    assert list(new(data, num_workers=num_workers)._parts()) == []
+    ((blocks, how),) = chosen
+    assert how == made
+    assert [block.first for _, block in blocks] == list(range(1, num_rows + 1, 20))
+
+
 def test_a_folder_that_is_not_shared_is_named_instead_of_waited_for(data, monkeypatch):
     monkeypatch.setattr(module, "_PATIENCE", 0.3)
     first, other = new(data, "one_node"), new(data, "other_node")
@@ -261,6 +402,52 @@ def test_one_id_for_two_contents_is_refused(data):
     (clash,) = table.clashes  # the same pair twice is fine
     assert table.where(clash) == f"{data}:{len(lines) + 2}"
     assert table.clashes[clash] == f"id 'same' is also that of {data}:4, with other content"
+
+
+def test_one_id_for_pictures_of_two_folders_is_refused_and_every_row_keeps_its_own(tmp_path):
+    """The same words about another `1.png`: reference log-probs, which go by id, would be those of the first."""
+    lines = [{"id": str(number), "image": "1.png", "question": "Which?", "chosen": "red", "rejected": f"{number}"}
+             for number in range(3)]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    meta = {}
+    for number, name in enumerate(("left", "right")):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.new("RGB", (28 * (number + 1), 28)).save(tmp_path / name / "images" / "1.png")
+        meta[name] = {"root": f"{name}/images", "annotation": "pairs.jsonl", "repeat_time": number + 1}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    table = new(tmp_path / "meta.json").run()
+    found = [(row.subset, row.image_root.parent.name, row.repeat_time) for row in map(table.row, range(6))]
+    assert found == [("left", "left", 1)] * 3 + [("right", "right", 2)] * 3
+    assert [table.size(index).num_tiles for index in range(6)] == [1, 1, 1, 3, 3, 3]
+    assert list(table.clashes) == [3, 4, 5]  # in the order of the data
+    assert all(
+        reason.startswith(f"id '{number}' is also that of") for number, reason in enumerate(table.clashes.values())
+    )
+
+
+def test_a_table_of_an_earlier_version_is_found_again(tmp_path):
+    """Names of parts and keys of questions may not change, or every row is looked at once more and other questions
+    are held out."""
+    row = {"id": "7", "image": "1.png", "question": "Which?", "chosen": "red", "rejected": "blue"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    pair = PairRow(PreferencePair.from_json(row), Path("images"), 6, "", "")
+    block = Block(1, 2, 30, [b"one", b"other"])
+    names = []
+    for settings in (["a"], ["b"]):
+        source = SimpleNamespace(settings=lambda settings=settings: settings)
+        writer = PartWriter(tiny_processor(), tmp_path, [source], **LIMITS, decode=False)
+        blocks = (
+            block,
+            block._replace(lines=[b"one"]),
+            *(Block(first, num, 30) for first, num in ((1, 2), (2, 2), (1, 3))),
+        )
+        names += [writer._name(0, one) for one in blocks]
+    assert len(set(names)) == 10
+    assert names[0] == "92d502ef8375a1dcf57d3ab3"
+    assert names[2] == "9a6f5bf4f4930ec255f2bd2d"
+    assert question_share(pair.key[0]) == 59667658348773470 < 2**56
+    assert text_hash("7 \ud83d") == 7988727930781299298
+    assert response_key([1, 2, 70000]) == 17076530471059366 < 2**56
 
 
 def test_half_a_character_is_refused_by_name_in_a_text_and_kept_elsewhere(data):
