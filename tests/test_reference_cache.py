@@ -165,12 +165,14 @@ def test_a_damaged_shard_is_named(tmp_path):
         ReferenceCache(tmp_path, SETTINGS, digests(row))
 
 
+@pytest.mark.parametrize("is_chosen", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_value_that_is_not_finite_never_reaches_the_disk(tmp_path, value):
+def test_a_value_that_is_not_finite_never_reaches_the_disk(tmp_path, value, is_chosen):
     row = pair()
     cache = ReferenceCache(tmp_path, SETTINGS, digests(row))
+    logps = [torch.tensor([value]), torch.tensor([-1.0])]
     with pytest.raises(BadInputError, match=f"gives pair {row.id} log-probs"):
-        cache.add([row.id], torch.tensor([value]), torch.tensor([-1.0]))
+        cache.add([row.id], *(logps if is_chosen else logps[::-1]))
     assert cache.missing() == [row.id]
 
 
@@ -232,6 +234,22 @@ def test_what_another_rank_found_last_counts(tmp_path):
     assert [logps.tolist() for logps in mine.lookup([row.id for row in rows])] == [[-5.0, -7.0], [-6.0, -8.0]]
     mine.take(np.array([int(mine.digests[rows[1].id], 16)], np.uint64), np.array([[-9.0, -10.0]]))
     assert [logps.tolist() for logps in mine.lookup([row.id for row in rows])] == [[-5.0, -9.0], [-6.0, -10.0]]
+
+
+def test_what_one_rank_adds_another_can_take(tmp_path):
+    rows = [pair("two"), pair("2"), pair("deux")]
+    mine, other = (ReferenceCache(tmp_path, SETTINGS, digests(*rows)) for _ in range(2))
+    found = mine.add([rows[2].id, rows[0].id], torch.tensor([-1.5, -0.1]), torch.tensor([-3.0, -4.0]))
+    assert (found[0].dtype, found[1].dtype) == (np.uint64, np.float64)
+    other.take(*found)
+    assert other.missing() == [rows[1].id]
+    assert other.missing([rows[1].id, rows[0].id]) == [rows[1].id]
+    assert other.missing([]) == []
+    ids = [rows[0].id, rows[2].id]
+    assert [logps.tolist() for logps in other.lookup(ids, torch.float64)] == [
+        logps.tolist() for logps in mine.lookup(ids, torch.float64)
+    ]
+    assert not list(tmp_path.rglob("*.parquet"))  # whoever added it writes it
 
 
 def test_many_pairs_become_numbers_in_arrays_and_stay_known(tmp_path, monkeypatch):
