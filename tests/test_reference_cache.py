@@ -118,6 +118,8 @@ def test_a_gap_names_the_first_ids_and_the_way_out(tmp_path):
     assert "4 of 5 pairs have no reference log-probs" in str(error.value)
     assert f"({ids[1]}, {ids[2]}, {ids[3]}, ...)" in str(error.value)
     assert "run the training command again to fill the gap" in str(error.value)
+    with pytest.raises(BadInputError, match=rf"3 of 3 pairs .* \({ids[1]}, {ids[2]}, {ids[3]}\);"):
+        cache.lookup(ids[1:4])
 
 
 def test_a_pair_of_another_run_is_refused(tmp_path):
@@ -267,6 +269,21 @@ def test_many_pairs_become_numbers_in_arrays_and_stay_known(tmp_path, monkeypatc
         chosen, rejected = known.lookup([row.id for row in rows])
         assert chosen.tolist() == [-1.0 - number for number in range(9)]
         assert rejected.tolist() == [-20.0 + number for number in range(9)]
+
+
+def test_pairs_of_another_rank_become_numbers_too_but_not_before_the_own_ones_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_cache, "_RECENT", 3)
+    rows = [pair(str(number)) for number in range(9)]
+    cache, other = (ReferenceCache(tmp_path, SETTINGS, digests(*rows)) for _ in range(2))
+    found = other.add([row.id for row in rows[:4]], torch.arange(4.0), torch.arange(4.0))
+    cache.add([rows[8].id], torch.tensor([-1.0]), torch.tensor([-2.0]))
+    cache.take(*found)
+    assert (len(cache._digests), len(cache._recent)) == (0, 5)
+    cache.flush()
+    assert (len(cache._digests), len(cache._recent)) == (5, 0)
+    cache.take(found[0] + np.uint64(1), found[1])
+    assert (len(cache._digests), len(cache._recent)) == (9, 0)
+    assert cache.missing() == [row.id for row in rows[4:8]]
 
 
 def test_log_probs_come_as_float32_unless_more_is_asked_for(tmp_path):
