@@ -1,0 +1,110 @@
+"""The table of pairs on disk: whose id is whose, where a pair is found, what its parts and keys are called.
+
+pytest tests/test_pair_table.py
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_preflight import LIMITS, change, data, new  # noqa: F401 - data is a fixture
+from tiny import tiny_processor
+
+from internvl_mpo.encoding import response_key
+from internvl_mpo.mmpr.pairs import PairRow
+from internvl_mpo.mmpr.sources import Block
+from internvl_mpo.records import PreferencePair
+from internvl_mpo.training.lengths import length_report, show_lengths
+from internvl_mpo.training.pair_table import text_hash
+from internvl_mpo.training.pairs import PairDigests
+from internvl_mpo.training.table_parts import PartWriter, question_share
+
+
+def test_one_id_for_two_contents_is_refused(data):
+    lines = data.read_text().splitlines()
+    change(data, 3, id="same")
+    twice = data.read_text().splitlines()[3]
+    changed = json.dumps({**json.loads(twice), "chosen": "other"})
+    data.write_text("\n".join([*data.read_text().splitlines(), twice, changed]) + "\n")
+    table = new(data).run()
+    (clash,) = table.clashes  # the same pair twice is fine
+    assert table.where(clash) == f"{data}:{len(lines) + 2}"
+    assert table.clashes[clash] == f"id 'same' is also that of {data}:4, with other content"
+
+
+def test_one_id_for_pictures_of_two_folders_is_refused_and_every_row_keeps_its_own(tmp_path):
+    """The same words about another `1.png`: reference log-probs, which go by id, would be those of the first."""
+    lines = [{"id": str(number), "image": "1.png", "question": "Which?", "chosen": "red", "rejected": f"{number}"}
+             for number in range(3)]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    meta = {}
+    for number, name in enumerate(("left", "right")):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.new("RGB", (28 * (number + 1), 28)).save(tmp_path / name / "images" / "1.png")
+        meta[name] = {"root": f"{name}/images", "annotation": "pairs.jsonl", "repeat_time": number + 1}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    table = new(tmp_path / "meta.json").run()
+    found = [(row.subset, row.image_root.parent.name, row.repeat_time) for row in map(table.row, range(6))]
+    assert found == [("left", "left", 1)] * 3 + [("right", "right", 2)] * 3
+    assert [table.size(index).num_tiles for index in range(6)] == [1, 1, 1, 3, 3, 3]
+    assert list(table.clashes) == [3, 4, 5]  # in the order of the data
+    assert [reason[:6] for reason in table.clashes.values()] == ["id '0'", "id '1'", "id '2'"]
+
+
+def test_a_table_of_an_earlier_version_is_found_again(tmp_path):
+    """Another name of a part would cost a look at all rows, another key of a question would hold out others."""
+    row = {"id": "7", "image": "1.png", "question": "Which?", "chosen": "red", "rejected": "blue"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    pair = PairRow(PreferencePair.from_json(row), Path("images"), 6, "", "")
+    block = Block(1, 2, 30, [b"one", b"other"])
+    names = []
+    for settings in (["a"], ["b"]):
+        source = SimpleNamespace(settings=lambda settings=settings: settings)
+        writer = PartWriter(tiny_processor(), tmp_path, [source], **LIMITS, decode=False)
+        blocks = [block, block._replace(lines=[b"one"]), Block(1, 2, 30), Block(2, 2, 30), Block(1, 3, 30)]
+        names += [writer._name(0, one) for one in blocks]
+    assert len(set(names)) == 10
+    assert names[0] == "92d502ef8375a1dcf57d3ab3"
+    assert names[2] == "9a6f5bf4f4930ec255f2bd2d"
+    assert question_share(pair.key[0]) == 59667658348773470 < 2**56
+    assert text_hash("7 \ud83d") == 7988727930781299298
+    assert response_key([1, 2, 70000]) == 17076530471059366 < 2**56
+
+
+def test_half_a_character_is_refused_by_name_in_a_text_and_kept_elsewhere(data):
+    change(data, 0, provenance={"note": "half \ud83d of one"}, id="\ud83d")
+    change(data, 1, chosen="half \ud83d of one")
+    change(data, 2, question="half \ud83d of one")
+    table = new(data).run()
+    assert table.row(0).pair.id == "\ud83d"
+    assert table.row(0).pair.provenance == {"note": "half \ud83d of one"}
+    reasons = [reason for _, number, reason in table.unusable if number < 4]
+    assert ["'chosen' holds half a surrogate pair (U+D83D)" in reasons[0], "'question' holds" in reasons[1]] == [
+        True
+    ] * 2
+
+
+def test_pairs_are_found_by_their_ids(data):
+    table = new(data).run()
+    digests = PairDigests(table, np.arange(10, 100, 3))
+    rows = [table.row(index) for index in range(10, 100, 3)]
+    assert dict(digests.items()) == {row.pair.id: row.digest for row in rows}
+    assert all(digests[row.pair.id] == row.digest for row in rows)
+    with pytest.raises(KeyError):
+        digests[table.pair_id(0)]
+
+
+def test_the_histogram_holds_every_pair():
+    prompts = np.array([5, 80, 90, 700, 4100])
+    same = {name: np.full(5, value) for name, value in (("chosen", 10), ("rejected", 12), ("num_tiles", 1))}
+    report = length_report({"prompt": prompts, "num_tokens": prompts + 20, "num_cut": prompts > 4000, **same})
+    assert sum(report["histogram"]["counts"]) == 5
+    width = report["histogram"]["bin_width"]
+    assert report["histogram"]["counts"][4120 // width] == 1
+    assert report["pair"] == {"mean": 1015.0, "min": 25, "p50": 110, "p90": 4120, "p99": 4120, "max": 4120}
+    shown = show_lengths(report)
+    assert "4,120" in shown
+    assert "1 responses are cut" in shown
