@@ -1,16 +1,20 @@
 """Pairs to token ids, literal where it matters. Run: pytest tests/test_encoding.py"""
 
+import inspect
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
-from internvl_mpo.encoding import encode_group, measure_group, pair_size
+from internvl_mpo.encoding import Answers, _upright_size, encode_group, measure_group, pair_size, token_ids
+from internvl_mpo.families.contract import Turn
 from internvl_mpo.logps import attach_scoring, response_logps, twin_logps
 from internvl_mpo.packing import pack_groups
 from internvl_mpo.records import PreferencePair, RowError
@@ -114,6 +118,25 @@ def test_a_photo_turned_by_exif_is_measured_upright(root):
     assert tiles == {"turned.jpg": 1, "upright.jpg": 3}
 
 
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_turn_of_a_photo_is_seen_in_its_header(root, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for name in ("photo.jpg", "photo.png", "photo.webp"):
+        Image.new("RGB", (20, 29)).save(root / name, exif=exif)
+        with Image.open(root / name) as image:
+            assert _upright_size(image) == ImageOps.exif_transpose(image).size
+    Image.new("RGB", (20, 29)).save(root / "plain.png")
+    with Image.open(root / "plain.png") as image:
+        assert _upright_size(image) == (20, 29)
+
+
+def test_limits_are_those_of_the_original_unless_others_are_given():
+    for function in (encode_group, measure_group):
+        given = {name: one.default for name, one in inspect.signature(function).parameters.items()}
+        assert (given["max_tiles"], given["max_length"], given.get("decode", False)) == (12, 6144, False)
+
+
 def test_every_kind_of_group_packs_and_equals_the_twin(root):
     model = attach_scoring(tiny_model("internlm2")).double()
     processor = tiny_processor(model.config)
@@ -204,6 +227,66 @@ def refused(root: Path, row: PreferencePair, **limits) -> list[str]:
 
 def test_prompt_longer_than_the_limit_is_refused(root):
     assert all("no response fits below the limit of 40" in reason for reason in refused(root, pair(), max_length=40))
+
+
+def test_a_prompt_as_long_as_the_limit_leaves_no_room_and_one_token_less_leaves_one(root):
+    prompt = measure_group(tiny_processor(), [text_pair()], root).prompt_tokens
+    assert all("no response fits" in reason for reason in refused(root, text_pair(), max_length=prompt))
+    assert measure_group(tiny_processor(), [text_pair()], root, max_length=prompt + 1).response_tokens == (1, 1)
+
+
+def test_a_template_that_drops_a_picture_is_refused(root):
+    processor = tiny_processor()
+    processor.chat_template = "{{ messages[-1]['content'] | replace('<image>', '') }}"
+    for function in (measure_group, encode_group):
+        with pytest.raises(RowError, match="does not keep every picture"):
+            function(processor, [pair()], root)
+
+
+def test_a_picture_of_too_many_pixels_is_refused(root, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert all("square.png' cannot be read" in reason for reason in refused(root, pair()))
+
+
+def test_a_response_may_merge_with_what_follows_the_last_special_token():
+    def header(prompt: str, *specials: str) -> str:
+        return Answers.header(SimpleNamespace(specials=list(specials)), prompt)
+
+    assert header("<s>a</s>b\n", "<s>", "</s>") == "</s>b\n"
+    assert header("USER: a", "<s>") == header("USER: a") == "USER: a"
+
+
+class Merging:
+    """A tokenizer, without a fast form, in which a line end and a dash are one token."""
+
+    def __call__(self, texts, *, add_special_tokens, return_attention_mask):
+        assert not add_special_tokens
+        return {"input_ids": [[999 if part == "\n-" else ord(part) for part in re.findall("\n-|.", text, re.DOTALL)]
+                              for text in texts]}  # fmt: skip
+
+
+def test_an_answer_that_would_merge_with_its_header_is_tokenized_by_itself():
+    """The model starts after the header, which stands there with its line end as a token of its own."""
+    answers = object.__new__(Answers)
+    answers.tokenizer, answers.turn = Merging(), Turn("", 7)
+    dash, x, y = map(ord, "-xy")
+    assert answers.tokenize("a\n", ["-x", "y"]) == [[dash, x, 7], [y, 7]]
+
+
+@pytest.mark.parametrize("setting", ["padding", "truncation"])
+def test_a_tokenizer_that_pads_or_cuts_gives_all_ids_and_no_more(setting):
+    tokenizer, plain = tiny_tokenizer(), tiny_tokenizer()
+    if setting == "padding":
+        tokenizer.backend_tokenizer.enable_padding(length=9)
+    else:
+        tokenizer.backend_tokenizer.enable_truncation(2)
+    texts = ["abcd", "a"]
+    ids = token_ids(tokenizer, texts, add_special_tokens=False)
+    assert (
+        ids
+        == token_ids(plain, texts, add_special_tokens=False)
+        == [plain.convert_tokens_to_ids([*text]) for text in texts]
+    )
 
 
 def test_responses_cut_to_the_same_are_refused(root):

@@ -1,11 +1,14 @@
-"""The scoring head alone."""
+"""The scoring head alone, and how much runs before it."""
 
 import copy
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from internvl_mpo.kernels.scoring_head import ScoringHead
+from internvl_mpo.logps import attach_scoring, response_logps
+from internvl_mpo.packing import Group, pack_groups
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -22,3 +25,17 @@ def test_under_autocast_the_head_scores_in_the_type_that_autocast_asks_for(bias)
     found.sum().backward()  # outside of autocast, as a trainer does
     assert head.weight.grad.dtype == hidden.grad.dtype == torch.float32
     assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"trim": False}])
+def test_a_pack_runs_once_without_a_cache_of_keys_and_its_last_layer_is_trimmed_unless_told_otherwise(options):
+    model = attach_scoring(tiny_model(), **options)
+    pack = pack_groups([Group([5] * 60, [[2], [3, 4]], [(0, 1)], ["long"])])
+    decoder, sizes, caches = model.language_model.model, [], []
+    for layer in decoder.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[1]))
+    decoder.register_forward_hook(lambda _, args, output: caches.append(output.past_key_values))
+    with torch.no_grad():
+        response_logps(model, pack)
+    assert sizes == [61, 61 if options else 2]
+    assert caches == [None]
