@@ -244,6 +244,7 @@ def test_a_question_for_yes_or_no_begins_with_its_verb():
         ("\\frac12", "1/2", True),
         ("red", "red", True),
         ("- x", "-x", True),
+        ("(1,2] of it", "[1,2) of it", False),
         ("-X", "X", False),
         ("- red", "red", True),
         ("-red", "red", False),
@@ -283,6 +284,7 @@ def test_brackets_signs_and_the_order_of_a_quotient_count(one, other, same):
         ("\\sqrt{2}, red", "red, \\sqrt{2}", True),
         ("1.0, 2", "1, 2", True),
         ("cat, 5 dogs", "5 dogs, cat", False),
+        ("2, x = 1", "x = 1, 2", False),  # only where all are named the order is free
         ("[1, 2]", "1, 2", True),
         ("1,000, 2", "1000, 2", False),
     ],
@@ -399,6 +401,7 @@ REASON = "x" * 20
         ("x 答案为:5", "marker", "5", "after the marker"),
         ("final count; so 答案: 5", "marker", "5", "after the marker"),
         ("答案 of it; Final answer: 5", "marker", "5", "after the marker"),
+        ("Final answer: İ", "marker", None, "no reasoning before the final answer"),
         ("x final", "marker", None, "no 'Final answer:'"),
         ("x Final answer: a Final answer: b", "marker", "b", "after the marker"),
         ("x Final answer: a Final answer: b 答案: c", "marker", None, "'Final answer:' occurs 3 times"),

@@ -105,6 +105,11 @@ def test_a_fault_of_a_row_is_found_at_its_line_raw_and_in_parquet(raw, tmp_path,
         }
 
 
+def test_a_release_without_a_usable_row_is_checked_all_the_same(tmp_path):
+    (tmp_path / "a.jsonl").write_text("no json\n\n")
+    assert found(tmp_path / "a.jsonl") == {"unusable row": [f"{tmp_path}/a.jsonl:1"]}
+
+
 def test_a_cut_line_a_cut_picture_and_a_short_file_are_found(raw):
     path = edit(raw, SUMS, lambda rows: None)
     content = path.read_text()

@@ -117,8 +117,6 @@ def logarithm(value: Term, base: Term) -> Term:
 
     def calculate(point: Mapping[str, Value]) -> Value:
         a, b = value(point), base(point)
-        if a == 0 or b in (0, 1):
-            raise NoFormulaError
         return _bounded(lambda: cmath.log(complex(a)) / cmath.log(complex(b)))
 
     return calculate

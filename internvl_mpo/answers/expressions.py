@@ -30,7 +30,7 @@ _GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|sigma|tau|rho|epsilon
 _SPELLING = (
     (re.compile(r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\[,;:! ]|[$~]"), " "),
     (re.compile(r"\\[dt]frac"), r"\\frac"),
-    (re.compile(r"\\(?:cdot|times|ast)(?![A-Za-z])|[×·∙⋅]|\*(?!\*)(?<!\*\*)"), "*"),
+    (re.compile(r"\\(?:cdot|times|ast)(?![A-Za-z])|[×·∙⋅]"), "*"),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)"), "*"),
     (re.compile(r"\\div(?![A-Za-z])|[÷∕⁄]"), "/"),
@@ -68,7 +68,6 @@ class Parser:
         self.depth = 0
         self.letters: set[str] = set()
         self.degrees = False
-        self.token = self.kind = ""
         self.advance()
 
     def advance(self) -> None:

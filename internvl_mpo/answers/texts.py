@@ -11,8 +11,6 @@ MAX_ANLS_CHARS = 500  # the similarity costs the product of both lengths
 
 def decide_text(prediction: str, gold: str, asked: Asked) -> Decision:
     wanted = plain_words(gold)
-    if not wanted:
-        return None
     said = [text for text in said_values(prediction) if plain_words(text) == wanted]
     if not said or not any(same_marks(text, gold) for text in said):
         return None
@@ -32,7 +30,7 @@ def same_marks(given: str, gold: str) -> bool:
         return False
     if any(re.search(r"\b[A-Za-z]\s*[-+*/]\s*[A-Za-z]\b", text) for text in (given, gold)):
         return "".join(given.lower().split()) == "".join(gold.lower().split())
-    pairs = [_BRACKETED.fullmatch(text) for text in (given, gold)]
+    pairs = [_BRACKETED.match(text) for text in (given, gold)]
     return not all(pairs) or [group.strip("\\") for group in pairs[0].groups()] == [
         group.strip("\\") for group in pairs[1].groups()
     ]
@@ -55,8 +53,8 @@ def decide_list(prediction: str, gold: str, asked: Asked) -> Decision:
     is_named = all(assigned_name(item) for item in wanted)
     in_order = not gold.strip().startswith(("{", "\\{")) and any(parse_number(item) for item in wanted)
     any_order = is_named or not in_order
-    pairs = matching(given, wanted) if any_order else zip(given, wanted, strict=True)
-    right = pairs is not None and same_marks(prediction, gold) and all(same_item(a, b) for a, b in pairs)
+    in_pairs = map(same_item, given, wanted)
+    right = same_marks(prediction, gold) and (same_in_any_order(given, wanted) if any_order else all(in_pairs))
     return (True, "same items") if right else None
 
 
@@ -77,16 +75,15 @@ def same_item(given: str, wanted: str) -> bool:
     return bool(compared and compared[0]) or plain_words(given) == plain_words(wanted)
 
 
-def matching(given: list[str], wanted: list[str]) -> list[tuple[str, str]] | None:
+def same_in_any_order(given: list[str], wanted: list[str]) -> bool:
+    """Whether each wanted item is one of those given, none of them twice."""
     left = list(given)
-    pairs = []
     for item in wanted:
         found = next((other for other in left if same_item(other, item)), None)
         if found is None:
-            return None
+            return False
         left.remove(found)
-        pairs.append((found, item))
-    return pairs
+    return True
 
 
 # -- transcribed text
@@ -100,8 +97,6 @@ def anls(prediction: str, gold: str) -> float:
     a, b = " ".join(prediction.lower().split()), " ".join(gold.lower().split())
     if a == b:
         return 1.0
-    if not a or not b:
-        return 0.0
     previous = list(range(len(b) + 1))
     for i, char in enumerate(a, start=1):
         current = [i]

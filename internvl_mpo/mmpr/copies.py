@@ -69,10 +69,8 @@ def find_copies(parts: Sequence[Part]) -> Iterator[Finding]:
 def copy_groups(values: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the positions of every value that occurs more than once, in order."""
     order = np.argsort(values, kind="stable")
-    edges = np.flatnonzero(np.diff(values[order], prepend=values[order][:1] + np.uint64(1))) if len(values) else []
-    for start, stop in zip(edges, [*edges[1:], len(values)], strict=True):
-        if stop - start > 1:
-            yield order[start:stop]
+    edges = np.flatnonzero(values[order][1:] != values[order][:-1]) + 1
+    yield from (group for group in np.split(order, edges) if len(group) > 1)
 
 
 def repeated_ids(values: np.ndarray) -> Iterator[tuple[int, int]]:

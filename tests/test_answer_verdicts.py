@@ -1,0 +1,188 @@
+"""What a verdict says: outcome, answer, rule and reason, on each of the ways to it."""
+
+import pytest
+
+from internvl_mpo.answers.choices import parse_options, read_option
+from internvl_mpo.answers.comparing import (
+    EXACT_RULES,
+    Outcome,
+    Verdict,
+    accepted_answers,
+    asked_yes_or_no,
+    compare_answers,
+    judge_response,
+    rules_of_source,
+)
+from internvl_mpo.errors import BadInputError
+
+RIGHT, WRONG, UNPARSABLE, UNDECIDED = Outcome
+
+
+def test_the_outcomes_are_words_that_files_keep():
+    assert list(map(str, Outcome)) == ["right", "wrong", "unparsable", "undecided"]
+    assert (RIGHT, WRONG, UNPARSABLE, UNDECIDED) == (
+        Outcome.RIGHT,
+        Outcome.WRONG,
+        Outcome.UNPARSABLE,
+        Outcome.UNDECIDED,
+    )
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "verdict"),
+    [
+        ("cat", "cat", (RIGHT, "cat", "same", "same text")),
+        ("**cat**", "cat", (RIGHT, "cat", "same", "same text")),
+        ("5.0", "5", (RIGHT, "5.0", "number", "5, expected 5")),
+        ("6", "5", (WRONG, "6", "number", "6, expected 5")),
+        ("The cat", "a cat", (RIGHT, "The cat", "text", "same words")),
+        ("dog", "cat", (WRONG, "dog", "none", "no rule finds 'dog' equal to 'cat'")),
+        ("café", "cafe", (RIGHT, "café", "wording", "says 'cafe' in other words")),
+        ("2 to 3", "2:3", (RIGHT, "2 to 3", "wording", "says '2:3' in other words")),
+        ("2:3", "2 to 3", (WRONG, "2:3", "none", "no rule finds '2:3' equal to '2 to 3'")),
+        ("5 ms", "0.005 s", (RIGHT, "5 ms", "number", "5, expected 0.005 s")),
+        ("at least 5", "≥5", (RIGHT, "at least 5", "text", "in other words: same words")),
+        ("**", "cat", (UNPARSABLE, "**", "parse", "the answer is empty")),
+        ("<think>cat", "cat", (UNPARSABLE, None, "parse", "the think block never closes")),
+        ("<think>dog</think>cat", "cat", (RIGHT, "cat", "same", "same text")),
+        ("9^{9^9}", "8^{8^8}", (UNDECIDED, "9^{9^9}", "math", "both are too large to compare")),
+        ("yes", "no", (WRONG, "yes", "yes_no", "says yes, expected no")),
+        ("x" * 301, "cat", (UNPARSABLE, None, "parse", "301 characters are no final answer")),
+        ("x" * 301, "y" * 151, (WRONG, "x" * 301, "none", f"no rule finds '{'x' * 40}' equal to '{'y' * 40}'")),
+        ("</s>", "cat", (WRONG, "</s>", "none", "no rule finds '</s>' equal to 'cat'")),
+        ("A", "B", (WRONG, "A", "choice", "option A, expected B")),
+    ],
+)
+def test_a_verdict_says_why(prediction, gold, verdict):
+    assert compare_answers(prediction, gold) == Verdict(*verdict)
+
+
+def test_a_response_without_an_answer_says_what_is_missing():
+    assert judge_response("five", "5") == (UNPARSABLE, None, "parse", "no 'Final answer:'")
+    assert judge_response("x Final answer: five", "5").outcome is RIGHT
+    assert judge_response("104", "100", answer_format="text", source="chartqa").outcome is RIGHT
+    assert judge_response("B", "red", answer_format="text", question="Which?\nA. blue\nB. red").outcome is RIGHT
+
+
+def test_one_of_several_truths_is_enough_and_each_gets_its_rules():
+    assert compare_answers("104", ["cat", "100"], source="chartqa") == (
+        RIGHT,
+        "104",
+        "relaxed",
+        "off by 4 %, 5 % allowed",
+    )
+    assert compare_answers("B", ["blue", "red"], question="Which?\nA. blue\nB. red").outcome is RIGHT
+    assert compare_answers("dog", ["cat", "cow"]).reason == "no rule finds 'dog' equal to 'cat'"
+    assert compare_answers("5", ["5"]).outcome is RIGHT and compare_answers("5", 5).outcome is RIGHT
+
+
+@pytest.mark.parametrize(
+    ("gold", "accepted"),
+    [
+        *(("cat", ("cat",)), ("[1, 2]", ("[1, 2]",)), ('["a", "b"]', ("a", "b")), (' [ "a"]', (' [ "a"]',))),
+        *(('["a', ('["a',)), ('[ "a", 1]', ("a", "1")), (["a", "a", 2], ("a", "2")), (5, ("5",)), (0.5, ("0.5",))),
+    ],
+)
+def test_a_truth_is_a_text_a_number_or_a_list_of_texts(gold, accepted):
+    found = accepted_answers(gold.strip() if accepted == (' [ "a"]',) else gold)
+    assert found == (("a",) if accepted == (' [ "a"]',) else accepted)
+
+
+@pytest.mark.parametrize(
+    ("gold", "kind"), [([], "list"), (None, "NoneType"), (True, "bool"), ([None], "list"), ('{"a": 1}', "dict")]
+)
+def test_any_other_truth_is_refused(gold, kind):
+    with pytest.raises(BadInputError, match=f"is {kind}; give a text, a number or a list of texts"):
+        accepted_answers(gold)
+
+
+@pytest.mark.parametrize("source", ["chartqa", "my_ChartQA_5k", "plotqa"])
+def test_charts_are_relaxed(source):
+    assert rules_of_source(source) == ("choice", "yes_no", "relaxed", "number", "date", "text", "list")
+
+
+@pytest.mark.parametrize("source", "docvqa infographic infovqa sroie ocrvqa textvqa my_stvqa_2".split())  # noqa: SIM905
+def test_transcribed_text_may_slip(source):
+    assert rules_of_source(source) == (*EXACT_RULES, "anls")
+    assert compare_answers("Universty of California", "University of California", source=source).rule == "anls"
+    assert rules_of_source("geo170k") == EXACT_RULES == ("choice", "yes_no", "number", "date", "text", "list", "math")
+
+
+def test_the_question_for_yes_or_no_is_the_last_of_a_prompt():
+    assert asked_yes_or_no("Look. Is it red? Is it blue? Answer yes or no.") == "Is it blue?"
+    assert asked_yes_or_no("What is it?\nIs it red?\nSay it") == "Is it red?" and asked_yes_or_no("What is it?") == ""
+    for length, found in ((8000, "Is it red?"), (8001, "")):
+        assert asked_yes_or_no("x" * (length - 12) + ". Is it red?") == found
+
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        ("Which?\nA. red\nB. blue", {"A": "red", "B": "blue"}),
+        (" (A) red \n(B) blue", {"A": "red", "B": "blue"}),
+        ("A: red\nB： blue", {"A": "red", "B": "blue"}),
+        ("A) red\nB) blue\nC) green", {"A": "red", "B": "blue", "C": "green"}),
+        ("Which? (A) red (B) blue", {"A": "red", "B": "blue"}),
+        ("A. red", {}),
+        ("A. red\nC. blue", {}),
+        ("B. red\nC. blue", {}),
+        ("A. red\nB.", {}),
+        ("", {}),
+    ],
+)
+def test_options_are_letters_in_their_order(question, options):
+    assert parse_options(question) == options
+
+
+COLOURS = {"A": "red", "B": "blue", "C": "dark green"}
+# answer -> (letter, how)
+COLOUR_ANSWERS = {
+    "A": ("A", "letter"),
+    "a": ("A", "letter"),
+    "(B)": ("B", "letter"),
+    "B.": ("B", "letter"),
+    "**B**": ("B", "letter"),
+    "B</s>": ("B", "letter"),
+    "D": (None, "no option in the answer"),
+    "D. green": (None, "no option D"),
+    "I think B": ("B", "letter"),
+    "Option B": ("B", "letter"),
+    "The correct option is B": ("B", "letter"),
+    "选B": ("B", "letter"),
+    "B. blue": ("B", "letter and text of the option"),
+    "B. blue because it is": ("B", "letter and text of the option"),
+    "B. blue or (A)": (None, "several options"),
+    "B. red": (None, "a letter with the text of another option"),
+    "A or B": (None, "several options"),
+    "A, B": (None, "several options"),
+    "A and B": (None, "several options"),
+    "A is wrong. It is (B).": ("B", "letter"),
+    "A is not it": (None, "denies what it names"),
+    "A because it is so": ("A", "letter first"),
+    "A: it is so": ("A", "letter first"),
+    "A: wait, (B)": (None, "several options"),
+    "A: it is so. Actually no": (None, "several options"),
+    "red": ("A", "text of the option"),
+    "Red.": ("A", "text of the option"),
+    "the red": ("A", "text of the option"),
+    "dark green (C)": ("C", "text and letter"),
+    "dark green (A)": (None, "a letter with the text of another option"),
+    "It is (B)": ("B", "letter"),
+    "It is (B) or (C)": (None, "several options"),
+    "It is (B) red": (None, "a letter with the text of another option"),
+    "I would go for B": ("B", "letter on its own"),
+    "it is blue here": ("B", "text of one option in the answer"),
+    "it is blue and red": (None, "several options in the answer"),
+    "it is yellowish blue": (None, "no option in the answer"),
+    "not red": (None, "denies what it names"),
+    "not red but blue": ("B", "text of the option"),
+    "nothing of it": (None, "no option in the answer"),
+}
+
+
+@pytest.mark.parametrize("text", COLOUR_ANSWERS)
+def test_the_option_an_answer_settles_on(text):
+    assert read_option(text, COLOURS) == COLOUR_ANSWERS[text]
