@@ -186,3 +186,15 @@ COLOUR_ANSWERS = {
 @pytest.mark.parametrize("text", COLOUR_ANSWERS)
 def test_the_option_an_answer_settles_on(text):
     assert read_option(text, COLOURS) == COLOUR_ANSWERS[text]
+
+
+def test_an_option_is_mentioned_in_a_line_and_not_in_an_essay():
+    for length, letter in ((240, "B"), (241, None)):
+        text = "it is blue here" + " x" * 112 + "y" * (length - 239)
+        assert len(text) == length and read_option(text, COLOURS)[0] == letter
+
+
+def test_yes_and_no_are_options_only_where_all_are():
+    assert read_option("There is a dog", {"A": "No", "B": "Yes"}, "Is there a dog?") == ("B", "says yes")
+    assert read_option("There is a dog", {"A": "Yes", "B": "It depends"}, "Is there a dog?")[0] is None
+    assert read_option("There is a dog", {"A": "Yes", "B": "true"}, "Is there a dog?")[0] is None

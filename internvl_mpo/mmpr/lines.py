@@ -64,11 +64,10 @@ def _lines(file: Any, start: int, stop: int | None) -> Iterator[tuple[int, int, 
         line = file.readline(MAX_LINE_BYTES + 1)
         if not line:
             return
-        length = len(line)
-        while len(line) > MAX_LINE_BYTES and (rest := file.readline(MAX_LINE_BYTES)):
+        length, rest = len(line), line
+        while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES)
             length += len(rest)
-            if rest.endswith(b"\n"):
-                break
         yield offset, length, line
         offset += length
 
