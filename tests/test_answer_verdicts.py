@@ -190,7 +190,7 @@ def test_the_option_an_answer_settles_on(text):
 
 def test_an_option_is_mentioned_in_a_line_and_not_in_an_essay():
     for length, letter in ((240, "B"), (241, None)):
-        text = "it is blue here" + " x" * 112 + "y" * (length - 239)
+        text = "we see blue now" + " x" * 112 + "y" * (length - 239)
         assert len(text) == length and read_option(text, COLOURS)[0] == letter
 
 
