@@ -187,7 +187,6 @@ class ReferenceCache:
         """Write what was added as a shard."""
         if not self._added:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_writer(self.folder / "settings.json") as out:
             json.dump(self.settings, out, indent=2, ensure_ascii=False, sort_keys=True)
         values = np.array([self._recent[digest] for digest in self._added])
