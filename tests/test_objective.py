@@ -60,6 +60,8 @@ def test_loss_and_gradient_equal_the_closed_form(seed, spread, weights):
     columns = [t.tolist() for t in (pc, pr, rc, rr, lengths)]
     loss, chosen_gradient, rejected_gradient = closed_form(*columns, 0.1, weights, -0.3)
     assert out.loss.item() == pytest.approx(loss, rel=1e-12)
+    assert torch.equal(out.chosen_rewards, 0.1 * (pc - rc).detach())
+    assert torch.equal(out.rejected_rewards, 0.1 * (pr - rr).detach())
     assert pc.grad.tolist() == pytest.approx(chosen_gradient, rel=1e-9, abs=1e-15)
     assert pr.grad.tolist() == pytest.approx(rejected_gradient, rel=1e-9, abs=1e-15)
 

@@ -7,7 +7,18 @@ import pytest
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.files import atomic_writer
-from internvl_mpo.records import PreferencePair, Question, Response, RowError, content_id, read_rows, write_rows
+from internvl_mpo.records import (
+    PairLines,
+    PreferencePair,
+    Question,
+    Response,
+    RowError,
+    content_id,
+    json_quoted,
+    read_rows,
+    to_json_text,
+    write_rows,
+)
 
 
 def test_rows_survive_the_file(tmp_path):
@@ -129,3 +140,105 @@ def test_quick_line_and_id_are_those_of_the_plain_encoder():
     parts = [("a", odd), odd, None, 3, {"b": 1, "a": [odd]}, [odd], ()]
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     assert content_id(*parts) == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_ids_hold_all_that_makes_a_row_another_one():
+    """Rows are known by their ids: two that differ in what a model sees or what is right may not share one."""
+    asked = {"images": ("a.png",), "question": "q", "answer": "1", "system": "s", "history": (("h", "i"),)}
+    others = {"images": ("b.png",), "question": "r", "answer": "2", "system": "t", "history": (("h", "j"),)}
+    kinds = (
+        (Question, {}, {}),
+        (Response, {"question_id": "1", "response": "c"}, {"question_id": "2", "response": "d"}),
+        (PreferencePair, {"chosen": "c", "rejected": "d"}, {"chosen": "e", "rejected": "f"}),
+    )
+    for kind, own, other in kinds:
+        first = kind(**asked, **own)
+        # images and answer of a response are those of its question, whose id it holds
+        keys = {**others, **other}.keys() - ({"images", "answer"} if kind is Response else set())
+        changed = [kind(**{**asked, **own, key: {**others, **other}[key]}) for key in sorted(keys)]
+        assert len({row.id for row in (first, *changed)}) == 1 + len(keys), kind
+        assert kind(**asked, **own, source="elsewhere").id == first.id
+    keys = [PreferencePair(**{**asked, "chosen": "c", "rejected": "d", key: others[key]}).group_key for key in asked]
+    assert len(set(keys)) == len(asked)  # the answer alone is no other prompt
+    assert keys[2] == PreferencePair(**asked, chosen="e", rejected="f", rule="format").group_key
+
+
+def test_every_rule_of_a_pair_is_known():
+    for rule in ("correctness", "format", "direct", "dropout_ntp", "prefix_with_image", "vote", "judged", "other"):
+        assert PreferencePair(question="q", chosen="c", rejected="r", rule=rule).rule == rule
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"id": 7}, {"id": "7"}),
+        ({"source": ""}, {"source": "the file"}),
+        ({"source": "row"}, {"source": "row"}),
+        ({"answer_gt": ""}, {"answer": ""}),
+        ({"answer": " "}, {"answer": " "}),
+        ({"answer_gt": None}, {"answer": None}),
+        ({"answer_gt": [], "answer": None}, {"answer": None}),
+        ({"answer_gt": "7", "answer": "7"}, {"answer": "7"}),
+        ({"answer": 0.5}, {"answer": "0.5"}),
+        ({"provenance": None, "note": 1}, {"provenance": {"note": 1}}),
+        ({"provenance": {"note": 1, "seed": 2}, "note": 3}, {"provenance": {"note": 3, "seed": 2}}),
+        ({"rule": None}, {"rule": "other"}),
+        ({"rule": "vote"}, {"rule": "vote"}),
+        ({"system": " "}, {"system": None}),
+        ({"history": None}, {"history": ()}),
+        ({"image": ["a.png"]}, {"images": ("a.png",)}),
+    ],
+)
+def test_what_a_key_of_a_row_says(row, expected):
+    pair = PreferencePair.from_json({"question": "q", "chosen": "c", "rejected": "r", **row}, source="the file")
+    assert {name: getattr(pair, name) for name in expected} == expected
+    assert PreferencePair.from_json(pair.to_json(), source="the file") == pair
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"image": ["a.png", ""]}, "key 'image' must be text or a list of texts"),
+        ({"image": ["a.png", 7]}, "key 'image' must be text or a list of texts"),
+        ({"provenance": "seed 1"}, "key 'provenance' must be an object"),
+        ({"rule": 7}, "key 'rule' must be text, found int"),
+        ({"system": 7}, "key 'system' must be text, found int"),
+        ({"chosen": " \n"}, "'chosen' is empty"),
+        ({"rejected": ""}, "'rejected' is empty"),
+        ({"question": "\u3000"}, "the question is empty"),
+        ({"history": [["<video>", "a"]]}, "a place for <video>"),
+    ],
+)
+def test_a_key_that_cannot_be_meant_is_refused(row, words):
+    with pytest.raises(RowError, match=words):
+        PreferencePair.from_json({"question": "q", "chosen": "c", "rejected": "r", **row}, where="here")
+
+
+def test_pictures_given_as_a_list_are_the_same_row():
+    one, other = (Question(images=images, question="q") for images in (["a.png"], ("a.png",)))
+    assert one == other
+    assert one.images == ("a.png",)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"images": ("a.png",)}, {"images": ("a.png", "b.png")}, {"answer": "好"}, {"system": "Count \ud83d."},
+    {"history": (("h", "i"), ("j", "k"))}, {"answer": "1", "system": "s", "history": (("h", "i"),)},
+])  # fmt: skip
+@pytest.mark.parametrize("source", ["", "s"])
+def test_lines_of_pairs_made_from_pieces_are_those_of_whole_pairs(changes, source):
+    asked = Question(**{"question": 'How "many"?\u2028', **changes})
+    lines = PairLines(asked)
+    for rule, chosen in (("correctness", "3 é"), ("format", "4"), ("correctness", "5")):
+        pair = PreferencePair(
+            question=asked.question,
+            chosen=chosen,
+            rejected='"no"',
+            source=source,
+            rule=rule,
+            provenance={"n": 1},
+            **changes,
+        )
+        made = lines.line(json_quoted(chosen), json_quoted('"no"'), source, rule, json.dumps({"n": 1}))
+        assert made == pair.to_line()
+        assert to_json_text(pair.provenance) == json.dumps(pair.provenance)
+    assert [to_json_text(value) for value in (None, True, 7, "é", 0.5)] == ["null", "true", "7", '"é"', "0.5"]
