@@ -145,10 +145,11 @@ def published_files(source: Path) -> dict[str, Path]:
     named = {path.relative_to(source).as_posix() for files in configurations(source).values() for path in files}
     text = (source / "README.md").read_text(encoding="utf-8")
     named |= {posixpath.normpath(target) for target in _LINKED.findall(text)}
+    for path in sorted(source.rglob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(source.resolve()):
+            raise BadInputError(f"{path} is a link that leads out of {source}; put what it names there, or remove it")
     found, surplus = {}, []
     for name, path in files_of(source).items():
-        if not path.resolve().is_relative_to(source.resolve()):
-            raise BadInputError(f"{path} is a link that leads out of {source}; put the file itself there, or remove it")
         is_hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
         if not is_hidden and (name in named or name in _KNOWN or (path.suffix == ".py" and "/" in name)):
             found[name] = path

@@ -214,9 +214,11 @@ def test_a_link_that_leads_out_is_refused_and_one_inside_is_not(converted: Path,
     (converted / "LICENSE").symlink_to(converted / "README.md")
     assert "LICENSE" in published_files(converted)
     (tmp_path / "private.txt").write_text("mine")
-    (converted / "NOTICE").symlink_to(tmp_path / "private.txt")
-    with pytest.raises(BadInputError, match=r"NOTICE is a link that leads out"):
-        published_files(converted)
+    for target in (tmp_path / "private.txt", tmp_path, tmp_path / "nothing"):  # a file, a folder, nothing
+        (converted / "NOTICE").symlink_to(target)
+        with pytest.raises(BadInputError, match=r"NOTICE is a link that leads out"):
+            published_files(converted)
+        (converted / "NOTICE").unlink()
 
 
 @pytest.mark.parametrize("kind", sorted(SECRETS))
