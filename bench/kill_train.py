@@ -2,12 +2,14 @@
 
     python bench/kill_train.py --kills 20 --json kill_train.json
     python bench/kill_train.py --kills 20 --signal SIGTERM --ways one,two
+    python bench/kill_train.py --kills 10 --ways two,two_before,two_parquet
 
-For each way to train (one process, two ranks, two ranks with DeepSpeed) an unbroken run of a tiny model comes first.
-Then the same command is started, killed at a random moment, and started again, until all kills are spent; then it runs
-to its end. A moment is a step of the run plus a random delay, so that kills fall into training, into saving and, the
-first one, into the time before step one. On two ranks the victim is one rank or all processes. After every start the
-losses logged so far are compared with the unbroken run, bit for bit. Every step writes a checkpoint.
+For each way to train (one process, two ranks, two ranks with DeepSpeed; the reference ahead of the steps or before
+all of them; pairs from JSONL or from the row groups of Parquet shards) an unbroken run of a tiny model comes first.
+Then the same command is started, killed at a random moment, and started again, until all kills are spent; then it
+runs to its end. A moment is a step of the run plus a random delay, so that kills fall into training, into saving and,
+the first one, into the time before step one. On two ranks the victim is one rank or all processes. After every start
+the losses logged so far are compared with the unbroken run, bit for bit. Every step writes a checkpoint.
 """
 
 import contextlib
@@ -29,12 +31,17 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout without installation
 from internvl_mpo.errors import EXIT_STOPPED, BadInputError, run_program  # noqa: E402
 from internvl_mpo.settings import parse_settings, setting, show_settings  # noqa: E402
 
-# name -> (ranks, DeepSpeed file or None)
-WAYS = {
-    "one": (1, None),
-    "two": (2, None),
-    "two_zero2": (2, ROOT / "configs/deepspeed/zero2.json"),
-    "two_zero3": (2, ROOT / "configs/deepspeed/zero3.json"),
+# name -> (ranks, DeepSpeed file or None, other arguments)
+BEFORE, PARQUET = ("--reference_pass", "before"), ("--data", "parquet")
+WAYS: dict[str, tuple[int, Path | None, tuple[str, ...]]] = {
+    "one": (1, None, ()),
+    "one_before": (1, None, BEFORE),
+    "one_parquet": (1, None, PARQUET),
+    "two": (2, None, ()),
+    "two_before": (2, None, BEFORE),
+    "two_parquet": (2, None, PARQUET),
+    "two_zero2": (2, ROOT / "configs/deepspeed/zero2.json", ()),
+    "two_zero3": (2, ROOT / "configs/deepspeed/zero3.json", ()),
 }
 
 
@@ -43,7 +50,7 @@ class Settings:
     """Settings of the benchmark."""
 
     kills: int = setting(20, help="kills over all ways together")
-    ways: list[str] = setting(["one", "two", "two_zero2"], help="how to train: one, two, two_zero2, two_zero3")
+    ways: list[str] = setting(["one", "two", "two_zero2"], help=f"how to train: {', '.join(WAYS)}")
     steps: int = setting(40, help="steps of a run")
     seed: int = setting(0, help="decides moments and victims")
     signal: Literal["SIGKILL", "SIGTERM"] = setting("SIGKILL", help="SIGKILL, or SIGTERM, after which no step is lost")
@@ -102,6 +109,29 @@ def tiny_world(folder: Path) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
+def write_shards(pairs: Path, folder: Path) -> Path:
+    """Write the pairs of a JSONL file as Parquet shards of several row groups, pictures inside; return their folder."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    rows = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()]
+    table = [
+        {
+            "images": [{"bytes": (pairs.parent / row["image"]).read_bytes(), "path": row["image"]}]
+            if row.get("image")
+            else [],
+            "prompt": row["question"],
+            "chosen": row["chosen"],
+            "rejected": row["rejected"],
+        }
+        for row in rows
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, half in enumerate((table[::2], table[1::2])):
+        write_table(pyarrow.Table.from_pylist(half), folder / f"{number}.parquet", row_group_size=20)
+    return folder
+
+
 def torture(
     way: str, kills: int, steps: int, rng: random.Random, arguments: list[str], folder: Path, name: str = "SIGKILL"
 ) -> list[dict[str, Any]]:
@@ -116,8 +146,10 @@ def torture(
         folder: where the runs go.
         name: of the signal.
     """
-    num_ranks, deepspeed = WAYS[way]
-    arguments = [*arguments, "--max_steps", str(steps), "--save_steps", "1" if name == "SIGKILL" else "100000"]
+    num_ranks, deepspeed, more = WAYS[way]
+    if more == PARQUET:
+        more = ("--data", str(write_shards(Path(arguments[arguments.index("--data") + 1]), folder / "parquet")))
+    arguments = [*arguments, *more, "--max_steps", str(steps), "--save_steps", "1" if name == "SIGKILL" else "100000"]
     if deepspeed:
         arguments += ["--deepspeed", str(small_buckets(deepspeed, folder))]
     whole = folder / "unbroken"
