@@ -158,7 +158,8 @@ def show_run(settings: "TrainSettings", pairs: TrainingPairs) -> None:
     """Print the settings that were chosen, and the memory that is needed."""
     title = f"settings that differ from their defaults (all of them: {Path(settings.output_dir) / SETTINGS_FILE})"
     print(show_settings(settings, title, only_changed=True), flush=True)
-    show_memory(settings, pairs)
+    if not settings.fsdp:  # the estimate knows DDP and ZeRO
+        show_memory(settings, pairs)
 
 
 def show_memory(settings: "TrainSettings", pairs: TrainingPairs) -> None:
@@ -283,10 +284,11 @@ def choose_weights(settings: "TrainSettings", model: Any) -> Any:
     table = trainable_table(model)
     if settings.process_index == 0:
         print(table)
-        if settings.dtype != "float32" and not settings.lora_rank and zero_stage(settings) is None:
+        has_copy = zero_stage(settings) is not None or (settings.fsdp and settings.bf16)
+        if settings.dtype != "float32" and not settings.lora_rank and not has_copy:
             print(
                 f"note: {settings.dtype} weights are trained without a float32 copy, so small updates are rounded "
-                "away; use DeepSpeed with bf16, or dtype float32 with bf16"
+                "away; use DeepSpeed or FSDP2 with bf16, or dtype float32 with bf16"
             )
     return model
 
@@ -336,7 +338,7 @@ def reference_logps(
     if settings.reference_model:
         if not reference.is_complete():
             reference.before(load_model(settings, settings.reference_model), share=settings.reference_share)
-    elif settings.reference_pass != "ahead" or zero_stage(settings) == 3 or not compares:
+    elif settings.reference_pass != "ahead" or zero_stage(settings) == 3 or not (compares or settings.fsdp):
         reference.before(model, share=settings.reference_share)
     if settings.reference_pass == "only" and settings.process_index == 0:
         print(f"reference log-probs of share {settings.reference_shard or '0/1'} are in {cache.folder}")

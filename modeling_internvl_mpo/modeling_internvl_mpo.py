@@ -246,9 +246,11 @@ class InternVLChatModel(Chat, PreTrainedModel, GenerationMixin):
         if visual_features is not None:
             return embeds.masked_scatter(is_image.unsqueeze(-1), visual_features.to(embeds.device, embeds.dtype))
         is_shared = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
-        # ZeRO-3 gathers weights at each use, in evaluation too. (Naming a weight, as in mlp1[1].weight, is a use.)
-        if is_shared or any(hasattr(parameter, "ds_id") for parameter in self.mlp1.parameters()):
-            # Every rank must run the tower, and before the language model: ZeRO-2 and 3 pair up collectives by order.
+        # ZeRO-3 and FSDP2 gather weights at each use, in evaluation too. (Naming one, as mlp1[1].weight, is a use.)
+        is_cut = any(hasattr(parameter, "ds_id") for parameter in self.mlp1.parameters())
+        is_cut |= any(type(module).__name__.startswith("FSDP") for module in self.vision_model.modules())
+        if is_shared or is_cut:
+            # Every rank must run the tower, and before the language model: collectives are paired up by their order.
             side = self.config.force_image_size
             blank = torch.zeros(1, 3, side, side, dtype=embeds.dtype, device=embeds.device)
             embeds = embeds + 0.0 * self.extract_feature(blank).sum()

@@ -55,12 +55,14 @@ def _poisoned(what: str, pair_id: str) -> Callable:
 
 
 def _forget_deepspeed() -> None:
-    """A program trains once; DeepSpeed and accelerate keep what they know of its engine in globals."""
+    """A program trains once; DeepSpeed and accelerate keep what they know of its engine in globals and variables."""
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state()
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
     gc.collect()
 
 

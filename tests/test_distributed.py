@@ -40,6 +40,10 @@ CASES = {
     "zero2, lora": ("lora", (*LORA, "--deepspeed", "zero2")),
     "zero3, lora": ("lora", (*LORA, "--deepspeed", "zero3", "--gradient_checkpointing", "true")),
     "zero3, lora, adapter off": ("lora", (*LORA, "--deepspeed", "zero3", "--reference", "adapter_off")),
+    "fsdp": ("full", ("--fsdp", "true")),
+    "fsdp, several packs a rank": ("full", ("--fsdp", "true", "--max_tokens_per_pack", "650")),
+    "fsdp, held out": ("held_out", ("--fsdp", "true")),
+    "fsdp, lora": ("lora", (*LORA, "--fsdp", "true", "--gradient_checkpointing", "true", "--save_adapter", "true")),
     "zero2, moving reference": ("moving", ("--deepspeed", "zero2")),
     "ddp, weights": ("weights", ("--max_tokens_per_pack", "650")),
     "zero3, weights": ("weights", ("--deepspeed", "zero3")),
@@ -52,6 +56,8 @@ ALONE = {
     "moving": ("--reference_sync_steps", "2"),
     "weights": WEIGHTS,
 }  # fmt: skip
+# case of `CASES` -> how many ranks write its checkpoint, how many go on from it
+MOVES = [("zero2, lora", 2, 1), ("zero3", 2, 1), ("zero1", 1, 2), ("zero3", 1, 2), ("fsdp", 2, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +73,36 @@ def alone(world, tmp_path_factory) -> Path:
 def together(world, tmp_path_factory) -> Path:
     """The same on two ranks, all cases in one process group."""
     folder = tmp_path_factory.mktemp("together")
-    configs = small_configs(folder)
-    cases = []
-    for name, (twin, more) in CASES.items():
-        more = [str(configs.get(word, word)) for word in (*more, *ALONE[twin])]
-        cases.append((arguments(world, folder / name, *more), None))
-    codes, errors = run_on_two_ranks(folder, cases)
+    cases = [(arguments(world, folder / name, *words_of(name, folder)), None) for name in CASES]
+    codes, errors = run_on_ranks(2, folder, cases)
     assert codes == ["0,0"] * len(CASES), errors[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def moved(world, together, tmp_path_factory) -> Path:
+    """Runs that go on from step 2 of another, with as many ranks as `MOVES` says."""
+    folder = tmp_path_factory.mktemp("moved")
+    jobs = {ranks: [] for ranks in (1, 2)}
+    for name, written_by, ranks in MOVES:
+        start = together / name
+        if written_by == 1:
+            start = folder / f"{name} on 1"
+            jobs[1].append((arguments(world, start, *words_of(name, folder)), None))
+        words = (*words_of(name, folder), "--resume", str(start / "checkpoint-2"))
+        jobs[ranks].append((arguments(world, folder / f"{name} {written_by} {ranks}", *words), None))
+    for ranks, cases in jobs.items():
+        (folder / str(ranks)).mkdir()
+        codes, errors = run_on_ranks(ranks, folder / str(ranks), cases)
+        assert codes == [",".join("0" * ranks)] * len(cases), errors[-3000:]
+    return folder
+
+
+def words_of(name: str, folder: Path) -> list[str]:
+    """Return the arguments of a case of `CASES`; DeepSpeed's configurations are written into the folder."""
+    configs = small_configs(folder)
+    twin, more = CASES[name]
+    return [str(configs.get(word, word)) for word in (*more, *ALONE[twin])]
 
 
 def small_configs(folder: Path) -> dict[str, Path]:
@@ -90,10 +118,13 @@ def small_configs(folder: Path) -> dict[str, Path]:
     return configs
 
 
-def run_on_two_ranks(folder: Path, cases: list[tuple[list[str], list[str] | None]]) -> tuple[list[str], str]:
+def run_on_ranks(
+    num_ranks: int, folder: Path, cases: list[tuple[list[str], list[str] | None]]
+) -> tuple[list[str], str]:
     """Run cases of `distributed_worker.py` in one process group; return their exit codes and what was said."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [*TORCHRUN, str(ROOT / "tests/distributed_worker.py"), str(folder / "cases.json")]
+    launcher = [*TORCHRUN[:-1], str(num_ranks)]
+    command = [*launcher, str(ROOT / "tests/distributed_worker.py"), str(folder / "cases.json")]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=900)
     return (folder / "cases.json.done").read_text().split(), result.stderr
 
@@ -101,18 +132,46 @@ def run_on_two_ranks(folder: Path, cases: list[tuple[list[str], list[str] | None
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_give_the_losses_and_the_folder_of_one_process(alone, together, case):
-    twin = alone / CASES[case][0]
-    expected, found = losses(twin), losses(together / case)
+    compare_runs(alone / CASES[case][0], together / case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "written_by", "ranks"), MOVES)
+def test_a_run_goes_on_with_another_number_of_ranks_as_if_it_had_never_stopped(
+    alone, together, moved, case, written_by, ranks
+):
+    compare_runs(alone / CASES[case][0], moved / f"{case} {written_by} {ranks}", from_step=3)
+    start = together / case if written_by == 2 else moved / f"{case} on 1"
+    assert not list(start.glob("checkpoint-2/*universal*")), "the converted checkpoint takes the disk"
+
+
+def compare_runs(one: Path, other: Path, from_step: int = 1) -> None:
+    """Fail unless losses and trained weights are equal up to rounding."""
+    expected, found = ({s: loss for s, loss in losses(run).items() if s >= from_step} for run in (one, other))
     assert found.keys() == expected.keys()
     assert [found[step] for step in expected] == pytest.approx(list(expected.values()), rel=1e-5)
-    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (twin, together / case))
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        assert two[name].shape == weight.shape, name
+    weights, others = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert others[name].shape == weight.shape, name
         # Adam divides by the root of tiny gradients, so a few weights feel the rounding of a sum more than losses do
         torch.testing.assert_close(
-            two[name], weight, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name} {text}"
+            others[name], weight, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name} {text}"
         )
+
+
+@pytest.mark.slow
+def test_the_adapters_of_fsdp_are_whole(together):
+    """The folder of adapters alone, merged into the start model, is the merged model."""
+    from peft import PeftModel
+
+    from internvl_mpo.families.registry import family_of_source
+
+    folder = together / "fsdp, lora"
+    base = json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(family_of_source(base).load_model(base), folder / "adapter").merge_and_unload()
+    for name, weight in load_file(folder / "model" / "model.safetensors").items():
+        torch.testing.assert_close(model.state_dict()[name], weight)
 
 
 @pytest.mark.slow
@@ -132,7 +191,7 @@ def test_a_pair_that_is_not_finite_on_one_rank_stops_both_with_its_name(world, t
     cases = [
         (arguments(world, tmp_path / name, *more, *words), [what, pair_id]) for name, (what, words) in runs.items()
     ]
-    codes, errors = run_on_two_ranks(tmp_path, cases)
+    codes, errors = run_on_ranks(2, tmp_path, cases)
     assert codes == ["2,2"] * len(cases), errors[-3000:]
     for name, (what, _) in runs.items():
         sentences = re.findall(rf"error: the {what} is not finite [^\n]*?--dump {tmp_path / name}/\S+", errors)
@@ -174,19 +233,55 @@ def test_ranks_may_change_without_deepspeed_and_not_with_it(world, alone, togeth
     assert "was made with ZeRO-2, now it is no DeepSpeed" in capfd.readouterr().err
 
 
-def test_zero_checkpoints_of_another_number_of_ranks_are_refused(tmp_path):
+def test_ranks_that_would_make_other_steps_are_refused(tmp_path):
     from internvl_mpo.errors import BadInputError
     from internvl_mpo.training.checkpoint import check_resumable, write_state
 
     state = {"fingerprint": {}, "engine": "ZeRO-3", "num_ranks": 8, "steps_per_epoch": 10}
     write_state(tmp_path, state)
-    check_resumable(tmp_path, state)
-    with pytest.raises(BadInputError, match="was made with ZeRO-3 on 8 ranks, which cannot be divided among 4"):
-        check_resumable(tmp_path, {**state, "num_ranks": 4})
-    write_state(tmp_path, {**state, "engine": "no DeepSpeed"})
-    check_resumable(tmp_path, {**state, "engine": "no DeepSpeed", "num_ranks": 4})
+    check_resumable(tmp_path, {**state, "num_ranks": 4})
     with pytest.raises(BadInputError, match="counts 10 steps an epoch, 4 ranks would make it 9"):
-        check_resumable(tmp_path, {**state, "engine": "no DeepSpeed", "num_ranks": 4, "steps_per_epoch": 9})
+        check_resumable(tmp_path, {**state, "num_ranks": 4, "steps_per_epoch": 9})
+
+
+def test_a_checkpoint_that_cannot_be_converted_is_left_alone_and_named(tmp_path, monkeypatch):
+    from internvl_mpo.errors import BadInputError
+    from internvl_mpo.training import reshard
+    from internvl_mpo.training.checkpoint import write_state
+
+    write_state(tmp_path, {"num_ranks": 2})
+    (tmp_path / "latest").write_text("global_step4")
+    (tmp_path / "global_step4").mkdir()
+
+    def fail(command, **options):
+        Path(command[-1]).mkdir()
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nOSError: [Errno 28] No space left on device\n")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    args = SimpleNamespace(world_size=1, process_index=0)
+    engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=torch.optim.AdamW([torch.ones(1)])))
+    said = r"could not be converted for 1 ranks, OSError: .* No space left on device; go on with 2 ranks"
+    with pytest.raises(BadInputError, match=said):
+        reshard.load_universal(engine, tmp_path, args, strict=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step4", "latest", "mpo_state.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "start several with torchrun"),
+        (("--fsdp_config", '{"version": 1}'), "version 1, which torch has given up"),
+        (("--reference_pass", "before"), "with fsdp use ahead"),
+        (("--reference_sync_steps", "2"), "reference_sync_steps does not work with fsdp"),
+        ((*LORA, "--load_in_4bit", "true"), "load_in_4bit does not work with fsdp"),
+        (("--deepspeed", "configs/deepspeed/zero2.json"), "leave one of them out"),
+    ],
+)
+def test_what_does_not_go_with_fsdp_is_refused_by_name(world, tmp_path, monkeypatch, capsys, words, reason):
+    monkeypatch.chdir(ROOT)
+    assert train(world, tmp_path / "run", "--fsdp", "true", *words) == 2
+    assert reason in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

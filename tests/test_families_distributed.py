@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distributed import run_on_two_ranks, small_configs
+from test_distributed import run_on_ranks, small_configs
 from test_train_mpo import arguments, losses, train
 from tiny_families import FAMILIES
 from tiny_world import make_training_pairs
@@ -40,7 +40,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
             output = outputs[f"{name} {engine}"] = folder / f"{name}_{engine}"
             more = () if engine == "ddp" else ("--deepspeed", str(configs[engine]))
             cases.append((arguments(world, output, *SMALL, *more), None))
-    codes, errors = run_on_two_ranks(folder, cases)
+    codes, errors = run_on_ranks(2, folder, cases)
     assert codes == ["0,0"] * len(cases), errors[-3000:]
     return outputs
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_distributed import run_on_two_ranks, small_configs
+from test_distributed import run_on_ranks, small_configs
 from test_train_mpo import arguments, losses, train, world  # noqa: F401 - world is a fixture
 from tiny import tiny_model
 
@@ -278,7 +278,7 @@ def test_two_ranks_ahead_give_the_losses_of_before_to_the_bit(world, tmp_path):
         for name, engine in engines.items()
         for when in ("before", "ahead")
     ]
-    codes, errors = run_on_two_ranks(tmp_path, cases)
+    codes, errors = run_on_ranks(2, tmp_path, cases)
     assert codes == ["0,0"] * len(cases), errors[-3000:]
     for name in engines:
         assert losses(tmp_path / f"{name}_ahead") == losses(tmp_path / f"{name}_before"), name

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.fsdp import FSDPModule
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.contract import Family, Message, Part, Prompt, Turn
@@ -162,7 +163,10 @@ class NativeFamily(Family):
             embeds = embeds.masked_scatter(is_picture[..., None], features.to(embeds.dtype))
             return embeds, self.deeper_inputs(is_picture, deeper) if has_numbers else {}
         is_shared = model.training and torch.distributed.is_available() and torch.distributed.is_initialized()
-        if is_shared or any(hasattr(parameter, "ds_id") for parameter in self.vision_tower(model).parameters()):
+        tower = self.vision_tower(model)
+        is_cut = any(hasattr(parameter, "ds_id") for parameter in tower.parameters())
+        is_cut |= any(isinstance(module, FSDPModule) for module in tower.modules())
+        if is_shared or is_cut:
             pixels, inputs = self.blank(model)
             inputs = {name: rows.to(embeds.device) for name, rows in inputs.items()}
             features, deeper = self.picture_features(model, pixels.to(embeds.device, model.dtype), inputs)

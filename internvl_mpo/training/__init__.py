@@ -9,7 +9,7 @@ identity                  what reference log-probs depend on
 reference_plan, reference_pass, reference_cache, live_reference   log-probs of the reference
 trainer, callbacks, meters, run_log   the loop on transformers' Trainer
 watch, not_finite, held_out  what is looked at while it runs
-checkpoint, finished      where a killed run goes on, and when it is over
+checkpoint, reshard, finished   where a killed run goes on, with other ranks too, and when it is over
 signals, stopping         how it stops between two steps
 throughput, speed, fake_pass   what a step costs, and how it is made cheaper
 """

@@ -198,11 +198,6 @@ def check_resumable(checkpoint: str | Path, state: Mapping[str, Any]) -> None:
             f"{checkpoint} was made with {saved['engine']}, now it is {state['engine']}, which cannot read its "
             f"optimizer; {way_out}"
         )
-    if saved["engine"] != "no DeepSpeed" and saved["num_ranks"] != state["num_ranks"]:
-        raise BadInputError(
-            f"{checkpoint} was made with {saved['engine']} on {saved['num_ranks']} ranks, which cannot be divided "
-            f"among {state['num_ranks']}; {way_out}"
-        )
     if saved["steps_per_epoch"] != state["steps_per_epoch"]:
         raise BadInputError(
             f"{checkpoint} counts {saved['steps_per_epoch']} steps an epoch, {state['num_ranks']} ranks would make it "

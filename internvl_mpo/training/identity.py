@@ -11,14 +11,18 @@ from internvl_mpo.training.settings import TrainSettings
 
 def reference_identity(settings: TrainSettings, processor: Any, weights: str) -> dict[str, Any]:
     """Return what reference log-probs depend on besides the pairs; `weights` tells the reference from other models."""
-    in_engine = zero_stage(settings) is not None
+    autocast = "bfloat16" if settings.bf16 else "float16" if settings.fp16 else None
+    if zero_stage(settings) is not None:
+        autocast = None  # DeepSpeed casts the weights
+    elif autocast and settings.fsdp:
+        autocast += ", weights too"  # FSDP2 casts those it has gathered
     return {
         "start model": weights,
         "chat template": content_id(processor.chat_template),
         "max_tiles": settings.max_tiles,
         "max_length": settings.max_length,
         "dtype": str(weights_dtype(settings)).removeprefix("torch."),
-        "autocast": None if in_engine else "bfloat16" if settings.bf16 else "float16" if settings.fp16 else None,
+        "autocast": autocast,
         "load_in_4bit": settings.load_in_4bit,
         **settings.token_weights.identity(),
     }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.logps import pair_logps
 from internvl_mpo.packing import Pack
+from internvl_mpo.training.policy import own_share, release_gathered
 
 WEIGHTS_FILE = "moving_reference.safetensors"
 
@@ -70,13 +71,13 @@ class StartWeights:
 
         Args:
             model: the policy as it starts, through `attach_scoring`, not wrapped. Weights partitioned by ZeRO-3
-                will not do.
+                will not do; of those partitioned by FSDP2 each rank copies its share.
         """
         self.model = model
         self.has_adapters = hasattr(model, "disable_adapter")
         trained = {} if self.has_adapters else {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = trained
-        self.weights = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+        self.weights = {name: own_share(p.detach()).to("cpu", copy=True) for name, p in trained.items()}
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[nn.Module]:
@@ -94,9 +95,11 @@ class StartWeights:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        release_gathered(self.model)
         for name, parameter in self.parameters.items():
-            other = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(self.weights[name])
+            own = own_share(parameter.detach())
+            other = own.to("cpu", copy=True)
+            own.copy_(self.weights[name])
             self.weights[name] = other
 
 

@@ -16,6 +16,7 @@ from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.distributed import from_all_ranks
 from internvl_mpo.training.pairs import TrainingPairs
+from internvl_mpo.training.policy import own_share
 
 _NUM_NAMED = 5  # pairs spelled out in the message
 
@@ -99,7 +100,7 @@ def stop_step(
 
 
 def weights_not_finite(model: nn.Module, rank: int) -> list[str]:
-    """Return the names of the weights that are not finite any more; under ZeRO-3, where this rank's share is not.
+    """Return the names of the weights that are not finite any more, or whose share on this rank is not.
 
     Args:
         model: the policy as it is now.
@@ -107,7 +108,7 @@ def weights_not_finite(model: nn.Module, rank: int) -> list[str]:
     """
     broken = []
     for name, weight in model.named_parameters():
-        own = weight.detach()
+        own = own_share(weight.detach())
         if hasattr(weight, "ds_tensor"):  # the parameter itself is an empty placeholder; the last share is padded
             share = weight.ds_tensor.numel()
             own = weight.ds_tensor[: max(0, weight.ds_numel - rank * share)]

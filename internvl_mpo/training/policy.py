@@ -7,17 +7,20 @@
     ...                                     # training, under DDP or DeepSpeed as well
     weights = whole_weights(model)          # merged and gathered, on the CPU of rank 0
 
-A parameter that ZeRO-3 has partitioned is empty between uses; `num_elements` and `gathered` see through that.
+A parameter that ZeRO-3 has partitioned is empty between uses; `num_elements` and `gathered` see through that. One that
+FSDP2 has partitioned is a DTensor; `whole` and `own_share` see through that.
 """
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from internvl_mpo.errors import BadInputError, need_package
 from internvl_mpo.families.registry import family_of_model, family_of_source
@@ -183,8 +186,25 @@ def num_elements(parameter: Tensor) -> int:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Say whether ZeRO-3 has partitioned the weights."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    """Say whether ZeRO-3 or FSDP2 has partitioned the weights."""
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def own_share(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a weight, sharing memory with it; all of it where FSDP2 has not cut it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a weight that FSDP2 may have cut in pieces; then a collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Forget the gathered weights that FSDP2 kept for a backward pass: pieces that change now would not reach them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextlib.contextmanager
@@ -204,22 +224,24 @@ def write_adapter(model: nn.Module, folder: str | Path, *, keep: bool = True) ->
     """Write the adapters of a PEFT policy alone: adapter_model.safetensors and adapter_config.json.
 
     Args:
-        model: PEFT model, not wrapped; all ranks must call this under ZeRO-3.
+        model: PEFT model, not wrapped; all ranks must call this where weights are partitioned.
         folder: made if absent.
         keep: whether this rank writes.
     """
-    with gathered(p for name, p in model.named_parameters() if ".lora_" in name):
+    adapters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    with gathered(adapters.values()):
+        weights = {name: whole(p.detach()) for name, p in adapters.items()}
         if keep:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
 
 
 @torch.no_grad()
 def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """Return the weights under the keys of the start model, adapters merged, 4-bit layers made wide again.
 
-    What was trained is what is returned: a 4-bit layer gives its dequantised weight plus the adapter. Under ZeRO-3 one
-    layer at a time is gathered, so all ranks must call this and no rank ever holds more than a layer beyond its share,
-    except the one that keeps the result. Weights that are whole already are returned without a copy.
+    What was trained is what is returned: a 4-bit layer gives its dequantised weight plus the adapter. Under ZeRO-3 and
+    FSDP2 one layer at a time is gathered, so all ranks must call this and no rank ever holds more than a layer beyond
+    its share, except the one that keeps the result. Weights that are whole already are returned without a copy.
 
     Args:
         model: a policy, with or without adapters, not wrapped.
@@ -234,14 +256,11 @@ def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
         layer_name, is_wrapped, _ = owner_name.rpartition(".base_layer")
         layer = base.get_submodule(layer_name if is_wrapped else owner_name)
         with gathered(layer.parameters() if is_wrapped else [parameter]):
+            if not keep and not isinstance(parameter, DTensor):
+                continue
+            value = _merged(layer, parameter, layer.active_adapters if is_wrapped and leaf == "weight" else ())
             if not keep:
                 continue
-            value = _dequantised(parameter)
-            if is_wrapped and leaf == "weight":
-                merged = value.to(torch.float32, copy=True)
-                for adapter in layer.active_adapters:
-                    merged += layer.get_delta_weight(adapter).to(merged)
-                value = merged.to(value.dtype)
             partitioned = hasattr(parameter, "ds_id")
             if partitioned and parameter.shape != parameter.ds_shape:
                 raise RuntimeError(f"ZeRO-3 did not gather {name}: {tuple(parameter.shape)}, not {parameter.ds_shape}")
@@ -251,6 +270,17 @@ def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
         saved = base.state_dict(keep_vars=True)
         weights |= {name: saved[name].detach().cpu() for name, _ in base.named_buffers() if name in saved}
     return weights
+
+
+def _merged(layer: nn.Module, parameter: Tensor, adapters: Sequence[str]) -> Tensor:
+    """A weight of a layer, whole and wide, plus its adapters; a collective where FSDP2 has cut them in pieces."""
+    value = whole(_dequantised(parameter))
+    if not adapters:
+        return value
+    merged = value.to(torch.float32, copy=True)
+    for adapter in adapters:
+        merged += whole(layer.get_delta_weight(adapter)).to(merged)
+    return merged.to(value.dtype)
 
 
 def plain_base(model: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ from internvl_mpo.packing import pack_groups
 from internvl_mpo.steps import Rows
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.data import GroupDataset
-from internvl_mpo.training.distributed import agree, from_all_ranks, inference_engine, zero_stage
+from internvl_mpo.training.distributed import agree, from_all_ranks, inference_engine, uses_fsdp, zero_stage
 from internvl_mpo.training.live_reference import StartWeights
 from internvl_mpo.training.pairs import TrainingPairs
 from internvl_mpo.training.policy import is_partitioned
@@ -62,6 +62,7 @@ class ReferencePass:
             max_length=args.max_length,
             token_weights=args.token_weights,
         )
+        self.follows = False  # whether `follow` was called
         self.start: StartWeights | None = None  # as long as there is something to compute
         self.seconds = 0.0  # that windows took
         self._windows: Iterator[Window] | None = None
@@ -113,8 +114,12 @@ class ReferencePass:
         """Keep the weights of the start model, if anything is missing, before the first step changes them.
 
         Args:
-            model: the policy, not wrapped, before a checkpoint is loaded.
+            model: the policy, not wrapped, before a checkpoint is loaded. Under FSDP2 nothing is done before it is cut
+                in pieces, so that each rank keeps its own.
         """
+        if uses_fsdp(self.args) and not is_partitioned(model):
+            return
+        self.follows = True
         if not self.is_complete():
             self.start = StartWeights(model)
             self._windows = self.plan.windows(self.pairs)
@@ -133,9 +138,7 @@ class ReferencePass:
                 self._let_go()
             elif self._next.first > step:
                 return True
-            elif self._next.end <= step:  # a resumed run has been there
-                self._next = None
-            else:
+            else:  # windows that a resumed run has left behind too: their questions may come up again
                 steps = f"steps {self._next.first + 1} to {self._next.end}"
                 if not self._with_start_weights(self._next.questions, steps, go_on):
                     return False

@@ -11,7 +11,7 @@ from internvl_mpo.objective import needs_reference
 from internvl_mpo.programs import run_file
 from internvl_mpo.settings import parse_settings, plain, setting
 from internvl_mpo.training.arguments import MPOArguments
-from internvl_mpo.training.distributed import take_launchers_deepspeed, take_local_rank, zero_stage
+from internvl_mpo.training.distributed import take_launchers_deepspeed, take_local_rank, uses_fsdp, zero_stage
 from internvl_mpo.training.policy import Part
 from internvl_mpo.training.preflight import VerifyImages
 
@@ -82,6 +82,7 @@ class TrainSettings(MPOArguments):
     freeze_projector: bool = setting(False, help="do not train the projector")
     freeze_language: bool = setting(False, help="do not train the language model")
     freeze_language_layers: int = setting(0, help="do not train embeddings and so many first language layers")
+    fsdp: bool = setting(False, help="FSDP2: cut weights and optimizer over the ranks, instead of DeepSpeed")
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, alone or together.
@@ -107,6 +108,7 @@ class TrainSettings(MPOArguments):
                 "give --held_out_share 0.01, or --eval_steps none --eval_strategy no --eval_on_start false"
             )
         check_reference_pass(self)
+        check_fsdp(self)
         check_trackers(self.report_to)
         check_lora_settings(self)
 
@@ -167,6 +169,31 @@ def check_reference_pass(settings: TrainSettings) -> None:
             f"reference_pass is only, but preference '{settings.preference}' with quality '{settings.quality}' needs "
             "no reference"
         )
+
+
+def check_fsdp(settings: TrainSettings) -> None:
+    """Refuse what does not go with FSDP2, and have its checkpoints written in shards, which fit any number of ranks.
+
+    Raises:
+        BadInputError: naming the setting and what to give instead.
+    """
+    if not uses_fsdp(settings):
+        return
+    if settings.deepspeed:
+        raise BadInputError("fsdp and deepspeed both cut the weights in pieces; leave one of them out")
+    if settings.fsdp_plugin_args["fsdp_version"] != 2:
+        raise BadInputError("fsdp_config asks for version 1, which torch has given up; leave version out, or give 2")
+    if settings.reference_pass != "ahead":
+        raise BadInputError(
+            f"reference_pass {settings.reference_pass} runs the start model whole on each device; with fsdp use ahead"
+        )
+    for name in ("load_in_4bit", "reference_sync_steps", "reference_model"):
+        if getattr(settings, name):
+            raise BadInputError(f"{name} does not work with fsdp, which cuts every weight in pieces; use DDP or ZeRO-2")
+    if settings.world_size == 1:
+        raise BadInputError("fsdp shares weights out over ranks; start several with torchrun, or leave it out")
+    if "state_dict_type" not in settings.fsdp_config:
+        settings.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -27,13 +27,14 @@ from internvl_mpo.training import checkpoint
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.callbacks import EvaluateAtTheEnd, MoveReference, NoInputGradients
 from internvl_mpo.training.data import GroupDataset, StepLoader
-from internvl_mpo.training.distributed import engine_name
+from internvl_mpo.training.distributed import allow_fsdp_on_cpu, engine_name, layer_names, uses_fsdp
 from internvl_mpo.training.held_out import HeldOut, sample_means, send_samples
 from internvl_mpo.training.live_reference import AdapterOff, MovingReference
 from internvl_mpo.training.meters import MeanMeter, pair_numbers
 from internvl_mpo.training.not_finite import PackRecord, stop_step
 from internvl_mpo.training.pairs import TrainingPairs
 from internvl_mpo.training.reference_pass import ReferencePass
+from internvl_mpo.training.reshard import is_of_other_ranks, load_universal
 from internvl_mpo.training.run_log import RunLog
 from internvl_mpo.training.signals import keep_from_signals
 from internvl_mpo.training.speed import apply_speed_settings
@@ -77,6 +78,8 @@ class MPOTrainer(Trainer):
         self.compares = needs_reference(args.preference, args.quality)
         self.fingerprint = dict(fingerprint or {})
         apply_speed_settings(model, args)
+        if uses_fsdp(args):
+            args.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", layer_names(model))
         self.live: AdapterOff | MovingReference | None = None
         if reference is None:
             self.live = AdapterOff(model)
@@ -113,6 +116,12 @@ class MPOTrainer(Trainer):
         self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the whole step already
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Build accelerate's part."""
+        super().create_accelerator_and_postprocess()
+        allow_fsdp_on_cpu(self.accelerator, self.args)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def _reference_logps(self, pack: Pack) -> tuple[Tensor, Tensor]:
         """Reference log-probs of the chosen and of the rejected response of each pair. Shape: 2 x (P,)"""
@@ -151,10 +160,16 @@ class MPOTrainer(Trainer):
         """Have the reference of the next step at hand; False if a signal came first."""
         if self.reference is None:
             return True
+        self._follow_start()
         before = self.reference.seconds
         is_there = self.reference.prepare(self.state.global_step, lambda: not self.stopping.is_wanted(self.args))
         self.last_log += self.reference.seconds - before  # the speed that is logged is that of training
         return is_there
+
+    def _follow_start(self) -> None:
+        """Under FSDP2 keep this rank's share of the start weights: they are cut, and nothing has changed them yet."""
+        if uses_fsdp(self.args) and self.reference is not None and not self.reference.follows:
+            self.reference.follow(self.model)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Pairs of an epoch."""
@@ -318,6 +333,7 @@ class MPOTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model) if self.args.world_size == 1 else self.model_wrapped
         was_training = model.training
         if self.reference is not None:
+            self._follow_start()
             self.reference.prepare_held_out()
         model.eval()
         metrics = self.held_out.rewards(model, self.accelerator, metric_key_prefix)
@@ -388,6 +404,32 @@ class MPOTrainer(Trainer):
         names = {} if hasattr(model, "peft_config") else {"save_original_format": False}
         model.save_pretrained(folder, state_dict=state_dict, **names)
         self.processing_class.save_pretrained(folder)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
+        """Build the engine and load the checkpoint, also one that another number of ranks has written."""
+        if not is_of_other_ranks(resume_from_checkpoint, self.args):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_universal(resume_from_checkpoint)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _load_universal(self, folder: str | Path) -> None:
+        load_universal(self.model_wrapped, folder, self.args, strict=not hasattr(self.model, "peft_config"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load the weights; what the reference needs of those before is kept first."""
+        self._follow_start()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load it, also if another number of ranks has written it."""
+        best = self.state.best_model_checkpoint
+        if is_of_other_ranks(best, self.args):
+            self._load_universal(best)
+        else:
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         """Load them and what this file adds to a checkpoint."""
