@@ -3,6 +3,7 @@
 pytest tests/test_stopping.py
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -16,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_reference_cache import SETTINGS, digests, pair
 from test_train_mpo import ROOT, arguments, losses, train, unbroken, world  # noqa: F401 - fixtures among them
+from tiny import tiny_processor
 
 from internvl_mpo import files, locks
 from internvl_mpo.errors import EXIT_STOPPED, BadInputError, StoppedError, full_disk, run_program
@@ -24,6 +27,9 @@ from internvl_mpo.files import atomic_writer, remove_leftovers, replaced_folder
 from internvl_mpo.locks import held
 from internvl_mpo.training.callbacks import ConsoleCallback
 from internvl_mpo.training.checkpoint import whole_checkpoints
+from internvl_mpo.training.pair_table import PairTable
+from internvl_mpo.training.preflight import Preflight
+from internvl_mpo.training.reference_cache import ReferenceCache
 from internvl_mpo.training.signals import StopSignals
 from internvl_mpo.training.trainer import MPOTrainer
 
@@ -350,6 +356,69 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_rerun_fini
     assert [folder.name for folder in sorted(output.glob("checkpoint-*"))] == ["checkpoint-2"]
     assert train(world, output) == 0
     assert losses(output) == losses(unbroken)
+
+
+def fill_up(folder: Path) -> Path:
+    """Write until nothing more fits; return the file that is in the way."""
+    filler = folder / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as out:
+        while out.write(bytes(4096)):
+            pass
+    return filler
+
+
+def test_a_cache_shard_that_does_not_fit_leaves_those_before_and_the_rerun_finishes(small_disk, capsys):
+    folder = small_disk / "cache"
+    rows = [pair(f"number {number}") for number in range(4)]
+    ids = [row.id for row in rows]
+
+    def compute(argv: list[str]) -> None:
+        with ReferenceCache(folder, SETTINGS, digests(*rows)) as cache:
+            missing = cache.missing()[:2]
+            cache.add(missing, torch.zeros(len(missing)), torch.ones(len(missing)))
+
+    assert run_program(compute, []) == 0
+    filler = fill_up(small_disk)
+    assert run_program(compute, []) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(f"error: cannot write {folder}/")
+    assert error.endswith("No space left on device; make room and give the same command again\n")
+    assert ReferenceCache(folder, SETTINGS, digests(*rows)).missing() == ids[2:]
+    filler.unlink()
+    assert run_program(compute, []) == 0
+    assert ReferenceCache(folder, SETTINGS, digests(*rows)).missing() == []
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_table_of_pairs_that_does_not_fit_leaves_the_one_before_and_the_rerun_finishes(
+    small_disk, tmp_path, monkeypatch, capsys, num_workers
+):
+    monkeypatch.setattr("internvl_mpo.mmpr.sources.BLOCK_ROWS", 50)  # several parts
+    lines = [json.dumps({"question": f"{n}?", "chosen": f"yes {n}" * 20, "rejected": "no"}) + "\n" for n in range(200)]
+    data = tmp_path / "pairs.jsonl"
+
+    def preflight() -> Preflight:
+        limits = {"max_tiles": 4, "max_length": 2000, "num_workers": num_workers}
+        return Preflight(tiny_processor(), small_disk / "cache", [data], **limits)
+
+    data.write_text("".join(lines[:100]))
+    first = preflight()
+    first.reopen()
+    assert len(first.run()) == 100
+    parts = {path: path.stat().st_mtime_ns for path in first.folder.glob("*.arrow") if "columns" not in path.name}
+    data.write_text("".join(lines))
+    filler = fill_up(small_disk)
+    assert run_program(lambda argv: preflight().run() and None, []) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"cannot write {first.folder}/" in error
+    assert error.endswith("No space left on device; make room and give the same command again")
+    assert len(PairTable(first.folder, first.sources)) == 100, "the table of before is whole"
+    filler.unlink()
+    table = preflight().run()
+    assert [table.row(index).pair.question for index in range(len(table))] == [f"{n}?" for n in range(200)]
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts, "what was found was found again"
 
 
 def test_the_half_checkpoint_that_fills_the_disk_goes_before_anything_is_written(world, tmp_path, monkeypatch, capsys):
