@@ -57,8 +57,17 @@ ROOMS = {
         *("safetensors", "torch", "transformers"),
     },
     "training": {
-        *("bitsandbytes", "deepspeed", "liger_kernel", "modeling_internvl_mpo", "numpy", "pandas", "peft", "psutil"),
-        *("pyarrow", "safetensors", "torch", "transformers"),
+        *(
+            "accelerate",
+            "bitsandbytes",
+            "deepspeed",
+            "liger_kernel",
+            "modeling_internvl_mpo",
+            "numpy",
+            "pandas",
+            "peft",
+        ),
+        *("psutil", "pyarrow", "safetensors", "torch", "transformers"),
     },
     "mini": {"PIL", "matplotlib", "modeling_internvl_mpo", "numpy", "sklearn", "tokenizers", "torch", "transformers"},
     "demo": {
