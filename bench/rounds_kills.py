@@ -2,11 +2,14 @@ r"""A run in rounds is killed at random moments and must end as the unbroken one
 
     python bench/rounds_kills.py --model outputs/mini/start --world outputs/mini/world --kills 20
 
-Starts `python -m internvl_mpo.rounds` in a process group of its own, sends SIGKILL to the whole group after a random
-time, starts it again, and so on. A small server stands for the policy when responses are sampled: it answers from the
-request's seed and writes down what it was asked. Only what was in flight when a kill came may be asked for twice.
+Starts `python -m internvl_mpo.rounds` in a process group of its own, sends SIGKILL to the whole group, starts it again,
+and so on. A kill comes in a drawn stage, after a drawn share of the processor time that it takes unbroken; every stage
+is drawn once before any is drawn twice. A small server stands for the policy when responses are sampled: it answers
+from the request's seed and writes down what it was asked. Only what was in flight when a kill came may be asked for
+twice. Needs Linux, which tells the processor time of a group.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -18,10 +21,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installation
 
@@ -33,6 +37,7 @@ from internvl_mpo.records import Question, read_rows, write_rows
 from internvl_mpo.settings import parse_settings, setting
 
 CONCURRENCY = 4  # requests in flight
+SECONDS_BETWEEN_LOOKS = 0.05
 NUM_QUESTIONS, NUM_OPEN, NUM_SAMPLES = 24, 6, 6
 
 
@@ -102,16 +107,15 @@ def main(argv: list[str]) -> int:
     if not (out / "whole").exists():
         write_questions(Path(settings.world), out)
         end_of(start(settings), out / "run.log")
-        for name in ("run", "run.asked", "run.log"):  # rows name the policy, so both runs must have one folder
+        for name in ("run", "run.asked", "run.log"):  # rows name the policy, so both runs have one folder
             (out / name).rename(out / name.replace("run", "whole"))
-    stages = (out / "whole" / "stages").glob("*.json")
-    seconds = sum(read_json(path)["seconds"] for path in stages)
-    moments = kill_often(settings, seconds)
-    print(
-        f"{len(moments)} kills; an unbroken run takes {seconds:.0f} s. The last stage that was finished when they came:"
-    )
-    print("\n".join(f"  {count} after {name}" for name, count in Counter(moments).items()))
-    wrong = [*differences(out / "whole", out / "run", settings.rounds), *asked_twice(out, len(moments))]
+    paths = sorted((out / "whole" / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    stages = [{"name": path.stem, **read_json(path)} for path in paths]
+    killed = Counter(kill_often(settings, draw_moments(stages, settings.kills, settings.seed)))
+    print(f"{killed.total()} kills in {len(killed)} of {len(stages)} stages; unbroken they take "
+          f"{sum(stage['cpu_seconds'] for stage in stages):.0f} s of processor time")  # fmt: skip
+    print("\n".join(f"  {count} in {name}" for name, count in killed.items()))
+    wrong = [*differences(out / "whole", out / "run", settings.rounds), *asked_twice(out, killed.total())]
     print("\n".join(wrong) or "questions, responses, pairs and losses are those of the unbroken run")
     return 1 if wrong else 0
 
@@ -141,25 +145,75 @@ def start(settings: Settings) -> subprocess.Popen:
                                 start_new_session=True, env={"OMP_NUM_THREADS": "1", **os.environ})  # fmt: skip
 
 
-def kill_often(settings: Settings, seconds: float) -> list[str]:
-    """Kill the run at random moments until it ends by itself; return the last finished stage at each kill."""
-    out, rng = Path(settings.output), random.Random(settings.seed)
-    moments: list[str] = []
-    while len(moments) < settings.kills:
+class Moment(NamedTuple):
+    """When a kill is to come: after so much processor time of a stage."""
+
+    stage: str
+    seconds: float
+
+
+def draw_moments(stages: Sequence[Mapping[str, Any]], count: int, seed: int) -> list[Moment]:
+    """Return moments in the order in which a run comes to them; every stage has one before any has two.
+
+    Args:
+        stages: `name` and `cpu_seconds` of every stage, in order.
+        count: of moments.
+        seed: of the draw.
+    """
+    rng, drawn = random.Random(seed), Counter[int]()
+    while drawn.total() < count:
+        drawn.update(rng.sample(range(len(stages)), min(len(stages), count - drawn.total())))
+    return [
+        Moment(stages[place]["name"], stages[place]["cpu_seconds"] * share)
+        for place in sorted(drawn)
+        for share in sorted(rng.random() for _ in range(drawn[place]))
+    ]
+
+
+def kill_often(settings: Settings, moments: Iterable[Moment]) -> list[str]:
+    """Kill the run at these moments and let it end; return the stage that ran at each kill."""
+    out, killed = Path(settings.output), []
+    for moment in moments:
+        begin = (out / "run.log").stat().st_size if (out / "run.log").exists() else 0
         process = start(settings)
-        try:
-            # most kills come soon, where stages are short; some let a training stage end before
-            longest = 0.08 if rng.random() < 0.7 else 0.35
-            process.wait(rng.uniform(0.002, longest) * seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            markers = sorted((out / "run" / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-            moments.append(markers[-1].stem if markers else "the start")
-        else:
-            break
+        wait_for(moment, process, out, begin)
+        if process.poll() is not None:
+            raise BadInputError(f"the run ended before {moment.stage} could be killed; see {out / 'run.log'}")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        killed.append(begun(out / "run.log", begin)[-1])
+        print(f"killed in {killed[-1]}", flush=True)
     end_of(start(settings), out / "run.log")
-    return moments
+    return killed
+
+
+def wait_for(moment: Moment, process: subprocess.Popen, out: Path, begin: int) -> None:
+    """Wait until a stage has taken so much processor time, the next one has begun, or the run is over."""
+    before = None
+    while process.poll() is None:
+        names = begun(out / "run.log", begin)
+        if moment.stage in names:
+            before = group_seconds(process.pid) if before is None else before
+            if names[-1] != moment.stage or group_seconds(process.pid) - before >= moment.seconds:
+                return
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def begun(log: Path, begin: int) -> list[str]:
+    """Return the names of the stages that were started since the log had so many bytes."""
+    with open(log, "rb") as file:
+        file.seek(begin)
+        return re.findall(r"^([\w.]+): .*\n\$ ", file.read().decode(errors="replace"), re.MULTILINE)
+
+
+def group_seconds(group: int) -> float:
+    """Return the processor time of the processes of a group and of their children that have ended, in seconds."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            values = path.read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, values[11:15])) if int(values[2]) == group else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def end_of(process: subprocess.Popen, log: Path) -> None:

@@ -66,11 +66,11 @@ def main(argv: list[str]) -> int:
     """Run the program; see the module's text."""
     settings = parse_settings(Settings, argv, program="dataset_scripts/build_judged_pairs.py", about=__doc__)
     print(show_settings(settings, "Building judged pairs"))
-    questions = load_responses(settings)
+    counts: Counter[str] = Counter()
+    questions = load_responses(settings, counts)
     rubric = Path(settings.rubric).read_text(encoding="utf-8").strip() if settings.rubric else RUBRIC
     engine = load_engine(settings)
     plan = [(ask(shown, settings, rubric, engine), ask(shown[::-1], settings, rubric, engine)) for shown in questions]
-    counts: Counter[str] = Counter()
     missing: dict[str, str] = {}
     with Journal(settings.output) as journal:
         journal.check(request.id for both in plan for asked in both for request in asked.tries)
@@ -86,11 +86,13 @@ def main(argv: list[str]) -> int:
     return report_missing(missing, settings.output)
 
 
-def load_responses(settings: Settings) -> list[list[Response]]:
+def load_responses(settings: Settings, counts: Counter[str]) -> list[list[Response]]:
     """Read the responses; return those of each question with at least two different ones, in the order as shown.
 
+    Others are counted by reason: a policy that has become sure of itself makes no pairs, which is no mistake.
+
     Raises:
-        BadInputError: the rubric is not there, or no question has two different responses.
+        BadInputError: the rubric is not there, or no question was answered twice.
     """
     if settings.rubric and not Path(settings.rubric).is_file():
         raise BadInputError(f"rubric '{settings.rubric}' does not exist; give a text file")
@@ -98,13 +100,15 @@ def load_responses(settings: Settings) -> list[list[Response]]:
     for path in settings.responses:
         for row in read_rows(path, Response):
             groups.setdefault(group_key(row), []).append(row)
-    shown = [shown_responses(group, settings.num_rated, settings.seed) for group in groups.values()]
-    shown = [one for one in shown if len(one) > 1]
-    if not shown:
+    if all(len(group) < 2 for group in groups.values()):
         raise BadInputError(
-            f"no question in {', '.join(settings.responses)} has two different responses; sample with --num_samples 4"
+            f"no question in {', '.join(settings.responses)} has two responses; sample with --num_samples 4"
         )
-    return shown
+    shown = [shown_responses(group, settings.num_rated, settings.seed) for group in groups.values()]
+    several = [one for one in shown if len(one) > 1]
+    if len(several) < len(shown):
+        counts["questions without two different responses"] = len(shown) - len(several)
+    return several
 
 
 def ask(shown: list[Response], settings: Settings, rubric: str, engine: Engine) -> Asked:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,23 @@ def test_the_better_response_is_chosen_and_the_judge_sees_picture_and_both_order
     assert all(len(request.images) == 1 and request.question.count("<image>") == 1 for request in judge.requests)
     orders = [re.findall(r"A (\w+) answer", request.question) for request in judge.requests]
     assert orders[0] == orders[1][::-1]
+
+
+def test_a_policy_that_always_says_the_same_makes_no_pairs_and_costs_nothing(world, monkeypatch, capsys):
+    judge = Judge()
+    rows = read_rows(world / "responses.jsonl", Response)
+    write_rows([replace(row, response="A bad answer.", id="") for row in rows], world / "responses.jsonl")
+    assert build(world, judge, monkeypatch) == 0
+    assert not judge.requests
+    assert (world / "pairs.jsonl").read_text() == ""
+    assert "left out: 3 questions without two different responses" in capsys.readouterr().out
+
+
+def test_responses_sampled_once_are_refused_with_the_way_out(world, monkeypatch, capsys):
+    rows = read_rows(world / "responses.jsonl", Response)
+    write_rows(rows[:: len(WORDS)], world / "responses.jsonl")
+    assert build(world, Judge(), monkeypatch) == 2
+    assert "has two responses; sample with --num_samples 4" in capsys.readouterr().err
 
 
 def test_a_judge_that_favours_a_place_contradicts_itself_instead_of_making_pairs(world, monkeypatch, capsys):

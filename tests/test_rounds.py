@@ -391,14 +391,18 @@ def stub(path: Path, *lines: str) -> None:
     path.chmod(0o755)
 
 
-def test_a_slurm_job_whose_time_is_up_ends_its_whole_group_and_asks_for_its_place_again(tmp_path):
-    stub(tmp_path / "scontrol", f'echo "$@" > {tmp_path / "asked"}')
+def test_a_slurm_job_whose_time_is_up_waits_for_the_checkpoint_of_its_group_and_asks_for_its_place_again(tmp_path):
+    stub(tmp_path / "scontrol", f'echo "$@" $(cat {tmp_path / "checkpoint"}) > {tmp_path / "asked"}')
+    stub(
+        tmp_path / "train",
+        f"trap 'sleep 1; echo whole > {tmp_path / 'checkpoint'}; exit' TERM",
+        f"echo $$ > {tmp_path / 'child'}",
+        "sleep 60 & wait",
+    )
     stub(
         tmp_path / "python",
         f'echo "$@" > {tmp_path / "words"}',
-        "sleep 60 &",
-        f"echo $! > {tmp_path / 'child'}",
-        "wait",
+        str(tmp_path / "train"),
     )
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"),
                    "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}  # fmt: skip
@@ -409,7 +413,7 @@ def test_a_slurm_job_whose_time_is_up_ends_its_whole_group_and_asks_for_its_plac
         time.sleep(0.05)
     job.terminate()
     assert job.wait(30) == 0
-    assert (tmp_path / "asked").read_text().split() == ["requeue", "7"]
+    assert (tmp_path / "asked").read_text().split() == ["requeue", "7", "whole"]
     assert (tmp_path / "words").read_text().split() == [
         "-m", "internvl_mpo.rounds", "--config", "my.yaml", "--num_rounds", "4"
     ]  # fmt: skip

@@ -7,9 +7,20 @@ from pathlib import Path
 import pytest
 from tiny_world import make_model_folder, make_pictures
 
+from bench.rounds_kills import draw_moments
 from internvl_mpo.records import Question, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_stage_is_killed_once_before_any_is_killed_twice_and_in_the_order_of_the_run():
+    stages = [{"name": name, "cpu_seconds": 10.0} for name in "abcd"]
+    for count in (3, 4, 6):
+        names = [moment.stage for moment in draw_moments(stages, count, seed=1)]
+        assert names == sorted(names)
+        assert len(names) == count
+        assert len(set(names)) == min(count, 4)
+    assert all(0 <= moment.seconds < 10 for moment in draw_moments(stages, 8, seed=1))
 
 
 @pytest.mark.slow
