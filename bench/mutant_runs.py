@@ -147,7 +147,9 @@ def _become(old: Any, new: Any, name: str) -> bool:
     if old is new:
         return True
     if isinstance(old, types.FunctionType) and isinstance(new, types.FunctionType):
-        if old.__module__ != name or old.__closure__ or new.__closure__:
+        free = old.__code__.co_freevars
+        # `super()` needs the class that the method was made in: that of the loaded one stays
+        if old.__module__ != name or free != new.__code__.co_freevars or free not in ((), ("__class__",)):
             return False
         old.__code__, old.__defaults__, old.__kwdefaults__ = new.__code__, new.__defaults__, new.__kwdefaults__
         return True
