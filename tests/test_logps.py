@@ -170,6 +170,7 @@ def test_likeness_is_a_mean_over_the_tokens_of_a_response(model):
             assert likeness[pair] == pytest.approx((logps_E - squares_E)[own].mean().item(), rel=1e-12)
     assert torch.equal(scores.chosen, plain.chosen)
     assert plain.chosen_likeness is None
+    assert not score_pairs(model, pack, likeness=True).chosen_likeness.requires_grad
     assert torch.equal(plain.whole_chosen, response_logps(model, pack)[pack.chosen_index_P].detach())
 
 

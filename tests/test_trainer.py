@@ -23,6 +23,7 @@ from internvl_mpo.training.trainer import MPOTrainer
 OBJECTIVE = {"beta": 0.5, "weights": (0.8, 0.2, 1.0), "preference": "dpo", "quality": "bco", "generation": "sft_token"}
 POLICY = torch.tensor([-5.0, -9.0]), torch.tensor([-7.0, -6.5])
 REFERENCE = torch.tensor([-5.5, -8.0]), torch.tensor([-6.0, -6.25])
+MODEL = "a model"
 STEP = torch.tensor([6, 40])  # pairs and chosen tokens of the whole step
 
 
@@ -74,6 +75,7 @@ def scored(monkeypatch):
     values = torch.tensor([-1.0, -0.5]), torch.tensor([-0.25, -2.0])
 
     def score_pairs(model, pack, *, likeness):
+        assert (model, pack.num_pairs) == (MODEL, 2)
         chosen, rejected = (logps.clone().requires_grad_() for logps in POLICY)
         return PairScores(chosen, rejected, POLICY[0] * 2, POLICY[1], *(values if likeness else (None, None)))
 
@@ -90,10 +92,10 @@ def expected(pack, reference=REFERENCE, shift=0.0, **more):
 
 def test_a_pack_gives_its_share_of_the_step_times_the_ranks_that_average(pack, scored):
     trainer, whole = bare(), expected(pack)
-    loss, out = trainer.compute_loss(None, pack, return_outputs=True, num_items_in_batch=STEP)
+    loss, out = trainer.compute_loss(MODEL, pack, return_outputs=True, num_items_in_batch=STEP)
     assert loss.item() == pytest.approx(2 * whole.loss.item())
     assert torch.equal(out.preference.detach(), whole.preference)
-    assert trainer.compute_loss(None, pack, num_items_in_batch=STEP).item() == loss.item()
+    assert trainer.compute_loss(MODEL, pack, num_items_in_batch=STEP).item() == loss.item()
     assert [rewards.tolist() for rewards in trainer.step_rewards] == [
         whole.chosen_rewards.tolist(), whole.rejected_rewards.tolist()
     ] * 2  # fmt: skip
@@ -110,7 +112,7 @@ def test_without_a_reference_rewards_are_those_of_the_policy_alone(pack, scored)
     trainer = bare()
     trainer.compares = needs_reference("orpo", "none")
     del trainer._reference_logps
-    loss = trainer.compute_loss(None, pack, num_items_in_batch=STEP)
+    loss = trainer.compute_loss(MODEL, pack, num_items_in_batch=STEP)
     zeros = torch.zeros(2)
     assert loss.item() == pytest.approx(2 * expected(pack, (zeros, zeros)).loss.item())
     assert "kl" not in trainer.sums.totals
@@ -119,7 +121,7 @@ def test_without_a_reference_rewards_are_those_of_the_policy_alone(pack, scored)
 def test_weights_of_pairs_are_those_of_wpo_and_logged(pack, scored):
     trainer = bare(wpo=True)
     weights = wpo_weights(*scored)
-    loss = trainer.compute_loss(None, pack, num_items_in_batch=STEP)
+    loss = trainer.compute_loss(MODEL, pack, num_items_in_batch=STEP)
     assert loss.item() == pytest.approx(2 * expected(pack, pair_weights=weights).loss.item())
     assert trainer.sums.totals["pair_weight"].item() == pytest.approx(weights.sum().item())
 
@@ -128,7 +130,7 @@ def test_an_inclusive_shift_holds_the_pack_itself_and_no_number_that_is_not_fini
     trainer = bare("inclusive")
     chosen, rejected = (0.5 * (policy - reference) for policy, reference in zip(POLICY, REFERENCE, strict=True))
     mean = torch.cat([chosen, rejected]).mean().item()
-    loss = trainer.compute_loss(None, pack, num_items_in_batch=STEP)
+    loss = trainer.compute_loss(MODEL, pack, num_items_in_batch=STEP)
     assert trainer.shift.value == pytest.approx(mean)
     assert loss.item() == pytest.approx(2 * expected(pack, shift=mean).loss.item())
 
@@ -136,7 +138,7 @@ def test_an_inclusive_shift_holds_the_pack_itself_and_no_number_that_is_not_fini
         trainer = bare("inclusive")
         trainer.accelerator.sync_gradients = False
         trainer._reference_logps = lambda pack, value=broken: (torch.tensor([value, -8.0]), REFERENCE[1])
-        trainer.compute_loss(None, pack, num_items_in_batch=STEP)
+        trainer.compute_loss(MODEL, pack, num_items_in_batch=STEP)
         assert trainer.shift.value == pytest.approx((mean * 4 - chosen[0].item()) / 4)
 
 
@@ -158,6 +160,12 @@ def test_rewards_join_the_shift_after_the_last_pack_of_a_step(monkeypatch, mode)
     assert trainer.step_rewards == []
     assert trainer.shift.value == (3.0 if mode in ("previous", "ema") else 0.0)
     assert trainer.shift.count == (12 if mode in ("previous", "ema") else 0)  # six rewards on each of two ranks
+
+
+def test_the_generation_term_of_a_pack_is_divided_by_the_tokens_of_its_chosen_responses(pack, scored):
+    trainer = bare(objective=OBJECTIVE | {"generation": "sft"})
+    _, out = trainer.compute_loss(MODEL, pack, return_outputs=True, num_items_in_batch=STEP)
+    assert out.generation.tolist() == pytest.approx([10 / 3, 18 / 2])
 
 
 def test_pairs_and_chosen_tokens_of_a_step_are_added_up_over_packs_and_ranks(pack):
@@ -219,7 +227,7 @@ def test_a_loss_is_looked_at_before_the_last_backward_pass_of_a_step(pack, score
     trainer, looked = bare(), []
     trainer._check_losses = lambda: looked.append(len(trainer.step_packs))
     for trainer.accelerator.sync_gradients in (False, False, True):
-        trainer.compute_loss(None, pack, num_items_in_batch=STEP)
+        trainer.compute_loss(MODEL, pack, num_items_in_batch=STEP)
     assert looked == [3]
 
 
