@@ -108,7 +108,8 @@ def uri(content: bytes, kind: str = "png") -> str:
 def make_acts(page: Page) -> list[tuple[str, Callable[[], str]]]:
     """One of every kind; what it ends with stands in front."""
     small, photo = uri(encoded("PNG", (300, 200))), uri(encoded("JPEG", (1600, 1200)), "jpeg")
-    large, huge = uri(encoded("PNG", (5000, 5000))), uri(encoded("PNG", (8000, 6000)))
+    large, larger = uri(encoded("PNG", (5000, 5000))), uri(encoded("PNG", (6000, 6000)))
+    huge = uri(encoded("JPEG", (8000, 6000)), "jpeg")
     bomb = uri(encoded("PNG", (20_000, 20_000), "white", "1"))
 
     numbers = itertools.count()
@@ -128,7 +129,8 @@ def make_acts(page: Page) -> list[tuple[str, Callable[[], str]]]:
         *[("answered", lambda: page.ask()), ("answered", lambda: page.ask(small)), ("answered", upload_and_ask)],
         ("answered", lambda: page.ask(small, photo)),
         ("answered", lambda: page.ask(large)),  # 100 MB of pixels in 70 KB
-        ("answered", lambda: page.ask(huge)),  # made smaller
+        ("answered", lambda: page.ask(larger)),  # made smaller, as the next
+        ("answered", lambda: page.ask(huge)),
         ("refused", lambda: page.ask(bomb)),
         ("refused", lambda: page.ask(uri(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"))),
         ("refused", lambda: page.ask(question="word " * 100_000)),

@@ -3,6 +3,7 @@
 import http.client
 import http.server
 import io
+import json
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -170,4 +171,23 @@ def test_benchmark_tab_pages_through_the_differences(tmp_path, chromium, monkeyp
         page.wait_for_function("document.querySelector('#bench-question').innerText.includes('Question 3')")
     finally:
         context.close()
+        blocks.close()
+
+
+def test_calls_of_the_api_do_not_pile_up(tmp_path, monkeypatch):
+    """Gradio made a session of 100 KB for each call and kept ten thousand of them: a gigabyte."""
+    from internvl_mpo.demo import page as demo_page
+
+    monkeypatch.setattr(demo_page, "MOST_SESSIONS", 3)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    blocks, url = demo_page.launch(make_page(tmp_path, ScriptedBackend()))
+    try:
+        for number in range(6):
+            body = json.dumps({"data": [f"How many {number}?", [], "plain", 0, 4, None, 0]}).encode()
+            call = urllib.request.Request(f"{url}gradio_api/call/compare", body, {"Content-Type": "application/json"})
+            event = json.loads(urllib.request.urlopen(call, timeout=60).read())["event_id"]
+            said = urllib.request.urlopen(f"{url}gradio_api/call/compare/{event}", timeout=60).read()
+            assert b"event: complete" in said
+        assert len(blocks.app.state_holder.session_data) == 3
+    finally:
         blocks.close()

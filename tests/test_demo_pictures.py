@@ -109,7 +109,7 @@ def test_a_picture_made_smaller_in_strips_is_the_whole_made_smaller(monkeypatch,
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
     image.save(buffer, "PNG", exif=exif)
-    picture = read_picture(buffer.getvalue(), "a.png", Limits(max_pixels=500))
+    picture = read_picture(buffer.getvalue(), "a.png", Limits(max_pixels=700))
     expected = to_rgb(image).reduce(2)
     if orientation == 6:
         expected = expected.transpose(Image.Transpose.ROTATE_270)
@@ -117,7 +117,7 @@ def test_a_picture_made_smaller_in_strips_is_the_whole_made_smaller(monkeypatch,
     assert picture.sent == ((41, 23) if orientation == 1 else (23, 41))
 
 
-def test_a_webp_picture_counts_fourfold():
+def test_a_webp_picture_may_be_half_as_large():
     """Its decoder keeps several copies of all pixels: 48 megapixels took 780 MB."""
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30)).save(buffer, "WEBP")

@@ -21,7 +21,7 @@ from internvl_mpo.demo.examples import Example
 from internvl_mpo.demo.guard import Guard
 from internvl_mpo.demo.markup import safe_markdown
 from internvl_mpo.demo.pictures import fetch_data_uri
-from internvl_mpo.demo.service import Service
+from internvl_mpo.demo.service import MOST_SESSIONS, Service
 from internvl_mpo.demo.settings import DemoSettings
 from internvl_mpo.demo.sharing import Shelf
 from internvl_mpo.demo.streaming import Backend
@@ -417,6 +417,7 @@ def launch(page: Page) -> tuple[gr.Blocks, str]:
             server_name=settings.host,
             server_port=settings.port or _free_port(settings.host),
             max_file_size=limits.max_bytes,
+            state_session_capacity=MOST_SESSIONS,
             app_kwargs={"middleware": [guard]},
             mcp_server=settings.mcp or None,
             theme=gr.themes.Soft(

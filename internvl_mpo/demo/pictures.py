@@ -21,9 +21,11 @@ from modeling_internvl_mpo.image_processing_internvl_mpo import best_grid, to_rg
 
 THUMBNAIL_PIXELS = 480
 EDGE = "#8a94a3"  # of a drawn tile: to be seen on white and on black
-SHRUNK = 2  # a photo of 48 megapixels is common, and nothing is lost: tiles are smaller
-LARGE = 4_000_000  # pixels; of pictures above it one is decoded at a time, since each takes up to 250 MB meanwhile
-WEBP_COPIES = 4  # of all pixels, that its decoder makes
+# How many times `max_pixels` a picture may have, to be made smaller: a photo of 48 megapixels is common, and tiles are
+# smaller. Only JPEG is decoded small; other formats are whole in memory, WebP four times.
+SHRUNK = {"JPEG": 2.0, "WEBP": 0.5}
+SHRUNK_OTHERS = 1.5
+LARGE = 4_000_000  # pixels; of pictures above it one is decoded at a time, since each takes up to 200 MB meanwhile
 STRIP = 128  # rows
 FELT = 1_000_000  # pixels; above it the memory they took is handed back
 MOST_FOR_A_MODEL = 25_000_000  # pixels of one conversation; 100 MB of memory
@@ -109,7 +111,7 @@ def read_picture(content: bytes, name: str, limits: Limits) -> Picture:
     try:
         with _unlimited_header(content) as opened:
             width, height = opened.size
-            most = limits.max_pixels * SHRUNK // (WEBP_COPIES if opened.format == "WEBP" else 1)
+            most = limits.max_pixels * SHRUNK.get(opened.format, SHRUNK_OTHERS)
         if width * height > most:
             raise BadInputError(
                 f"{name} is too large: {width:,} x {height:,} pixels; at most {most / 1e6:g} megapixels please"
