@@ -10,6 +10,7 @@ A second start reads no row: it asks the files of the data and of the pictures f
 changed is read and looked at anew.
 """
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -231,6 +232,7 @@ _worker: PartWriter | None = None  # of this worker process
 def _start_worker(processor: Any, folder: Path, sources: Sequence[Any], options: dict[str, Any]) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # what was imported need not be looked through again and again
     _worker = PartWriter(processor, folder, sources, **options)
 
 
