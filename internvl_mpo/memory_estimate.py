@@ -35,7 +35,8 @@ from internvl_mpo.training.policy import Part
 from modeling_internvl_mpo import InternVLChatConfig
 
 GIB = 2**30
-RESERVE = {"fused": 2 * GIB, "segments": 0.7 * GIB}  # allowances: context, NCCL, fragmentation; Python with torch
+# Allowances. On a GPU context, NCCL and fragmentation; on a CPU Python with the libraries a run imports, as measured.
+RESERVE = {"fused": 2 * GIB, "segments": 0.9 * GIB}
 BUCKET = 500_000_000  # elements in a communication bucket of ZeRO-1 and 2, see configs/deepspeed
 LIVE_WEIGHTS = 1_000_000_000  # weights that ZeRO-3 may hold gathered at a time, see configs/deepspeed
 # numbers that an optimizer keeps for a weight

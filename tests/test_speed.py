@@ -1,7 +1,11 @@
 """Settings that make a step fast or small must not change what it computes. Run: pytest tests/test_speed.py"""
 
+import ctypes
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from internvl_mpo.errors import BadInputError
 from internvl_mpo.logps import response_logps
 from internvl_mpo.packing import pack_groups
 from internvl_mpo.training.speed import apply_speed_settings, check_speed_settings, use_liger_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def speed_settings(**changes) -> types.SimpleNamespace:
@@ -136,3 +142,30 @@ def test_liger_kernels_compute_the_same(backbone):
     assert torch.allclose(logps_R, expected, rtol=1e-5, atol=1e-4)
     grad = gradient(model, logps_R)
     assert (grad - expected_grad).norm() / expected_grad.norm() < 5e-5
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+@pytest.mark.slow
+def test_a_large_tensor_that_is_freed_below_a_small_one_is_given_back():
+    code = """
+import torch
+from internvl_mpo.training.speed import return_freed_memory
+from internvl_mpo.training.throughput import resident_bytes
+
+def given_back(mebibytes):
+    large, small = torch.ones(mebibytes * 2**18), torch.ones(2**10)
+    before = resident_bytes()
+    del large
+    return before - resident_bytes()
+
+torch.ones(30 * 2**18)  # is freed at once, and from now on glibc takes blocks of this size from its heap
+plain = given_back(16)
+return_freed_memory()
+print(plain, given_back(24))  # more than the hole that is left
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain, fixed = map(int, done.stdout.split())
+    assert plain < 8 * 2**20, "glibc does so by itself now"
+    assert fixed > 23 * 2**20

@@ -5,7 +5,10 @@
 --plain_twin true                                the plain two-sequence form instead, to compare with
 """
 
+import ctypes
 import importlib.util
+import os
+import sys
 import types
 from typing import Any
 
@@ -17,6 +20,8 @@ from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.registry import family_of_model
 from internvl_mpo.kernels.packed_attention import has_flash_attention
 from internvl_mpo.logps import attach_scoring
+
+M_MMAP_THRESHOLD = -3  # its number in malloc.h
 
 
 def apply_speed_settings(model: nn.Module, settings: Any) -> nn.Module:
@@ -120,6 +125,19 @@ def checkpoint_parts(model: nn.Module, *, vision: bool, language: bool) -> None:
             enable = part.activation_checkpointing_enable if new else part.gradient_checkpointing_enable
             enable({"use_reentrant": False})
     no_input_gradients(model)
+
+
+def return_freed_memory() -> None:
+    """Let a process on a CPU give back what it frees; elsewhere than with glibc nothing happens.
+
+    Once a large block has been freed, glibc serves blocks of up to 32 MiB from its heap, and there the small ones that
+    are kept, such as the inputs of recomputed layers, hold back what was freed below them: ten times their own size was
+    seen. With a fixed threshold large blocks are mapped one by one and are given back at once; mapping blocks of a few
+    MiB, as small models have them, would cost more time than it is worth. The user's own MALLOC_MMAP_THRESHOLD_ wins.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if adjust is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        adjust(M_MMAP_THRESHOLD, 2**23)
 
 
 def no_input_gradients(model: nn.Module) -> None:
