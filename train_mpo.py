@@ -238,11 +238,8 @@ def load_model(settings: "TrainSettings", source: str) -> Any:
     from internvl_mpo.training import policy
     from internvl_mpo.training.distributed import start_ranks
     from internvl_mpo.training.identity import weights_dtype
-    from internvl_mpo.training.speed import return_freed_memory
 
     start_ranks(settings)
-    if settings.device.type == "cpu":
-        return_freed_memory()
     try:
         # Scoring is attached before any adapter, whether or not reference log-probs are still missing: a resumed run
         # must take the very same path through the model.

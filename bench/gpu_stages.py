@@ -270,7 +270,16 @@ def peers(machine: Machine) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.json"
         words = [sys.executable, str(ROOT / "bench/step_speed.py"), "--preset", preset, "--sides", ",".join(sides)]
-        words += ["--device", machine.device, "--json", str(path), "--rounds", "5", "--memory_runs", "0"]
+        words += [
+            "--device",
+            machine.device,
+            "--json",
+            str(path),
+            "--rounds",
+            "5" if machine.size == "full" else "1",
+            "--memory_runs",
+            "0",
+        ]
         words += ["--dtype", "bfloat16" if machine.device == "cuda" else "float32"]
         subprocess.run(words, check=True)
         result = json.loads(path.read_text(encoding="utf-8"))

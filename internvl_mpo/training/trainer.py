@@ -37,7 +37,7 @@ from internvl_mpo.training.reference_pass import ReferencePass
 from internvl_mpo.training.reshard import is_of_other_ranks, load_universal
 from internvl_mpo.training.run_log import RunLog
 from internvl_mpo.training.signals import keep_from_signals
-from internvl_mpo.training.speed import apply_speed_settings
+from internvl_mpo.training.speed import apply_speed_settings, return_freed_memory
 from internvl_mpo.training.stopping import StopOrSave
 from internvl_mpo.training.throughput import FlopModel, device_peak, memory_in_use, speed
 
@@ -77,6 +77,8 @@ class MPOTrainer(Trainer):
         self.pairs, self.reference, self.stopping = pairs, reference, stopping
         self.compares = needs_reference(args.preference, args.quality)
         self.fingerprint = dict(fingerprint or {})
+        if args.device.type == "cpu":
+            return_freed_memory()
         apply_speed_settings(model, args)
         if uses_fsdp(args):
             args.fsdp_plugin_args.setdefault("transformer_cls_names_to_wrap", layer_names(model))
