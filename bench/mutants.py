@@ -260,7 +260,7 @@ def tests_of(mutant: Mutant, tests: list[Test]) -> list[Test]:
 
 def importers(mutant: Mutant) -> set[tuple[str, str]]:
     """Return (file, function) of what names the thing that a line at the top of a module or a class defines."""
-    names = {mutant.function.split(".")[-1]} if mutant.function else set(_defined(mutant))
+    names = {mutant.function.split(".")[-1]} if mutant.function else _built_of(mutant.path, _defined(mutant))
     found = {(mutant.path, mutant.function)}
     for path in (ROOT / "internvl_mpo").rglob("*.py"):
         source = path.read_text(encoding="utf-8")
@@ -276,6 +276,16 @@ def _functions(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int]]:
     from mutant_operators import statements
 
     return ((node, name, first) for node, name, first in statements(tree) if isinstance(node, ast.FunctionDef))
+
+
+def _built_of(path: str, names: list[str]) -> set[str]:
+    """The names of a module's top that are made of others, and of those made of them: a pattern of the words in it."""
+    found = set(names)
+    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:  # nothing is used before it is made
+        parts = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and found & {part.id for part in parts}:
+            found |= {part.id for part in parts if isinstance(part.ctx, ast.Store)}
+    return found
 
 
 def _defined(mutant: Mutant) -> list[str]:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from internvl_mpo.answers.choices import parse_options, read_option
+from internvl_mpo import answers
+from internvl_mpo.answers.choices import FROM_THE_START, parse_options, read_option
 from internvl_mpo.answers.comparing import (
     EXACT_RULES,
     Outcome,
@@ -188,13 +189,46 @@ def test_the_option_an_answer_settles_on(text):
     assert read_option(text, COLOURS) == COLOUR_ANSWERS[text]
 
 
+@pytest.mark.parametrize(
+    "text", ["we take (b) here", "we take （B） here", "we take [ b ] here", "see (b) blue", "is it (b), blue"]
+)
+def test_a_letter_in_parentheses_is_an_option(text):
+    assert read_option(text, COLOURS)[0] == "B"
+    assert (
+        read_option(text.replace("(b)", "b").replace("（B）", "b").replace("[ b ]", "b"), {"A": "x", "B": "y"})[0]
+        is None
+    )
+
+
 def test_an_option_is_mentioned_in_a_line_and_not_in_an_essay():
     for length, letter in ((240, "B"), (241, None)):
         text = "we see blue now" + " x" * 112 + "y" * (length - 239)
         assert len(text) == length and read_option(text, COLOURS)[0] == letter
 
 
+@pytest.mark.parametrize("text", ["B. blue or A", "B. blue and (A)", "A nor it", "A or so", "A and more", "A, B or so"])
+def test_several_letters_name_nothing(text):
+    assert read_option(text, COLOURS) == (None, "several options")
+
+
+def test_a_letter_with_its_own_text_behind_it_may_deny():
+    options = {"A": "not red", "B": "blue"}
+    assert read_option("we see (A) not red", options) == ("A", "letter and text of the option")
+
+
+def test_what_an_answer_says_from_its_start_is_known_to_the_benchmarks():
+    assert {read_option(text, COLOURS)[1] for text in ("A because", "A. red", "red")} == FROM_THE_START
+
+
 def test_yes_and_no_are_options_only_where_all_are():
     assert read_option("There is a dog", {"A": "No", "B": "Yes"}, "Is there a dog?") == ("B", "says yes")
     assert read_option("There is a dog", {"A": "Yes", "B": "It depends"}, "Is there a dog?")[0] is None
     assert read_option("There is a dog", {"A": "Yes", "B": "true"}, "Is there a dog?")[0] is None
+
+
+def test_the_front_page_offers_what_it_names():
+    names = (
+        "FORMATS Outcome Verdict anls clean_answer compare_answers judge_response parse_answer parse_date parse_number"
+    )
+    assert answers.__all__ == [*names.split(), "parse_options", "rules_of_source"]
+    assert all(hasattr(answers, name) for name in answers.__all__)

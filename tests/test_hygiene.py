@@ -184,3 +184,16 @@ def test_a_user_without_a_name_is_none(words, monkeypatch):
     monkeypatch.setattr(hygiene.getpass, "getuser", nameless)
     assert "the name of its user or computer" in hygiene._private_words(None)
     assert find("x") == []
+
+
+def test_what_was_found_is_shown_unless_it_is_a_secret(tmp_path, monkeypatch):
+    import re
+
+    monkeypatch.setattr(
+        hygiene, "_private_words", lambda owner: {NAME: re.compile(b"zeb."), SECRET: re.compile(b"abc")}
+    )
+    assert found_in(tmp_path, "by zeb\xff".encode("latin-1")).endswith(
+        f"holds {NAME} ('zeb\ufffd'); it is not published"
+    )
+    assert found_in(tmp_path, "x abc").endswith(f"notes.md holds {SECRET}; it is not published")
+    assert found_in(tmp_path, "nobody") is None

@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
@@ -138,6 +140,16 @@ def test_a_changed_and_a_missing_shard_are_found(raw, tmp_path):
     assert set(found(tmp_path / "parquet")["file"]) == {str(first), str(second)}
     first.write_bytes(content[: len(content) // 2])
     assert set(found(tmp_path / "parquet")["file"]) == {str(first), str(second)}
+
+
+def test_pictures_under_other_names_than_their_paths_are_found(raw, tmp_path):
+    convert(Options(str(raw)), tmp_path / "parquet")
+    path = next(iter(sorted((tmp_path / "parquet/data/CLEVR_math_digits").glob("*.parquet"))))
+    rows = pq.read_table(path).to_pylist()
+    rows[1]["image_paths"] = ["other.png"]
+    (tmp_path / "one").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), tmp_path / "one/a.parquet")
+    assert found(tmp_path / "one") == {"picture": [f"{tmp_path}/one/a.parquet:row 1"]}
 
 
 def test_a_part_that_is_cut_off_is_an_error(tmp_path):

@@ -2,12 +2,15 @@
 
 import math
 from array import array
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from internvl_mpo.mmpr import copies
-from internvl_mpo.mmpr.card import _table, configurations, length_row, size_category, statistics_text
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.mmpr import contamination, copies, restore
+from internvl_mpo.mmpr.card import _table, configurations, draw_pictures, length_row, size_category, statistics_text
+from internvl_mpo.mmpr.check import check
 from internvl_mpo.mmpr.check_report import contamination_rows, difference_rows, report_json, text_table
 from internvl_mpo.mmpr.contamination import BenchmarkIndex, word_runs
 from internvl_mpo.mmpr.copies import copy_groups, find_copies, similarity_hash
@@ -318,3 +321,58 @@ def test_runs_of_words():
     index = BenchmarkIndex(runs={"a b": [1, 2], "b c d": [3]}, lengths={2, 3})
     assert index.of_text("x A B, c d") == {1, 2, 3} and index.of_text("b a") == set()
     assert array("Q", [1]).itemsize == 8  # hashes of 64 bits fit
+
+
+def test_words_that_ten_questions_of_a_benchmark_share_are_its_instructions(monkeypatch):
+    question = "please answer the question with one word only"
+    for number, runs in ((9, {question: list(range(9))}), (10, {})):
+        examples = [SimpleNamespace(id=str(n), question=question, images=()) for n in range(number)]
+        benchmark = SimpleNamespace(examples=lambda folder, root, examples=examples: examples)
+        monkeypatch.setattr(contamination, "load_benchmark", lambda name, benchmark=benchmark: benchmark)
+        index = contamination.build_index({"pope": "folder"})
+        assert index.examples == [("pope", str(n)) for n in range(number)]
+        assert (index.runs, index.lengths, index.questions) == (runs, {8}, [question] * number)
+
+
+def test_each_picture_of_a_card_shows_what_there_is(tmp_path):
+    statistics = ReleaseStatistics()
+    statistics.add(pair(), "one")
+    assert [name for name, _ in draw_pictures(statistics, tmp_path)] == ["sources.png", "words.png"]
+    statistics.add(pair(), "one", count_tokens=len)
+    statistics.add_image(4, 8, "PNG", 10)
+    names = ["sources.png", "words.png", "tokens.png", "image_sizes.png"]
+    assert [name for name, _ in draw_pictures(statistics, tmp_path)] == names
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+
+
+def test_the_manifest_of_a_data_set_on_the_hub_is_that_of_its_revision(tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").write_text('{"meta": {"s": {"root": "images"}}}')
+    asked = []
+
+    def download(*names, **options) -> str:
+        asked.append((names, options))
+        return str(tmp_path / "manifest.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    for data, revision in (("hub:me/x@v1:cfg", "v1"), ("hub:me/x", None)):
+        assert restore._meta(data) == {"s": {"root": "images"}}
+        assert asked.pop() == (("me/x", "manifest.json"), {"repo_type": "dataset", "revision": revision})
+    assert restore._meta(str(tmp_path)) == {"s": {"root": "images"}}
+    with pytest.raises(BadInputError, match=r"holds no manifest\.json, so the settings of its subsets are not known"):
+        restore._meta(str(tmp_path / "nowhere"))
+
+
+def test_a_picture_is_written_once_and_no_other_over_it(tmp_path):
+    path = tmp_path / "a/1.png"
+    assert restore._write_picture(path, b"one") and not restore._write_picture(path, b"one")
+    for other in (b"two", b"longer"):
+        with pytest.raises(BadInputError, match="two different pictures of the data set have the path"):
+            restore._write_picture(path, other)
+    assert path.read_bytes() == b"one"
+
+
+def test_a_report_shows_the_first_five_of_a_kind_and_counts_all(tmp_path):
+    (tmp_path / "a.jsonl").write_text("no json\n" * 7)
+    made = check(str(tmp_path / "a.jsonl"))
+    assert [one.where for one in made.examples["unusable row"]] == [f"{tmp_path}/a.jsonl:{n}" for n in range(1, 6)]
+    assert made.kinds == {("unusable row", "a"): 7} and made.counts == {"a": 7}

@@ -189,4 +189,6 @@ def test_a_group_is_all_that_was_asked_and_nothing_else():
     ]
     keys = [group_key(one) for one in (row, *others)]
     assert len(set(keys)) == 7 - 1  # names are joined by a sign that no name holds
+    moved = replace(row, images=("a.png",), question="b.png\x1fHow many?")
+    assert group_key(moved) != group_key(replace(row, images=("a.png", "b.png")))
     assert group_key(response("13", way=WAYS[1], seed=2)) == keys[0] and len(keys[0]) == 16

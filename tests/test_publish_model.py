@@ -325,6 +325,40 @@ def test_native_layout_and_back(backbone: str, tmp_path: Path) -> None:
     assert saved.keys() == converted.keys()
 
 
+def test_the_native_folder_says_how_pictures_are_cut_and_where_answers_end(tmp_path: Path) -> None:
+    model = tiny_model(
+        "qwen2", dynamic_image_size=False, min_dynamic_patch=2, max_dynamic_patch=5, system_message="Hi."
+    )
+    processor = tiny_processor(model.config)
+    convert(write_model_folder(model, processor, tmp_path / "ours"), tmp_path / "native")
+
+    def read(name: str) -> dict:
+        return json.loads((tmp_path / "native" / name).read_text())
+
+    images, side = read("preprocessor_config.json"), model.config.force_image_size
+    assert images == {
+        **{"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": False, "resample": 3},
+        **{"min_patches": 2, "max_patches": 5, "size": {"height": side, "width": side}},
+        **{"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+    }
+    num_tokens = model.config.num_image_token
+    names = {"processor_class": "InternVLProcessor", "image_seq_length": num_tokens, "image_processor": images}
+    assert read("processor_config.json") == names
+    assert read("tokenizer_config.json")["extra_special_tokens"] == {
+        **{"start_image_token": "<img>", "end_image_token": "</img>"},
+        **{"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
+    }
+    ends = {key: read("generation_config.json")[key] for key in ("eos_token_id", "pad_token_id")}
+    assert ends == {"eos_token_id": processor.end_of_turn_id, "pad_token_id": processor.tokenizer.pad_token_id}
+    template = (tmp_path / "native/chat_template.jinja").read_text()
+    assert "<IMG_CONTEXT>" in template and '"<image>"' not in template and "Hi." in template
+    config = read("config.json")
+    assert (config["architectures"], config["image_seq_length"]) == (["InternVLForConditionalGeneration"], num_tokens)
+    kept = config["internvl_chat"]
+    assert kept.pop("llm_architecture") == "Qwen2ForCausalLM"
+    assert kept == {key: getattr(model.config, key) for key in kept} and len(kept) == 8
+
+
 def test_a_native_folder_of_another_origin(tmp_path: Path) -> None:
     """The vendor's own native folders say nothing about templates and tiles; they are those of InternVL3."""
     model = tiny_model("qwen2")

@@ -1,0 +1,215 @@
+"""How a shard is written: row groups, pictures kept at hand, rejects, and what a plan of shards is cut from."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from internvl_mpo.errors import BadInputError, RowError
+from internvl_mpo.mmpr import shard_writer as module
+from internvl_mpo.mmpr.manifest import MANIFEST, file_facts, read_manifest
+from internvl_mpo.mmpr.parquet import FEATURES, arrow_schema, prompt_messages, to_columns, to_pair, to_raw
+from internvl_mpo.mmpr.release import Subset
+from internvl_mpo.mmpr.shard_plan import Options, Shard, line_start, map_in_processes
+from internvl_mpo.mmpr.shard_writer import ShardPictures, ShardWriter, done_mark
+from internvl_mpo.mmpr.statistics import ReleaseStatistics
+from internvl_mpo.records import PreferencePair
+
+
+def png(width: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("L", (width, 3)).save(out, "PNG")
+    return out.getvalue()
+
+
+def pair_of(**changes) -> PreferencePair:
+    fields = {"id": "x", "images": ("a.png",), "question": "q", "chosen": "c", "rejected": "r", "source": "s"}
+    return PreferencePair(**{**fields, "rule": "correctness", **changes})
+
+
+def columns_of(pair: PreferencePair, pictures: list[bytes], **row) -> dict:
+    subset = Subset("s_pairs_vqa_correctness_rules", None, None, 2.5, 6, {"root": "/mnt/x/images/s"})
+    return to_columns(row or pair.to_json(), pair, subset, pictures)
+
+
+def write(path: Path, count: int) -> ShardWriter:
+    with ShardWriter(path, arrow_schema()) as writer:
+        for number in range(count):
+            writer.add(columns_of(pair_of(id=str(number)), [bytes([number]) * 60]))
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("batch_rows", "group_bytes", "groups"), [(500, 120, 4), (2, 10**6, 1), (1, 1, 7), (500, 60, 7)]
+)
+def test_rows_keep_their_order_in_groups_of_about_a_size(tmp_path, monkeypatch, batch_rows, group_bytes, groups):
+    monkeypatch.setattr(module, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(module, "ROW_GROUP_BYTES", group_bytes)
+    writer = write(tmp_path / "a.parquet", 7)
+    file = pq.ParquetFile(tmp_path / "a.parquet")
+    assert writer.num_rows == file.metadata.num_rows == 7 and file.num_row_groups == groups
+    table = file.read()
+    assert table["id"].to_pylist() == [str(number) for number in range(7)]
+    assert [row[0]["bytes"] for row in table["images"].to_pylist()] == [bytes([number]) * 60 for number in range(7)]
+    group = file.metadata.row_group(0)
+    names = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
+    picture = names["images.list.element.bytes"]
+    assert picture.compression == "UNCOMPRESSED" and "RLE_DICTIONARY" in picture.encodings
+    assert names["question"].compression == names["chosen.list.element.content"].compression == "ZSTD"
+    assert json.loads(file.metadata.metadata[b"content_defined_chunking"]) == module.CHUNKING
+
+
+def test_a_writer_without_rows_and_one_that_failed_write_none(tmp_path):
+    assert write(tmp_path / "a.parquet", 0).num_rows == 0
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 0
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "b.parquet", arrow_schema()) as writer:
+        writer.add(columns_of(pair_of(), [b"x"]))
+        raise RuntimeError
+    assert pq.ParquetFile(tmp_path / "b.parquet").metadata.num_rows == 0
+
+
+def test_pictures_that_were_read_last_are_kept_and_counted_once(monkeypatch):
+    files = {f"{width}.png": png(width) for width in (3, 4, 5)}
+    read = []
+
+    def content(name: str) -> bytes:
+        read.append(name)
+        if name not in files:
+            raise RowError("is nowhere")
+        return files[name]
+
+    subset = SimpleNamespace(root="images", pictures=SimpleNamespace(read=content))
+    statistics = ReleaseStatistics()
+    pictures = ShardPictures(True, statistics)
+    size = len(files["3.png"])
+    monkeypatch.setattr(module, "CACHE_BYTES", 2 * size + 1)
+    assert [pictures.read(subset, name) for name in ("3.png", "4.png", "3.png")] == [
+        files[n] for n in ("3.png", "4.png", "3.png")
+    ]
+    assert read == ["3.png", "4.png"]
+    pictures.read(subset, "5.png")  # pushes out the one that was asked for longest ago
+    assert pictures.read(subset, "3.png") == files["3.png"] and read == ["3.png", "4.png", "5.png"]
+    pictures.read(subset, "4.png")
+    assert read[3:] == ["4.png"] and sum(statistics.image_formats.values()) == 3
+    assert statistics.image_bytes == sum(map(len, files.values()))
+    for _ in range(2):
+        with pytest.raises(RowError, match="is nowhere"):
+            pictures.read(subset, "x.png")
+    assert read[4:] == ["x.png"]  # a fault is kept as well
+    other = SimpleNamespace(root="other", pictures=subset.pictures)
+    pictures.read(other, "4.png")
+    assert read[5:] == ["4.png"]  # another folder's picture of that name
+    files["5.png"] = b"no picture"
+    with pytest.raises(RowError, match=r"image '5\.png' cannot be decoded"):
+        ShardPictures(True, statistics).read(subset, "5.png")
+    monkeypatch.setattr(module, "CACHE_BYTES", 1)
+    alone = ShardPictures(False, ReleaseStatistics())
+    alone.read(subset, "3.png")
+    count = len(read)
+    alone.read(subset, "3.png")
+    assert len(read) == count  # the last one stays however large it is
+
+
+def test_a_line_that_was_not_converted_is_kept_as_it_was():
+    out = io.StringIO()
+    module._reject(out, "a:1", RowError("bad"), "{ü}\n".encode())
+    module._reject(out, "a:2", RowError("bad"), b"\xff\n")
+    first, second = map(json.loads, out.getvalue().splitlines())
+    assert first == {"row": "a:1", "reason": "bad", "line": "{ü}"}
+    assert second == {"row": "a:2", "reason": "bad", "line_base64": base64.b64encode(b"\xff\n").decode()}
+
+
+def test_a_shard_has_its_own_mark():
+    assert done_mark(Path("w"), Shard("data/a/train-0.parquet", "a", [])) == Path("w/done/data__a__train-0.json")
+
+
+# ---------------------------------------------------------------------------------------------------------- columns
+
+
+def test_the_columns_of_a_pair_are_all_there_and_come_back():
+    pair = pair_of(
+        answer="5", system="be kind", history=(("<image>one?", "1"), ("two?", "2")), images=("b/a.png", "c.png"),
+        question="<image>three?", provenance={"n": 1},
+    )  # fmt: skip
+    columns = columns_of(pair, [b"1", b"2"])
+    assert list(columns) == list(FEATURES)
+    assert columns["images"] == [{"bytes": b"1", "path": "b/a.png"}, {"bytes": b"2", "path": "c.png"}]
+    assert columns["chosen"] == [{"role": "assistant", "content": "c"}]
+    assert columns["rejected"] == [{"role": "assistant", "content": "r"}]
+    assert columns["history"] == [{"question": "<image>one?", "answer": "1"}, {"question": "two?", "answer": "2"}]
+    settings = {
+        key: columns[key] for key in ("subset", "repeat_time", "max_dynamic_patch", "image_root", "image_paths")
+    }
+    assert settings == {
+        "subset": "s_pairs_vqa_correctness_rules", "repeat_time": 2.5, "max_dynamic_patch": 6, "image_root": "images/s",
+        "image_paths": ["b/a.png", "c.png"],
+    }  # fmt: skip
+    assert json.loads(columns["provenance"]) == {"n": 1} and json.loads(columns["raw"]) == {"form": "own"}
+    assert to_pair(columns) == pair and to_raw(columns) == pair.to_json()
+    old = {key: value for key, value in columns.items() if key not in ("system", "history")}
+    assert (to_pair(old).system, to_pair(old).history) == (None, ())
+
+
+def test_a_prompt_is_system_message_turns_and_question():
+    image = {"type": "image", "text": None}
+
+    def text(said: str) -> dict:
+        return {"type": "text", "text": said}
+
+    plain = pair_of(system="be kind", history=(("one?", "1"),), images=("a", "b"))
+    assert prompt_messages(plain) == [
+        {"role": "system", "content": [text("be kind")]},
+        {"role": "user", "content": [image, image, text("one?")]},
+        {"role": "assistant", "content": [text("1")]},
+        {"role": "user", "content": [text("q")]},
+    ]
+    marked = pair_of(history=(("one?", "1"),), question="<image>q<image>", images=("a", "b"))
+    assert [message["content"] for message in prompt_messages(marked)] == [
+        *([text("one?")], [text("1")], [image, text("q"), image])
+    ]
+    assert prompt_messages(pair_of()) == [{"role": "user", "content": [image, text("q")]}]
+    assert prompt_messages(pair_of(images=())) == [{"role": "user", "content": [text("q")]}]
+
+
+@pytest.mark.parametrize("field", ["id", "question", "chosen", "rejected", "answer", "source", "system"])
+def test_half_a_character_is_refused_wherever_it_stands(field):
+    with pytest.raises(RowError, match=r"holds half a surrogate pair \(U\+D800\), which is no text"):
+        columns_of(pair_of(**{field: "x\ud800"}), [b"1"])
+    for changes in ({"images": ("\ud800.png",)}, {"history": (("a", "\ud800"),)}, {"history": (("\ud800", "a"),)}):
+        with pytest.raises(RowError, match="surrogate"):
+            columns_of(pair_of(**changes), [b"1"])
+
+
+# ------------------------------------------------------------------------------------------------------ plan, manifest
+
+
+def test_a_part_begins_at_the_line_that_begins_in_it(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"ab\ncd\n\ne")
+    assert [line_start(path, position) for position in range(9)] == [0, 3, 3, 3, 6, 6, 6, 7, 8]
+
+
+def test_a_single_piece_of_work_starts_no_process():
+    assert list(map_in_processes(abs, [-1, -2], 1)) == [1, 2]
+    assert list(map_in_processes(lambda text: len(text), ["a"], 4)) == [1] and list(map_in_processes(len, [], 4)) == []
+
+
+def test_the_manifest_is_read_or_said_to_be_missing(tmp_path):
+    with pytest.raises(BadInputError, match=r"holds no manifest\.json, so convert_mmpr\.py has not finished it"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(BadInputError, match=r"is not valid JSON .*; convert again"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text('{"a": "ü"}', encoding="utf-8")
+    assert read_manifest(tmp_path) == {"a": "ü"}
+    assert file_facts(tmp_path / MANIFEST)["num_bytes"] == 11
+
+
+def test_options_have_defaults_that_the_documentation_says():
+    assert Options("x") == Options("x", None, 500 << 20, True, None)
+    assert (module.ROW_GROUP_BYTES, module.CACHE_BYTES, module.BATCH_ROWS) == (64 << 20, 64 << 20, 500)
