@@ -92,6 +92,11 @@ def test_a_picture_arrives_by_name_from_the_address_that_was_looked_at(server, m
     assert server.asked == [("/picture", f"pictures.example:{port}")]
 
 
+def test_a_port_that_cannot_be_is_refused_in_one_sentence():
+    with pytest.raises(BadInputError, match="could not be fetched"):
+        fetch("http://8.8.8.8:99999/a.png", 1000)
+
+
 @pytest.mark.parametrize("path", ["/drip", "/silent"])
 def test_an_address_that_says_nothing_costs_no_more_than_the_deadline(server, monkeypatch, path):
     monkeypatch.setattr(module, "DEADLINE_SECONDS", 0.4)

@@ -40,7 +40,7 @@ def fetch(url: str, max_bytes: int) -> bytes:
         return pool.submit(fetch_in_time).result()
     except TimeoutError as error:
         raise BadInputError(f"{url} gave no picture within {DEADLINE_SECONDS:g} seconds") from error
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ExceptionGroup) as error:  # a port of 99999
         if isinstance(error, BadInputError):
             raise
         raise BadInputError(f"{url} could not be fetched") from error
