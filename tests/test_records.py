@@ -29,6 +29,9 @@ def test_rows_survive_the_file(tmp_path):
         ),
         PreferencePair(question="Text only?", chosen="yes", rejected="no", rule="correctness", provenance={"k": [1]}),
     ]
+    assert Response(question_id="q", images=["a.png"], question="x", response="y").images == ("a.png",)
+    with pytest.raises(RowError, match="the question is empty"):
+        Response(question_id="q", question=" ", response="y")
     for row in rows:
         path = tmp_path / "rows.jsonl"
         write_rows([row], path)
@@ -64,6 +67,7 @@ def test_official_annotation_is_read_as_it_is(tmp_path):
     path.write_text(json.dumps(line) + "\n\n")
     (row,) = read_rows(path, PreferencePair)
     assert (row.images, row.answer, row.rule, row.provenance) == (("a.png", "b.png"), "12", "other", {"chosen_meta": 7})
+    assert [row.source for row in read_rows(path, PreferencePair, source="MMPR")] == ["MMPR"]
 
 
 def test_equal_content_has_equal_id_and_other_content_another():
@@ -186,6 +190,7 @@ def test_every_rule_of_a_pair_is_known():
         ({"rule": "vote"}, {"rule": "vote"}),
         ({"system": " "}, {"system": None}),
         ({"history": None}, {"history": ()}),
+        ({"history": (("h", "i"),)}, {"history": (("h", "i"),)}),
         ({"image": ["a.png"]}, {"images": ("a.png",)}),
     ],
 )

@@ -48,7 +48,7 @@ def bare(shift: str = "none", **args) -> MPOTrainer:
     """A trainer with what the methods below look at and nothing else."""
     trainer = MPOTrainer.__new__(MPOTrainer)
     settings = {"device": torch.device("cpu"), "world_size": 2, "beta": 0.5, "objective": OBJECTIVE}
-    more = {"wpo": False, "fp16": False, "bf16": False, "peak_tflops": 1.0, "output_dir": "run"}
+    more = {"wpo": False, "fsdp": "", "fp16": False, "bf16": False, "peak_tflops": 1.0, "output_dir": "run"}
     trainer.args = SimpleNamespace(**{**settings, **more, **args})
     trainer.accelerator, trainer.model = TwoRanks(), None
     trainer.shift, trainer.sums = RewardShift(shift), MeanMeter()
@@ -302,6 +302,16 @@ def test_a_step_waits_for_its_reference_and_none_begins_when_a_signal_came_first
     assert stopped == [(trainer.args, trainer.state, trainer.control)]
     trainer.reference = None
     assert trainer.get_batch_samples(1, 2) == (1, 2)
+
+
+@pytest.mark.parametrize(("fsdp", "follows", "followed"), [("", False, []), ("on", True, []), ("on", False, ["model"])])
+def test_under_fsdp_the_share_of_the_start_weights_is_kept_before_the_first_step_and_once(fsdp, follows, followed):
+    trainer, models = bare(fsdp=fsdp), []
+    trainer._follow_start()  # there is no reference to follow
+    trainer.model = "model"
+    trainer.reference = SimpleNamespace(follows=follows, follow=models.append)
+    trainer._follow_start()
+    assert models == followed
 
 
 def test_numbers_that_transformers_asks_for_are_counted_in_pairs(pack):
