@@ -74,6 +74,10 @@ def test_a_clean_release_has_no_findings_in_any_form(raw, tmp_path):
     assert found(tmp_path / "zipped", workers=2) == {}
     convert(Options(str(raw)), tmp_path / "parquet")
     assert found(tmp_path / "parquet") == {}
+    counts = {
+        report.data: (report.counts, report.statistics.rows) for report in map(check, (str(raw), f"{tmp_path}/parquet"))
+    }
+    assert counts[str(raw)] == counts[f"{tmp_path}/parquet"] and sum(counts[str(raw)][0].values()) == 5 * 9
 
 
 @pytest.mark.parametrize(
