@@ -9,5 +9,6 @@ sharing       conversations stored on request, behind a link
 browser       questions of two evaluation runs on which the models differ
 examples      pictures the repository may ship, drawn here
 guard         what no request may ask the server for
-page          the page itself, the only file here that knows Gradio
+serving       what Gradio's server holds for each caller, and where it listens
+page          the page itself, the only file here with Gradio's components
 """

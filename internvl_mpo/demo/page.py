@@ -7,7 +7,6 @@ The only file of the demo with Gradio's components. What a button does is in `se
 import functools
 import html
 import secrets
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,8 @@ from internvl_mpo.demo.examples import Example
 from internvl_mpo.demo.guard import Guard
 from internvl_mpo.demo.markup import safe_markdown
 from internvl_mpo.demo.pictures import fetch_data_uri
-from internvl_mpo.demo.service import MOST_SESSIONS, Service
+from internvl_mpo.demo.service import Service
+from internvl_mpo.demo.serving import MOST_SESSIONS, forget_call, free_port
 from internvl_mpo.demo.settings import DemoSettings
 from internvl_mpo.demo.sharing import Shelf
 from internvl_mpo.demo.streaming import Backend
@@ -307,6 +307,7 @@ class Page:
         max_new_tokens: int = 512,
         max_tiles: int | None = None,
         seed: int = 0,
+        request: gr.Request | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Ask base and MPO the same question and return both answers.
 
@@ -318,6 +319,7 @@ class Page:
             max_new_tokens: longest answer.
             max_tiles: most tiles of all pictures together; empty is the model's own limit.
             seed: of the draw, where temperature is above 0.
+            request: whose call it is; Gradio fills it in.
 
         Returns:
             {"base": {"text", "final_answer", "num_tokens", "tokens_per_s", "first_token_s", "finish_reason", "model"},
@@ -331,6 +333,8 @@ class Page:
             yield from self.service.compare(question, images or [], controls)
         except BadInputError as error:
             raise gr.Error(str(error), print_exception=False) from error
+        finally:
+            forget_call(request)
 
     # --- the second tab -----------------------------------------------------------------------------------------------
 
@@ -415,7 +419,7 @@ def launch(page: Page) -> tuple[gr.Blocks, str]:
     try:
         _, url, _ = blocks.launch(
             server_name=settings.host,
-            server_port=settings.port or _free_port(settings.host),
+            server_port=settings.port or free_port(settings.host),
             max_file_size=limits.max_bytes,
             state_session_capacity=MOST_SESSIONS,
             app_kwargs={"middleware": [guard]},
@@ -442,9 +446,3 @@ def launch(page: Page) -> tuple[gr.Blocks, str]:
     except ImportError as error:
         raise BadInputError(f"--mcp needs more packages ({error}); pip install 'gradio[mcp]'") from error
     return blocks, url
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]

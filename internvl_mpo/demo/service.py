@@ -31,8 +31,6 @@ from internvl_mpo.demo.pictures import (
 from internvl_mpo.demo.streaming import Backend, VisitorQuestion
 from internvl_mpo.errors import BadInputError
 
-# Gradio keeps 100 KB for each visitor and each call of the API, by default of the last 10,000.
-MOST_SESSIONS = 200
 STOP_SECONDS = 5.0  # a token takes less on any machine one would show this on
 
 
