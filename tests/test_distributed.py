@@ -291,6 +291,12 @@ def test_kill_9_and_the_same_command_give_the_same_losses(tmp_path, way, kills):
     assert [row["same"] for row in rows] == [True] * kills, rows
 
 
+def test_fsdp_of_accelerate_launch_alone_is_refused(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert train(world, tmp_path / "run") == 2
+    assert "give --fsdp true as well" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_the_local_rank_that_the_deepspeed_launcher_adds_is_taken(monkeypatch):
     from internvl_mpo.training.distributed import take_local_rank
 

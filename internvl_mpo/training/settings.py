@@ -1,5 +1,6 @@
 """Settings of `train_mpo.py`: read, checked against each other, refused where they would have no effect."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -178,6 +179,8 @@ def check_fsdp(settings: TrainSettings) -> None:
         BadInputError: naming the setting and what to give instead.
     """
     if not uses_fsdp(settings):
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise BadInputError("accelerate launch asks for FSDP; give --fsdp true as well, or launch without it")
         return
     if settings.deepspeed:
         raise BadInputError("fsdp and deepspeed both cut the weights in pieces; leave one of them out")
