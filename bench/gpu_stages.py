@@ -148,7 +148,7 @@ def liger_parity(machine: Machine) -> Iterator[Row]:
         pack = pack_groups(mixed_groups(model)).to(machine.device)
         with torch.no_grad():
             exact = response_logps(model, pack)
-            use_liger_kernels(model.language_model)
+            use_liger_kernels(model.language_model.model)
             yield compared(f"Liger's kernels, {backbone}, float32", response_logps(model, pack), exact, 1e-5)
 
 
@@ -191,7 +191,7 @@ def steps(machine: Machine, size: str) -> Iterator[Row]:
         yield {"tiles": 5, "reference": "live", "note": "does not fit"}
     live.reference = None
     if importlib.util.find_spec("liger_kernel") and machine.device == "cuda":
-        use_liger_kernels(trainer.policy.language_model)
+        use_liger_kernels(trainer.policy.language_model.model)
         for tiles, pack in packs.items():
             yield timed(trainer, pack, tiles, gflop[tiles], attention="auto", liger=True)
     else:

@@ -37,6 +37,20 @@ def test_every_stage_of_the_gpu_proof_runs_on_a_cpu(tmp_path):
     assert all(stage.title in text for stage in STAGES)
 
 
+@pytest.mark.slow
+def test_the_proof_gives_liger_the_decoder_also_where_liger_is_not_installed(monkeypatch):
+    import gpu_stages
+    from gpu_model import Machine
+
+    given = []
+    monkeypatch.setattr(gpu_stages.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(gpu_stages.triton_interpreter, "prepare", lambda: None)
+    monkeypatch.setattr(gpu_stages, "use_liger_kernels", given.append)
+    assert all(row["holds"] for row in gpu_stages.liger_parity(Machine("cpu", "tiny")))
+    assert len(given) >= 4
+    assert all(hasattr(decoder, "layers") for decoder in given)
+
+
 @pytest.mark.skipif(not TOKENIZER.is_dir(), reason="the tokenizer of Qwen2 is not here")
 @pytest.mark.slow
 def test_the_rehearsal_goes_from_an_official_folder_to_a_chat(tmp_path):
