@@ -281,6 +281,8 @@ def test_only_weights_that_no_round_needs_are_removed_and_nothing_is_trained_aga
     loop.run()
     kept = [loop.lanes.policy("mpo", n).joinpath("model.safetensors").exists() for n in (1, 2, 3, 4)]
     assert kept == [False, True, False, True]
+    rows = write_results(loop)["arms"]["mpo"]["rounds"]
+    assert [row["is_removed"] for row in rows[1:]] == [True, False, True, False]
     before = len(run.ran)
     Loop(settings, run).run()
     assert len(run.ran) == before

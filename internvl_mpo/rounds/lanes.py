@@ -156,6 +156,11 @@ class RoundLanes:
         """Return the policy after a round; after round 0 the first one."""
         return self.folder(arm, number) / "model" if number else self.settings.model
 
+    def weights(self, arm: str, number: int) -> list[Path]:
+        """Return the files that hold the weights of the policy after a round; none once they were removed."""
+        folder = self.folder(arm, number) / "model"
+        return [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+
     def evaluation(self, arm: str, number: int) -> Path:
         """Return the folder of a policy's held-out answers."""
         return self.folder(arm, number) / "eval" if number else self.out / "start" / "eval"

@@ -84,7 +84,7 @@ class Loop:
             for checkpoint in folder.glob("train/checkpoint-*"):
                 shutil.rmtree(checkpoint)
             if number not in (best, last):
-                for weights in [*folder.glob("model/*.safetensors"), *folder.glob("model/*.bin")]:
+                for weights in self.lanes.weights(arm, number):
                     weights.unlink()
 
 

@@ -78,6 +78,7 @@ def results(lanes: RoundLanes, finished: Mapping[str, Mapping[str, Any]], rounds
         rows = [held_out(lanes, arm, number) for number in range(count + 1)]
         for number, row in enumerate(rows):
             row["policy"] = str(lanes.policy(arm, number))
+            row["is_removed"] = number > 0 and not lanes.weights(arm, number)
             if number:
                 row["data"] = sampled(lanes.data(arm, number))
         arms[arm] = {"rounds": rows, "best": best_round([row["accuracy"] for row in rows])}
