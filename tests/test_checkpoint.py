@@ -159,7 +159,7 @@ def test_what_a_checkpoint_does_not_say_is_named_and_what_it_says_counts_more_th
         ({}, {"engine": "ZeRO-2"}, "made with no DeepSpeed, now it is ZeRO-2, which cannot read its optimizer"),
         ({"engine": "ZeRO-2"}, {}, "made with ZeRO-2, now it is no DeepSpeed"),
         ({"engine": "ZeRO-2"}, {"engine": "ZeRO-2"}, None),
-        ({"engine": "ZeRO-2"}, {"engine": "ZeRO-2", "num_ranks": 4}, "ZeRO-2 on 2 ranks, which cannot be divided .* 4"),
+        ({"engine": "ZeRO-2"}, {"engine": "ZeRO-2", "num_ranks": 4}, None),  # cut anew before it is read
         ({}, {"num_ranks": 4, "steps_per_epoch": 8}, "counts 9 steps an epoch, 4 ranks would make it 8"),
     ],
 )

@@ -167,7 +167,7 @@ def test_the_pre_flight_cache_says_what_a_fresh_look_says_after_any_edits(tmp_pa
 USUAL = {
     **{"model": "start", "max_tiles": 12, "max_length": 6144, "bf16": False, "fp16": False, "load_in_4bit": False},
     **{"process_index": 0, "world_size": 1, "dtype": "float32", "deepspeed": None, "hf_deepspeed_config": None},
-    "token_weights": TokenWeights(),
+    **{"token_weights": TokenWeights(), "fsdp": False},
 }
 MATTERS = {  # alone it gives other log-probs of some pair
     "model": "other",
@@ -176,6 +176,7 @@ MATTERS = {  # alone it gives other log-probs of some pair
     "bf16": True,
     "fp16": True,
     "load_in_4bit": True,
+    "fsdp": True,
     "dtype": "bfloat16",
     "chat_template": "{{ messages }}",
     "token_weights": TokenWeights(ld_alpha=0.5),
@@ -188,6 +189,12 @@ def identity(folder: Path, **changes) -> dict:
     return reference_identity(SimpleNamespace(**given), processor, model_digest(folder / given["model"]))
 
 
+def effective(changed: set[str]) -> set[str]:
+    """What of it counts: no run has both 16-bit types, and FSDP casts weights only where there is one of them."""
+    without = {"fp16"} if "bf16" in changed else set()
+    return changed - without - (set() if changed & {"bf16", "fp16"} else {"fsdp"})
+
+
 @settings(SHARED_FOLDER, max_examples=40)
 @given(changed=st.sets(st.sampled_from(sorted(MATTERS))), again=st.sets(st.sampled_from(sorted(MATTERS))))
 def test_the_reference_cache_has_a_key_of_its_own_for_all_that_changes_a_log_prob(tmp_path, changed, again):
@@ -198,8 +205,7 @@ def test_the_reference_cache_has_a_key_of_its_own_for_all_that_changes_a_log_pro
         ReferenceCache(tmp_path, identity(tmp_path, **{key: MATTERS[key] for key in keys}), {}).name
         for keys in (changed, again)
     ]
-    effective = [keys - {"fp16"} if "bf16" in keys else keys for keys in (changed, again)]  # no run has both
-    assert (names[0] == names[1]) == (effective[0] == effective[1])
+    assert (names[0] == names[1]) == (effective(changed) == effective(again))
 
 
 @pytest.mark.parametrize("name", ["ld_alpha", "after_difference", "difference_tokens"])
