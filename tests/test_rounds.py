@@ -216,6 +216,14 @@ def test_an_arm_stops_when_it_gets_no_better_and_others_go_on(given, capsys):
     assert (found["arms"]["sft"]["best"], found["arms"]["mpo"]["best"]) == (1, 4)
 
 
+def test_an_arm_that_has_stopped_is_not_asked_again(given, capsys):
+    run = Runner({"mpo": [60.0, 70.0, 80.0, 85.0, 86.0], "sft": [55.0, 54.0]})
+    loop = Loop(settings_of(given, num_rounds=5, arms="mpo,sft", patience=1), run)
+    assert loop.run() == {}
+    assert loop.rounds == {"mpo": 5, "sft": 2}
+    assert capsys.readouterr().out.count("sft stops") == 1
+
+
 def test_an_arm_that_fails_leaves_the_others_and_goes_on_next_time(given):
     run = Runner({"mpo": [60.0, 70.0], "sft": [55.0, 56.0]}, failing="mpo.round_2.responses")
     loop = Loop(settings_of(given, num_rounds=2, arms="mpo,sft"), run)

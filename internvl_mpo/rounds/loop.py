@@ -39,8 +39,9 @@ class Loop:
         """
         failed: dict[str, BadInputError] = {}
         self.stages.run_all([Lane(self.lanes.start())], [Lane(self.lanes.first_data())])
+        going = list(self.settings.arms)
         for number in range(1, self.settings.num_rounds + 1):
-            going = [arm for arm in self.settings.arms if arm not in failed and self._goes_on(arm, number)]
+            going = [arm for arm in going if arm not in failed and self._goes_on(arm, number)]
             failed |= self._run_round(going, number)
             if going:
                 write_results(self)
