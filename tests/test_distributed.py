@@ -49,7 +49,7 @@ CASES = {
     "zero3, weights": ("weights", ("--deepspeed", "zero3")),
 }
 ALONE = {
-    "full": (),
+    "full": ("--weight_decay", "1.0"),  # large enough to see it given to weights that have none
     "held_out": ("--held_out_share", "0.4", "--pairs_per_step", "2", "--num_eval_samples", "1",
                  "--eval_sample_tokens", "4"),
     "lora": LORA,
