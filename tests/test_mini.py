@@ -11,7 +11,7 @@ from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.mini.__main__ import main
 from internvl_mpo.mini.choices import guess, is_guess, make_options
 from internvl_mpo.mini.digits import DIGIT_PIXELS, Painter
-from internvl_mpo.mini.report import lucky_guess, write_report
+from internvl_mpo.mini.report import has_curve, lucky_guess, write_report
 from internvl_mpo.mini.start_model import StartSettings, token_weights, train_start_model, train_tokenizer
 from internvl_mpo.mini.tasks import TASKS, chain_of_thought
 from internvl_mpo.mini.world import WorldSettings, make_world
@@ -204,6 +204,13 @@ def test_the_report_shows_what_became_worse_and_what_stayed_wrong_beside_what_be
     assert "stayed right:" not in text  # nothing to show
     assert "70 to 80" in text  # the interval beside the share
     assert "A pair" not in text and "What to type next" in text
+
+
+def test_rewards_without_a_reference_are_not_drawn_beside_those_with_one():
+    plain = {"rewards/chosen": -0.2, "loss_generation": 0.1, "loss_quality": 0.0}
+    assert has_curve([{**plain, "kl": 0.0}], "rewards/chosen")
+    assert not has_curve([plain], "rewards/chosen")
+    assert has_curve([plain], "loss_generation") and not has_curve([plain], "loss_quality")
 
 
 def test_the_closing_table_has_a_row_for_every_method():

@@ -106,8 +106,8 @@ def _plots(folder: Path, methods: list[str]) -> list[tuple[str, str, str]]:
     ):
         figure, axes = pyplot.subplots(figsize=(4.6, 2.9), dpi=110, layout="constrained")
         for number, (method, rows) in enumerate(reversed(logs.items())):  # mpo below the others, which are thinner
-            if not any(row[key] for row in rows):
-                continue  # the method has no such term
+            if not has_curve(rows, key):
+                continue
             axes.plot([row["step"] for row in rows], _smooth([row[key] for row in rows]), label=NAMES[method],
                       color=COLORS[method], linewidth=2.4 if method == "mpo" else 1.3, linestyle=DASHES[method],
                       marker=MARKERS[method], markersize=4, markevery=(5 * number, 20))  # fmt: skip
@@ -120,6 +120,11 @@ def _plots(folder: Path, methods: list[str]) -> list[tuple[str, str, str]]:
         pyplot.close(figure)
         plots.append((key, caption, embedded(image.getvalue(), "png")))
     return plots
+
+
+def has_curve(rows: list[dict[str, Any]], key: str) -> bool:
+    """Say whether a run has the term, and its rewards a reference: SFT's are plain log-probs, on another scale."""
+    return any(row[key] for row in rows) and (not key.startswith("rewards/") or "kl" in rows[0])
 
 
 def _smooth(values: list[float], width: int = 5) -> list[float]:
