@@ -229,7 +229,8 @@ def test_ranks_may_change_without_deepspeed_and_not_with_it(world, alone, togeth
     assert [found[step] for step in expected] == pytest.approx(list(expected.values()), rel=1e-5)
     capfd.readouterr()
     # a checkpoint of two ranks under ZeRO-2, now without DeepSpeed
-    assert train(world, together / "zero2", "--resume", str(together / "zero2" / "checkpoint-2")) == 2
+    words = (*ALONE["full"], "--resume", str(together / "zero2" / "checkpoint-2"))
+    assert train(world, together / "zero2", *words) == 2
     assert "was made with ZeRO-2, now it is no DeepSpeed" in capfd.readouterr().err
 
 
@@ -359,7 +360,7 @@ def test_accelerate_launch_trains_with_its_own_stage(world, alone, tmp_path):
     (tmp_path / "launcher.yaml").write_text(yaml.safe_dump({**launcher, "num_processes": 2}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launcher.yaml"),
                "--main_process_port", "0", str(ROOT / "train_mpo.py"), "--config", str(tmp_path / "run.yaml"),
-               "--deepspeed", "none", *arguments(world, tmp_path / "run")]  # fmt: skip
+               "--deepspeed", "none", *arguments(world, tmp_path / "run", *ALONE["full"])]  # fmt: skip
     result = subprocess.run(
         command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
     )
