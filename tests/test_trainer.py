@@ -118,6 +118,63 @@ def test_without_a_reference_rewards_are_those_of_the_policy_alone(pack, scored)
     assert "kl" not in trainer.sums.totals
 
 
+def test_formulas_a_token_divide_each_response_by_its_own_length(pack, scored):
+    trainer = bare(objective=OBJECTIVE | {"preference": "simpo"})
+    _, out = trainer.compute_loss(MODEL, pack, return_outputs=True, num_items_in_batch=STEP)
+    margins = (POLICY[0] / torch.tensor([3, 2]) - POLICY[1] / torch.tensor([1, 2])) * 0.5 - 1.0
+    assert out.preference.tolist() == pytest.approx((-torch.nn.functional.logsigmoid(margins)).tolist())
+
+
+def test_changes_that_are_logged_are_those_of_each_side_against_its_own_reference(pack, scored):
+    trainer = bare()
+    trainer.compute_loss(MODEL, pack, num_items_in_batch=STEP)
+    chosen, rejected = ((policy - known) for policy, known in zip(POLICY, REFERENCE, strict=True))
+    chosen, rejected = chosen / torch.tensor([3, 2]), rejected / torch.tensor([1, 2])
+    kl = sum((change.exp() - 1 - change).sum().item() / 2 for change in (chosen, rejected))
+    assert trainer.sums.totals["logps/chosen_change"].item() == pytest.approx(chosen.sum().item())
+    assert trainer.sums.totals["kl"].item() == pytest.approx(kl)
+
+
+def test_the_loss_moves_the_policy_alone_and_no_shift(monkeypatch, pack):
+    """An inclusive shift holds the pack's own rewards, yet it is a constant of the loss."""
+    policy = [logps.clone().requires_grad_() for logps in POLICY]
+    monkeypatch.setattr(module, "score_pairs", lambda *given, **more: PairScores(*policy, policy[0] * 2, policy[1]))
+    trainer = bare("inclusive")
+    trainer.compute_loss(MODEL, pack, num_items_in_batch=STEP).backward()
+    twin = [logps.clone().requires_grad_() for logps in POLICY]
+    loss = mpo_loss(
+        *twin, *REFERENCE, pack.chosen_lengths_P, shift=trainer.shift.value, generation_logps=twin[0] * 2,
+        num_pairs=6, num_chosen_tokens=40, **OBJECTIVE,
+    ).loss  # fmt: skip
+    (2 * loss).backward()
+    for one, other in zip(policy, twin, strict=True):
+        assert one.grad.tolist() == pytest.approx(other.grad.tolist())
+
+
+@pytest.mark.parametrize("mode", ["previous", "ema", "none"])
+def test_a_shift_of_earlier_steps_does_not_move_within_one(pack, scored, mode):
+    trainer = bare(mode)
+    for _ in range(2):
+        trainer.compute_loss(MODEL, pack, num_items_in_batch=STEP)
+    assert (trainer.shift.value, trainer.shift.count) == (0.0, 0)
+
+
+def test_what_a_pack_needs_beside_it_is_made_on_its_device(pack, monkeypatch):
+    """On the device without memory: what is left on the CPU cannot meet it."""
+    device = torch.device("meta")
+    policy = [logps.to(device) for logps in POLICY]
+    monkeypatch.setattr(module, "score_pairs", lambda *given, **more: PairScores(*policy, *policy))
+    trainer = bare(device=device)
+    trainer.accelerator.sync_gradients = False
+    trainer.compares = False
+    monkeypatch.setattr(module, "mpo_loss", lambda *given, **more: seen.append(given) or whole)
+    monkeypatch.setattr(module, "pair_numbers", lambda *given: {})
+    seen, whole = [], SimpleNamespace(loss=torch.zeros(()), chosen_rewards=policy[0], rejected_rewards=policy[1])
+    trainer.compute_loss(MODEL, pack, num_items_in_batch=STEP)
+    assert {logps.device for logps in seen[0][:4]} == {device}
+    assert trainer._get_num_items_in_batch([pack], device).device == device
+
+
 def test_weights_of_pairs_are_those_of_wpo_and_logged(pack, scored):
     trainer = bare(wpo=True)
     weights = wpo_weights(*scored)
@@ -148,15 +205,16 @@ def test_rewards_join_the_shift_after_the_last_pack_of_a_step(monkeypatch, mode)
     rewards = [torch.tensor([1.0, 3.0]), torch.tensor([5.0])]
 
     def one_pack(self, model, inputs, num_items_in_batch):
+        assert (model, inputs) == (MODEL, "a pack")
         self.step_rewards += rewards
         return num_items_in_batch
 
     monkeypatch.setattr(transformers.Trainer, "training_step", one_pack)
     trainer.accelerator.sync_gradients = False
-    assert trainer.training_step(None, None, 11) == 11
+    assert trainer.training_step(MODEL, "a pack", 11) == 11
     assert (len(trainer.step_rewards), trainer.shift.value) == (2, 0.0)
     trainer.accelerator.sync_gradients = True
-    trainer.training_step(None, None, 11)
+    trainer.training_step(MODEL, "a pack", 11)
     assert trainer.step_rewards == []
     assert trainer.shift.value == (3.0 if mode in ("previous", "ema") else 0.0)
     assert trainer.shift.count == (12 if mode in ("previous", "ema") else 0)  # six rewards on each of two ranks
@@ -243,6 +301,18 @@ def test_what_stops_a_step_says_where_and_with_what_shift(monkeypatch):
 
 def test_the_largest_of_each_value_over_all_ranks_is_logged():
     assert bare()._largest({"a": 1.0, "b": 5.0, "c": 7.0}) == {"a": 2.0, "b": 5.0, "c": 7.0}
+    exact = 2.0**24 + 1  # float32 has no such number
+    assert bare()._largest({"a": 1.0, "b": exact}) == {"a": 2.0, "b": exact}
+
+
+def test_a_device_without_float64_is_given_none(monkeypatch):
+    seen, plain = [], torch.tensor
+    monkeypatch.setattr(
+        module.torch, "tensor", lambda rows, dtype: seen.append(dtype) or SimpleNamespace(to=lambda device: plain(rows))
+    )
+    for device in (SimpleNamespace(type="mps"), torch.device("cpu")):
+        assert bare(device=device)._largest({"a": 1.0}) == {"a": 2.0}
+    assert seen == [None, torch.float64]
 
 
 def test_a_log_line_holds_means_since_the_last_one_and_the_speed_of_training(monkeypatch):
@@ -254,7 +324,7 @@ def test_a_log_line_holds_means_since_the_last_one_and_the_speed_of_training(mon
     monkeypatch.setattr(module, "memory_in_use", lambda device: {"memory_gib": 1.0})
     monkeypatch.setattr(module, "device_peak", lambda device, given: given)
     monkeypatch.setattr(module, "speed", lambda *given: {"speed": given})
-    rewards = torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 0.0])
+    rewards = torch.tensor([1.0, 1.5]), torch.tensor([0.0, 0.5])
     square = (rewards[0] ** 2 + rewards[1] ** 2) / 2
     trainer.sums.add(2, {"rewards/chosen": rewards[0], "rewards/rejected": rewards[1], "rewards/square": square})
     trainer.sums.tokens, trainer.sums.flop = 10, 100.0
@@ -265,12 +335,20 @@ def test_a_log_line_holds_means_since_the_last_one_and_the_speed_of_training(mon
     assert (pairs, tokens, flop, peak) == (4, 20, 200.0, 2.0)
     assert 3 <= seconds < 30
     assert row.pop("rewards/std") == pytest.approx(torch.cat(rewards).std(correction=0).item())
-    assert row == {"loss": 1.0, "rewards/chosen": 1.5, "rewards/rejected": -0.5, "reward_shift": 3.0, "memory_gib": 2.0}
+    rewards_of_all = {"rewards/chosen": 1.25, "rewards/rejected": 0.25}
+    assert row == {"loss": 1.0, **rewards_of_all, "reward_shift": 3.0, "memory_gib": 2.0}
     assert start_time == 5.0
     assert trainer.last_log > time.perf_counter() - 30 and trainer.sums.count == 0
     for logs in ({"loss": 2.0}, {"eval_nll": 1.0}):  # nothing was added since; no line of training
         trainer.log(dict(logs))
         assert shown[-1] == (logs, None)
+        trainer.sums.count = 2
+    trainer.log({"eval_nll": 1.0})
+    assert (shown[-1], trainer.sums.count) == (({"eval_nll": 1.0}, None), 2)
+    trainer.args.peak_tflops = None  # of a device that is not known
+    trainer.sums.add(2, {"rewards/chosen": rewards[0], "rewards/rejected": rewards[1], "rewards/square": square})
+    trainer.log({"loss": 1.0})
+    assert shown[-1][0]["speed"][-1] is None
 
 
 def test_a_run_that_is_over_has_no_packs_left():
@@ -293,15 +371,16 @@ def test_a_step_waits_for_its_reference_and_none_begins_when_a_signal_came_first
     trainer.stopping = SimpleNamespace(
         is_wanted=lambda args: not trainer.reference.is_there, stop_between_steps=lambda *given: stopped.append(given)
     )
-    monkeypatch.setattr(transformers.Trainer, "get_batch_samples", lambda self, *given: given)
+    monkeypatch.setattr(transformers.Trainer, "get_batch_samples", lambda self, *given, more=None: given or more)
+    trainer._follow_start = lambda: asked.append("follow")
     assert trainer.get_batch_samples(1, 2) == (1, 2)
     assert (trainer.last_log, stopped) == (105.0, [])  # the speed that is logged is that of training
     trainer.reference.is_there = False
     assert trainer.get_batch_samples(1, 2) == ([], None)
-    assert asked == [(3, True), (3, False)]
+    assert asked == ["follow", (3, True), "follow", (3, False)]
     assert stopped == [(trainer.args, trainer.state, trainer.control)]
     trainer.reference = None
-    assert trainer.get_batch_samples(1, 2) == (1, 2)
+    assert trainer.get_batch_samples(more=(1, 2)) == (1, 2)
 
 
 @pytest.mark.parametrize(("fsdp", "follows", "followed"), [("", False, []), ("on", True, []), ("on", False, ["model"])])

@@ -45,6 +45,7 @@ def test_an_evaluation_measures_in_evaluation_mode_logs_and_costs_training_no_sp
 
     trainer.held_out = SimpleNamespace(rewards=rewards)
     trainer.reference = SimpleNamespace(prepare_held_out=lambda: events.append("reference"))
+    trainer._follow_start = lambda: events.append("start")
     trainer._answer_some = lambda prefix: {f"{prefix}_samples": float(not used.training)}
     trainer.log = lambda logs: events.append(logs)
     answer = SimpleNamespace()
@@ -52,13 +53,13 @@ def test_an_evaluation_measures_in_evaluation_mode_logs_and_costs_training_no_sp
     control = trainer.control
     metrics = trainer.evaluate()
     assert metrics == {"eval_nll": 1.0, "eval_samples": 1.0}
-    assert events == ["reference", "eval", metrics, (trainer.args, trainer.state, control, metrics)]
+    assert events == ["start", "reference", "eval", metrics, (trainer.args, trainer.state, control, metrics)]
     assert trainer.control is answer
     assert used.training
     assert 0.02 <= trainer.last_log < 30
     used.training, trainer.reference = False, None
     trainer.evaluate(metric_key_prefix="test")
-    assert (events[4], used.training) == ("test", False)
+    assert (events[5], used.training) == ("test", False)
 
 
 @pytest.mark.parametrize("is_first_rank", [True, False])
@@ -130,6 +131,20 @@ def test_only_the_rank_that_saves_marks_and_deletes(tmp_path, monkeypatch):
         trainer._save_checkpoint(MODEL, "trial")
 
 
+@pytest.mark.parametrize("should_save", [True, False])
+def test_ranks_wait_for_each_other_before_writing_before_the_mark_and_after_it(tmp_path, monkeypatch, should_save):
+    trainer, seen = saving(tmp_path, monkeypatch, should_save=should_save), []
+    folder = tmp_path / "checkpoint-3"
+    monkeypatch.setattr(module, "MovingReference", SimpleNamespace)
+    trainer.live = SimpleNamespace(save=lambda folder: (folder / "moving").touch())
+    trainer.accelerator.wait_for_everyone = lambda: seen.append(
+        [path.name for path in sorted(folder.glob("*"))] if folder.exists() else None
+    )
+    trainer._save_checkpoint(MODEL, "trial")
+    written = ["model.safetensors", "moving"] if should_save else ["model.safetensors"]
+    assert seen == [None, written, sorted([*written, *(["mpo_state.json"] if should_save else [])])]
+
+
 def test_a_checkpoint_that_fills_the_disk_goes_and_what_is_whole_is_named(tmp_path, monkeypatch):
     trainer = saving(tmp_path, monkeypatch, fails=OSError(errno.ENOSPC, "No space left on device"))
     write = checkpoint.write_state
@@ -166,6 +181,9 @@ def test_a_moving_reference_is_saved_and_loaded_with_its_checkpoint(tmp_path, mo
     resumed._load_optimizer_and_scheduler(folder)
     assert resumed.shift.value == 3.0
     assert trainer.live.calls + resumed.live.calls == [("save", folder, False), ("load", folder)]
+    resumed = saving(tmp_path, monkeypatch)
+    resumed._load_optimizer_and_scheduler(folder)  # nothing moves in this run
+    assert resumed.shift.value == 3.0
 
 
 @pytest.mark.parametrize("has_adapters", [True, False])
@@ -179,12 +197,14 @@ def test_weights_are_saved_under_the_names_that_transformers_resumes_by(tmp_path
         model,
         SimpleNamespace(save_pretrained=lambda folder: saved.append(folder)),
     )
-    trainer._save(str(tmp_path / "there"), state_dict={"a": 1})
+    there = tmp_path / "a" / "folder" / "there"
+    trainer._save(str(there), state_dict={"a": 1})
+    assert there.is_dir()
     names = {} if has_adapters else {"save_original_format": False}
-    assert saved == [(tmp_path / "there", {"state_dict": {"a": 1}, **names}), tmp_path / "there"]
+    assert saved == [(there, {"state_dict": {"a": 1}, **names}), there]
     for _ in range(2):  # the folder may be there
         trainer._save()
     assert saved[3] == tmp_path / "run"
     trainer.args.should_save = False
     trainer._save(str(tmp_path / "other"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "run"]

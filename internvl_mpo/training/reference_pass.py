@@ -105,8 +105,7 @@ class ReferencePass:
         """Those of all windows, and of what is held out, step by step."""
         for window in self.plan.windows(self.pairs):
             yield window.questions
-        if self.held_out:
-            yield [self.plan.others(self.pairs)]
+        yield [self.plan.others(self.pairs)]
 
     # --- while training runs ------------------------------------------------------------------------------------------
 

@@ -220,7 +220,7 @@ class MPOTrainer(Trainer):
         chosen_change, rejected_change = scores.chosen - reference_chosen, scores.rejected - reference_rejected
         if self.shift.mode == "inclusive":
             # what is not finite stops this step below; in the shift it would put the blame on all packs of all ranks
-            changes = torch.cat([chosen_change, rejected_change]).detach().nan_to_num(0.0, 0.0, 0.0)
+            changes = torch.cat([chosen_change, rejected_change]).nan_to_num(0.0, 0.0, 0.0)
             self._move_shift(self.args.beta * changes)
         out = mpo_loss(
             scores.chosen,
