@@ -74,7 +74,7 @@ def plain(pairs) -> dict[str, list[float]]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} | {"eval_num_pairs": len(rows)}
 
 
-@pytest.mark.parametrize("budget", [1, 300, 5000])
+@pytest.mark.parametrize("budget", [1, 560, 5000])
 def test_numbers_on_held_out_pairs_are_means_over_pairs_however_they_are_packed(pairs, tmp_path, plain, budget):
     one, model = held(pairs, tmp_path, max_tokens_per_pack=budget), attach_scoring(tiny_model())
     packed = []
@@ -90,7 +90,7 @@ def test_several_ranks_share_the_packs_and_one_that_only_fills_a_round_counts_no
     ranks, calls = [Rank() for _ in range(3)], []
     model = attach_scoring(tiny_model())
     for number, rank in enumerate(ranks):
-        one = held(pairs, tmp_path, number, 3, max_tokens_per_pack=300)
+        one = held(pairs, tmp_path, number, 3, max_tokens_per_pack=560)
         packed = []
         one.collate = lambda groups, packed=packed: packed.append(groups) or pack_groups(groups)
         one.rewards(model, rank, "eval")
