@@ -139,8 +139,10 @@ def run_stage(stage: Stage, settings: Settings, out: Path, left: float, argv: Se
     rows.unlink(missing_ok=True)
     begin = time.monotonic()
     words = [sys.executable, str(Path(__file__).resolve()), *argv, "--output", str(out), "--stage", stage.name]
+    # threads that wait for each other take several times as long as tiny operations do
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} if settings.size == "tiny" else None
     with open(log, "wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=env)
     try:
         code: int | None = process.wait(timeout=left if settings.device == "cpu" else min(stage.limit, left))
     except subprocess.TimeoutExpired:
