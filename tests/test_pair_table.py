@@ -8,18 +8,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from test_preflight import LIMITS, change, data, new  # noqa: F401 - data is a fixture
 from tiny import tiny_processor
 
-from internvl_mpo.encoding import response_key
+from internvl_mpo.encoding import measure_group, pair_size, response_key
+from internvl_mpo.mmpr.convert import convert
 from internvl_mpo.mmpr.pairs import PairRow
+from internvl_mpo.mmpr.shard_plan import Options
 from internvl_mpo.mmpr.sources import Block
 from internvl_mpo.records import PreferencePair
 from internvl_mpo.training.lengths import length_report, show_lengths
 from internvl_mpo.training.pair_table import text_hash
 from internvl_mpo.training.pairs import PairDigests
+from internvl_mpo.training.preflight import Preflight
 from internvl_mpo.training.table_parts import PartWriter, question_share
 
 
@@ -52,6 +56,32 @@ def test_one_id_for_pictures_of_two_folders_is_refused_and_every_row_keeps_its_o
     assert [table.size(index).num_tiles for index in range(6)] == [1, 1, 1, 3, 3, 3]
     assert list(table.clashes) == [3, 4, 5]  # in the order of the data
     assert [reason[:6] for reason in table.clashes.values()] == ["id '0'", "id '1'", "id '2'"]
+
+
+def test_one_question_about_pictures_of_one_name_or_under_two_caps_is_two_within_one_block(tmp_path):
+    """Rows of several subsets may stand in one row group: as one question they would share pictures and sizes."""
+    line = {"image": "1.png", "question": "Which?", "chosen": "red", "rejected": "blue"}
+    meta = {}
+    for number, (name, folder, cap) in enumerate([("a", "left", 4), ("b", "right", 4), ("c", "right", 2)]):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (28 if folder == "left" else 112, 28)).save(tmp_path / folder / "1.png")
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": str(number), **line}) + "\n")
+        meta[name] = {"root": folder, "annotation": f"{name}.jsonl", "repeat_time": 1, "max_dynamic_patch": cap}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    convert(Options(str(tmp_path / "meta.json")), tmp_path / "parquet")
+    shards = sorted((tmp_path / "parquet").glob("data/**/*.parquet"))
+    (tmp_path / "one").mkdir()
+    whole = pyarrow.concat_tables(map(pyarrow.parquet.read_table, shards))
+    pyarrow.parquet.write_table(whole, tmp_path / "one" / "train.parquet", row_group_size=3)
+    table = Preflight(tiny_processor(), tmp_path / "found", [tmp_path / "one"], **LIMITS, num_workers=0).run()
+    rows = [table.row(index) for index in range(3)]
+    assert [(row.subset, row.max_tiles) for row in rows] == [("a", 4), ("b", 4), ("c", 2)]
+    assert [table.size(index).num_tiles for index in range(3)] == [1, 5, 3]
+    assert len(set(table.columns["key"].tolist())) == len({row.key for row in rows}) == 3
+    for index, row in enumerate(rows):
+        limits = {**LIMITS, "max_tiles": row.max_tiles}
+        size = pair_size(measure_group(tiny_processor(), [row.pair], row.image_root, **limits))
+        assert table.size(index) == size
 
 
 def test_a_table_of_an_earlier_version_is_found_again(tmp_path):

@@ -338,6 +338,19 @@ def test_a_first_rank_without_a_sign_of_life_is_not_waited_for(waiting):
         waiting(lambda first, num_looks: None)
 
 
+@pytest.mark.parametrize(("is_marked", "seconds"), [(False, 120), (True, 600)])
+def test_ranks_wait_two_minutes_for_the_folder_and_ten_for_a_sign_of_life(data, monkeypatch, is_marked, seconds):
+    """Less would end runs on slow disks, more would keep devices waiting for a program that is gone."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(module.time, "sleep", lambda length: setattr(clock, "now", clock.now + length))
+    first = new(data)
+    token = first.reopen()
+    with pytest.raises(BadInputError):
+        new(data).wait(token if is_marked else "another")
+    assert clock.now - 1000 == pytest.approx(seconds, abs=1)
+
+
 def test_a_rank_without_its_launcher_does_not_wait(waiting, monkeypatch):
     monkeypatch.setattr(module, "_SILENCE", 600.0)
     with pytest.raises(BadInputError, match="the launcher of this rank is gone"):
