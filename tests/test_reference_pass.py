@@ -168,6 +168,10 @@ def test_a_run_that_goes_on_later_computes_what_it_has_passed_as_well(passes):
     assert known(one) == list(range(9))
     one.prepare_held_out()
     assert (known(one), one.start) == (list(range(12)), None)
+    alone = passes(held_out=0, name="alone")
+    alone.follow(attach_scoring(tiny_model()))
+    assert alone.prepare(2)
+    assert (known(alone), alone.start) == (list(range(12)), None)
 
 
 def test_a_pass_that_is_stopped_says_so_and_goes_on_from_what_it_has(passes, wanted):
