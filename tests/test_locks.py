@@ -18,7 +18,12 @@ from internvl_mpo.errors import BadInputError
 from internvl_mpo.locks import beating, held
 
 HELD = "it is written"
-MINE = {"machine": locks._machine(), "host": platform.node(), "process": os.getpid(), "signs_of_life": 0}
+
+
+def own(**changes) -> dict:
+    """What a lock of this process says."""
+    facts = {"machine": locks._machine(), "host": platform.node(), "process": os.getpid(), "signs_of_life": 0}
+    return {**facts, **changes}
 
 
 @pytest.fixture
@@ -51,11 +56,13 @@ def open_files() -> int:
 
 
 def test_a_lock_says_who_holds_it_refuses_others_and_goes_with_its_block(lock):
-    before = open_files()
+    before, umask = open_files(), os.umask(0o22)
+    os.umask(umask)
     for _ in range(2):
         with held(lock, HELD):
-            assert json.loads(lock.read_text()) == MINE
+            assert json.loads(lock.read_text()) == own()
             assert lock.read_text().endswith(" \n") and len(lock.read_text()) == 401
+            assert lock.stat().st_mode & 0o777 == 0o666 & ~umask, "a holder of another name must be able to look"
             words = rf"^{HELD} \(process {os.getpid()} on {platform.node()}\); wait for it, or give another place$"
             with pytest.raises(BadInputError, match=words), held(lock, HELD):
                 pass
@@ -100,14 +107,14 @@ def test_a_held_lock_shows_life(lock, monkeypatch):
         while json.loads(lock.read_text())["signs_of_life"] < 2:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        assert {**json.loads(lock.read_text()), "signs_of_life": 0} == MINE
+        assert {**json.loads(lock.read_text()), "signs_of_life": 0} == own()
     assert locks.BEAT * 10 < locks.PATIENCE
 
 
 def test_a_lock_of_another_machine_is_taken_over_after_a_minute_without_a_sign_of_life(lock, clock):
     write(lock)
     with held(lock, HELD):
-        assert json.loads(lock.read_text()) == MINE
+        assert json.loads(lock.read_text()) == own()
         assert clock.seconds == pytest.approx(160, abs=1.01)
 
 
@@ -135,10 +142,10 @@ def test_one_that_is_let_go_in_the_meantime_is_taken_at_once(lock, clock):
     clock.happens = lambda: lock.unlink(missing_ok=True)
     with held(lock, HELD):
         assert clock.seconds < 102
-        assert json.loads(lock.read_text()) == MINE
+        assert json.loads(lock.read_text()) == own()
 
 
-@pytest.mark.parametrize("machine", ["another", pytest.param(MINE["machine"], id="this")])
+@pytest.mark.parametrize("machine", ["another", pytest.param(locks._machine(), id="this")])
 def test_where_the_disk_has_no_locks_signs_of_life_decide_on_one_machine_too(lock, clock, monkeypatch, machine):
     monkeypatch.setattr(locks, "lock_file", lambda descriptor: None)
     with held(lock, HELD):  # nobody else
@@ -176,7 +183,7 @@ def test_a_file_that_its_holder_deletes_as_it_is_opened_is_made_again(lock, monk
     before = open_files()
     with held(lock, HELD):
         assert len(turns) == 3
-        assert json.loads(lock.read_text()) == MINE
+        assert json.loads(lock.read_text()) == own()
     assert open_files() == before
 
 

@@ -23,7 +23,8 @@ from internvl_mpo.training.reference_cache import ReferenceCache
 from internvl_mpo.training.reference_pass import ReferencePass
 from internvl_mpo.training.signals import keep_from_signals
 
-ONE_STEP = {"reference_ahead_steps": 1, "max_steps": 3, "max_tokens_per_pack": 500}
+# Pairs 3, 4, 5 are of the question of step 0, pairs 6, 7, 8 of step 1, and 0, 1, 2 come up in step 2.
+ONE_STEP = {"reference_ahead_steps": 1, "max_steps": 3, "max_tokens_per_pack": 500, "pairs_per_step": 2, "seed": 1}
 
 
 def as_rank(args: Any, rank: int, num_ranks: int) -> Any:
@@ -131,8 +132,11 @@ def of_step(one: ReferencePass, step: int) -> set[int]:
     return set(np.flatnonzero(np.isin(one.plan.questions, one.plan.questions[rows])).tolist())
 
 
-def test_a_step_waits_for_its_own_questions_and_the_copy_of_the_start_weights_goes_with_the_last(passes, wanted):
-    one, model = passes(), attach_scoring(tiny_model()).train()
+def test_a_step_waits_for_its_own_questions_and_the_copy_of_the_start_weights_goes_with_the_last(
+    passes, wanted, monkeypatch
+):
+    one, model, bars = passes(), attach_scoring(tiny_model()).train(), []
+    monkeypatch.setattr(ReferencePass, "_bar", counting(bars))
     one.follow(model)
     assert one.follows and one.start is not None
     with torch.no_grad():
@@ -141,23 +145,37 @@ def test_a_step_waits_for_its_own_questions_and_the_copy_of_the_start_weights_go
     assert one.prepare(0)
     assert set(known(one)) == of_step(one, 0)
     took = one.seconds
-    assert took > 0
+    assert 0 < took < 60
     assert one.prepare(0)
     assert (set(known(one)), one.seconds) == (of_step(one, 0), took)
-    assert one.prepare(1)
-    assert set(known(one)) == of_step(one, 0) | of_step(one, 1)
-    assert one.start is not None
     one.prepare_held_out()
-    assert set(known(one)) >= {9, 10, 11}
+    assert set(known(one)) == of_step(one, 0) | {9, 10, 11}
+    assert one.start is not None
+    assert one.prepare(1)
+    assert set(known(one)) == of_step(one, 0) | of_step(one, 1) | {9, 10, 11}
     assert one.prepare(2) and one.prepare(3)
     assert known(one) == list(range(12))
     assert one.start is None
     check(one, wanted, range(12))
     assert model.training
-    one.prepare_held_out()  # once
+    names = ["reference log-probs, steps 1 to 1", "reference log-probs, held-out pairs"]
+    assert [bar.what for bar in bars][:2] == names
+    assert sum(bar.total for bar in bars) == sum(bar.done for bar in bars) == 12
+
+
+def test_what_is_there_is_not_looked_for_again(passes, monkeypatch):
+    one = passes()
+    one.follow(attach_scoring(tiny_model()))
+    one.prepare_held_out()
+    monkeypatch.setattr(ReferencePass, "_with_start_weights", lambda *given: pytest.fail("looked again"))
+    one.prepare_held_out()
+    monkeypatch.undo()
+    assert one.prepare(3)
     later = passes()
-    later.follow(model)
+    later.follow(attach_scoring(tiny_model()))
     assert later.follows and later.start is None
+    monkeypatch.setattr(ReferencePass, "_with_start_weights", lambda *given: pytest.fail("looked again"))
+    later.prepare_held_out()
     assert later.prepare(0)
 
 
@@ -190,6 +208,15 @@ def test_a_pass_that_is_stopped_says_so_and_goes_on_from_what_it_has(passes, wan
     check(one, wanted, of_step(one, 0))
 
 
+def test_a_window_looks_at_what_other_programs_have_written_since(passes, wanted, monkeypatch):
+    one = passes()
+    one.follow(attach_scoring(tiny_model()))
+    passes().before(tiny_model())
+    monkeypatch.setattr(ReferencePass, "_compute", lambda *given: pytest.fail("computed twice"))
+    assert one.prepare(2)
+    check(one, wanted, range(9))
+
+
 @pytest.mark.parametrize(
     ("more", "held_out", "num_steps"),
     [
@@ -214,8 +241,9 @@ def test_a_single_pair_that_is_missing_is_noticed_among_the_held_out_ones_too(pa
         digests = np.delete(one.plan.digests, gone)
         one.cache.take(digests, np.zeros((11, 2)))
         assert not one.is_complete()
-        one.cache.take(one.plan.digests[[gone]], np.zeros((1, 2)))
+        one.before(tiny_model())
         assert one.is_complete()
+        assert gone in known(one), "with the pack it stands in"
 
 
 def test_weights_that_fsdp_will_cut_are_kept_only_once_they_are_cut(passes, monkeypatch):
@@ -384,12 +412,16 @@ def test_what_another_program_has_written_is_read_by_the_first_rank_and_told_to_
     ranks = on_two_ranks(work)
     passes(name="rank0").before(tiny_model())  # another program, after both have opened the cache
     monkeypatch.setattr(ReferencePass, "_compute", lambda *given: pytest.fail("computed twice"))
+    ranks[1].cache.refresh = lambda: pytest.fail("all ranks look at the disk at once")
     assert on_two_ranks(lambda rank, model: ranks[rank].prepare(2)) == [True, True]
-    for one in ranks:  # the second one does not look at a disk
+    for one in ranks:
         check(one, wanted, range(9))
 
 
-def test_a_window_on_two_ranks_gives_both_what_its_step_needs(passes, wanted, on_two_ranks):
+def test_a_window_on_two_ranks_gives_both_what_its_step_needs(passes, wanted, on_two_ranks, monkeypatch):
+    bars = []
+    monkeypatch.setattr(ReferencePass, "_bar", counting(bars))
+
     def work(rank, model):
         one = passes(rank, 2, name=f"rank{rank}", max_tokens_per_pack=150)
         one.follow(model)
@@ -399,3 +431,18 @@ def test_a_window_on_two_ranks_gives_both_what_its_step_needs(passes, wanted, on
 
     for one in on_two_ranks(work):
         check(one, wanted, of_step(one, 0) | {9, 10, 11})
+    assert [str(bar.total) for bar in bars] == ["1"] * 4  # half of three pairs
+
+
+def test_a_rank_takes_no_number_for_a_pair_that_is_not_computed_yet(passes, on_two_ranks):
+    def work(rank, model):
+        one = passes(rank, 2, name=f"rank{rank}")
+        one.follow(model)
+        if rank == 0:  # of the first question two pairs are known, which is not enough
+            one.cache.take(one.plan.digests[[3, 4]], np.zeros((2, 2)))
+        assert not one.prepare(0, lambda: False)
+        return one.cache.has(one.plan.digests).tolist()
+
+    first, second = on_two_ranks(work)
+    assert [number for number, is_known in enumerate(first) if is_known] == [3, 4]
+    assert not any(second)

@@ -86,7 +86,8 @@ class ReferencePass:
         numbers = itertools.count()
 
         def mine(questions: list[np.ndarray]) -> list[list[Rows]]:  # by the plan, whatever others have done already
-            return self._missing([p for p in self.plan.packs(questions) if next(numbers) % share[1] == share[0]])
+            chosen = [p for p in self.plan.packs(questions) if next(numbers) % share[1] == share[0]]
+            return self._missing(chosen, refresh=False)
 
         num_pairs = sum(_num_pairs(mine(questions)) for questions in self._all_questions())
         if not num_pairs:
@@ -168,7 +169,7 @@ class ReferencePass:
 
     # --- the work -----------------------------------------------------------------------------------------------------
 
-    def _missing(self, packs: Sequence[list[Rows]], *, refresh: bool = False) -> list[list[Rows]]:
+    def _missing(self, packs: Sequence[list[Rows]], *, refresh: bool) -> list[list[Rows]]:
         """Return the packs that hold a pair without log-probs, as the first rank knows it; all ranks know the others.
 
         Args:
@@ -195,7 +196,7 @@ class ReferencePass:
         mine = packs[args.process_index :: args.world_size]
         # With partitioned weights all ranks must call the model equally often: the last round is filled up.
         num_turns, is_filled = math.ceil(len(packs) / args.world_size), is_partitioned(model)
-        loader = iter(self._load([*mine, packs[0]] if is_filled and len(mine) < num_turns else mine))
+        loader = iter(self._load([*mine, packs[0]] if is_filled else mine))
         done, found = True, []
         autocast = torch.bfloat16 if args.bf16 else torch.float16
         with (
