@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from PIL import ExifTags, Image
 
-from internvl_mpo.families.contract import Family, PictureCost
+from internvl_mpo.families.contract import Family, Message, PictureCost
 from internvl_mpo.families.registry import family_of_processor
 from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.packing import Group, tree_tokens
@@ -87,7 +87,7 @@ def encode_group(
         ValueError: the pairs do not share images and question.
     """
     family = family_of_processor(processor)
-    prompt, where = rendered_prompt(family, processor, pairs)
+    prompt, where = _rendered_prompt(family, processor, pairs)
     images = [_open(image_root, name, where) for name in pairs[0].images]
     try:
         encoded = family.encode(processor, prompt, images, _tiles_per_image(max_tiles, len(images)))
@@ -133,7 +133,7 @@ def measure_group(
         ValueError: as in `encode_group`.
     """
     family = family_of_processor(processor)
-    prompt, where = rendered_prompt(family, processor, pairs)
+    prompt, where = _rendered_prompt(family, processor, pairs)
     names = pairs[0].images
     options = {"num_images": len(names), "max_tiles": max_tiles, "decode": decode, "where": where}
     costs = [picture_cost(family, processor, name, image_root, **options) for name in names]
@@ -208,16 +208,8 @@ def response_key(response: Sequence[int]) -> int:
     return int.from_bytes(hashlib.blake2b(array("q", response).tobytes(), digest_size=7).digest(), "big")
 
 
-def rendered_prompt(
-    family: Family, processor: Any, pairs: Sequence[PreferencePair], reserved: Iterable[str] | None = None
-) -> tuple[str, str]:
+def _rendered_prompt(family: Family, processor: Any, pairs: Sequence[PreferencePair]) -> tuple[str, str]:
     """Return the rendered prompt, images not expanded, and the words that name the first pair in messages.
-
-    Args:
-        family: of the processor.
-        processor: as in `encode_group`.
-        pairs: as in `encode_group`.
-        reserved: `family.reserved(processor)` where it is at hand.
 
     Raises:
         RowError: a text spells out a control token, or pictures and their places differ in number.
@@ -225,25 +217,45 @@ def rendered_prompt(
     """
     if len(pairs) > 1 and len({pair.group_key for pair in pairs}) != 1:
         raise ValueError("a group needs pairs with the same images and question")
-    reserved = family.reserved(processor) if reserved is None else reserved
     first, where = pairs[0], f"pair {pairs[0].id}"
-    turns = [*first.history, (first.question, "")]
-    check_text(processor.tokenizer, reserved, "system", first.system or "", where)
+    messages = prompt_messages(processor.tokenizer, family.reserved(processor), first, where)
+    prompt = family.render(processor, messages, add_generation_prompt=True)
+    check_places(prompt, family.placeholder(processor), first, where)
+    return prompt, where
+
+
+def prompt_messages(tokenizer: Any, reserved: Iterable[str], pair: PreferencePair, where: str) -> list[Message]:
+    """Return what stands before the answers of a pair as messages, `<image>` in the places of its pictures.
+
+    Args:
+        tokenizer: as in `check_text`.
+        reserved: as in `check_text`.
+        pair: the pair.
+        where: names the pair in messages.
+
+    Raises:
+        RowError: a text spells out a control token, or pictures and their places differ in number.
+    """
+    turns = [*pair.history, (pair.question, "")]
+    check_text(tokenizer, reserved, "system", pair.system or "", where)
     for asked, answer in turns:
-        check_text(processor.tokenizer, reserved, "question", asked, where)
-        check_text(processor.tokenizer, reserved, "history", answer, where)
-    num_images, marks = len(first.images), sum(asked.count(IMAGE_PLACEHOLDER) for asked, _ in turns)
+        check_text(tokenizer, reserved, "question", asked, where)
+        check_text(tokenizer, reserved, "history", answer, where)
+    num_images, marks = len(pair.images), sum(asked.count(IMAGE_PLACEHOLDER) for asked, _ in turns)
     if num_images == 1 and not marks:
         turns[0] = f"{IMAGE_PLACEHOLDER}\n{turns[0][0]}", turns[0][1]
     elif marks != num_images:
         raise RowError(f"the question has {marks} {IMAGE_PLACEHOLDER} placeholders for {num_images} images", where)
-    messages = [] if first.system is None else [{"role": "system", "content": first.system}]
+    messages: list[Message] = [] if pair.system is None else [{"role": "system", "content": pair.system}]
     for asked, answer in turns:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    prompt = family.render(processor, messages[:-1], add_generation_prompt=True)
-    if prompt.count(family.placeholder(processor)) != num_images:
+    return messages[:-1]
+
+
+def check_places(prompt: str, placeholder: str, pair: PreferencePair, where: str) -> None:
+    """Refuse a rendered prompt in which a picture of its pair has no place."""
+    if prompt.count(placeholder) != len(pair.images):
         raise RowError("the chat template does not keep every picture of the conversation", where)
-    return prompt, where
 
 
 def check_text(tokenizer: Any, reserved: Iterable[str], key: str, text: str, where: str) -> None:
@@ -260,17 +272,18 @@ def check_text(tokenizer: Any, reserved: Iterable[str], key: str, text: str, whe
     Raises:
         RowError: naming the token.
     """
+    if not text:
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"half a surrogate pair (U+{ord(text[error.start]):04X})"
         raise RowError(f"'{key}' holds {half}, which is no text; leave it out", where) from error
-    marks = set(reserved)
-    if key in ("system", "history"):
-        marks.add(IMAGE_PLACEHOLDER)
-    elif key == "question":
-        marks.discard(IMAGE_PLACEHOLDER)
-    token = find_control_token(tokenizer, text) or next((mark for mark in marks if mark in text), None)
+    if key == "question":
+        reserved = [mark for mark in reserved if mark != IMAGE_PLACEHOLDER]
+    elif key in ("system", "history"):
+        reserved = [*reserved, IMAGE_PLACEHOLDER]
+    token = find_control_token(tokenizer, text) or next((mark for mark in reserved if mark in text), None)
     if token is not None:
         raise RowError(f"'{key}' spells out the control token {token}; take it out or spell it otherwise", where)
 
@@ -397,12 +410,10 @@ class Answers:
         found = token_ids(self.tokenizer, [header + text for text in texts], add_special_tokens=False)
         for index, ids in enumerate(found):
             if ids[:first] == header_ids:
-                found[index] = [*ids[first:], self.turn.end_id]
+                del ids[:first]
             else:  # the text merges with the header, as a leading newline can; the model starts after the header
-                found[index] = [
-                    *token_ids(self.tokenizer, [texts[index]], add_special_tokens=False)[0],
-                    self.turn.end_id,
-                ]
+                (found[index],) = token_ids(self.tokenizer, [texts[index]], add_special_tokens=False)
+            found[index].append(self.turn.end_id)
         return found
 
 

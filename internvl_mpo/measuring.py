@@ -4,16 +4,17 @@ Pairs of one question share its prompt and its pictures, and a response stands i
 once, and responses are tokenized together.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from internvl_mpo.encoding import (
     Answers,
     Pictures,
+    check_places,
     check_room,
     picture_cost,
-    rendered_prompt,
+    prompt_messages,
     response_key,
     short_prompt,
     token_ids,
@@ -92,30 +93,28 @@ class PairMeter:
 
     def _batch(self, pairs: Sequence[Asked]) -> list[PairSize | str]:
         self._measure_prompts(pairs)
-        found: list[PairSize | str | None] = [None] * len(pairs)
-        texts: list[tuple[str, str] | None] = [None] * len(pairs)
-        for index, asked in enumerate(pairs):
-            prompt = self._prompts[asked.key]
-            try:
-                if isinstance(prompt, str):
-                    raise RowError(prompt)
-                texts[index] = self._plain(asked.pair.chosen, "chosen"), self._plain(asked.pair.rejected, "rejected")
-            except RowError as error:
-                found[index] = error.reason
+        texts = [self._texts(asked) for asked in pairs]
         responses = self._responses(pairs, texts)
-        for index, both in enumerate(texts):
-            if both is not None:
-                prompt = self._prompts[pairs[index].key]
-                chosen, rejected = (responses[prompt, text] for text in both)
-                found[index] = self._size(prompt, chosen, rejected)
-        return found
+        return [
+            both if isinstance(both, str) else self._size(asked.key, *(responses[asked.key, text] for text in both))
+            for asked, both in zip(pairs, texts, strict=True)
+        ]
+
+    def _texts(self, asked: Asked) -> tuple[str, str] | str:
+        """Return what is tokenized of a pair's responses, or why the pair is refused."""
+        if isinstance(self._prompts[asked.key], str):
+            return self._prompts[asked.key]
+        try:
+            return self._plain(asked.pair.chosen, "chosen"), self._plain(asked.pair.rejected, "rejected")
+        except RowError as error:
+            return error.reason
 
     def _measure_prompts(self, pairs: Sequence[Asked]) -> None:
         """Take in what pairs share with others of their question, or why it is refused."""
         rendered: dict[bool, dict[Hashable, _Rendered]] = {}
-        for asked in {asked.key: asked for asked in pairs if asked.key not in self._prompts}.values():
+        for asked, prompt in self._render({asked.key: asked for asked in pairs if asked.key not in self._prompts}):
             try:
-                one = self._render(asked)
+                one = self._with_pictures(asked, prompt)
             except RowError as error:
                 self._prompts[asked.key] = error.reason
             else:
@@ -132,8 +131,22 @@ class PairMeter:
                 else:
                     self._prompts[key] = _Prompt(num_tokens, sum(cost.num_tiles for cost in one.costs), one.header)
 
-    def _render(self, asked: Asked) -> _Rendered:
-        prompt, _ = rendered_prompt(self.family, self.processor, [asked.pair], self.answers.reserved)
+    def _render(self, questions: Mapping[Hashable, Asked]) -> list[tuple[Asked, str]]:
+        """Return the questions that can be rendered, each with its prompt, pictures not in place."""
+        good, conversations = [], []
+        for asked in questions.values():
+            try:
+                messages = prompt_messages(self.processor.tokenizer, self.answers.reserved, asked.pair, "")
+            except RowError as error:
+                self._prompts[asked.key] = error.reason
+            else:
+                good.append(asked)
+                conversations.append(messages)
+        prompts = self.family.render_all(self.processor, conversations, add_generation_prompt=True) if good else []
+        return list(zip(good, prompts, strict=True))
+
+    def _with_pictures(self, asked: Asked, prompt: str) -> _Rendered:
+        check_places(prompt, self.family.placeholder(self.processor), asked.pair, "")
         costs = [self._picture(asked, name) for name in asked.pair.images]
         text = short_prompt(self.family, self.processor, prompt, costs)
         return _Rendered(text, self.answers.header(prompt), costs)
@@ -158,27 +171,31 @@ class PairMeter:
         return self._plains[text]
 
     def _responses(
-        self, pairs: Sequence[Asked], texts: Sequence[tuple[str, str] | None]
-    ) -> dict[tuple[_Prompt, str], _Response]:
-        """Tokenize the responses of some pairs, each once."""
-        wanted: dict[str, dict[tuple[_Prompt, str], None]] = {}
+        self, pairs: Sequence[Asked], texts: Sequence[tuple[str, str] | str]
+    ) -> dict[tuple[Hashable, str], _Response]:
+        """Tokenize the responses of some pairs, each once for its question."""
+        wanted: dict[str, dict[tuple[Hashable, str], None]] = {}
         for asked, both in zip(pairs, texts, strict=True):
-            for text in both or ():
-                prompt = self._prompts[asked.key]
-                wanted.setdefault(prompt.header, {})[prompt, text] = None
+            if not isinstance(both, str):
+                group = wanted.setdefault(self._prompts[asked.key].header, {})
+                group.update(((asked.key, text), None) for text in both)
         found = {}
         for header, group in wanted.items():
             tokens = self.answers.tokenize(header, [text for _, text in group])
-            for (prompt, text), ids in zip(group, tokens, strict=True):
-                kept = ids[: self.max_length - prompt.num_tokens]
-                found[prompt, text] = _Response(kept, len(kept) < len(ids), response_key(kept))
+            for (key, text), ids in zip(group, tokens, strict=True):
+                room = self.max_length - self._prompts[key].num_tokens
+                is_cut = len(ids) > room
+                kept = ids[:room] if is_cut else ids
+                found[key, text] = _Response(kept, is_cut, response_key(kept))
         return found
 
-    def _size(self, prompt: _Prompt, chosen: _Response, rejected: _Response) -> PairSize | str:
+    def _size(self, key: Hashable, chosen: _Response, rejected: _Response) -> PairSize | str:
+        prompt = self._prompts[key]
         if chosen.ids == rejected.ids:
             room = self.max_length - prompt.num_tokens
             return f"chosen and rejected are equal in the {room} tokens that the length limit leaves"
-        stem = num_common(chosen.ids[:-1], rejected.ids[:-1])
+        last = min(len(chosen.ids), len(rejected.ids)) - 1  # the last token of a response is never run
+        stem = min(num_common(chosen.ids, rejected.ids), last)
         num_cut = chosen.is_cut + rejected.is_cut
         lengths = (prompt.num_tokens, len(chosen.ids), len(rejected.ids))
         return PairSize(*lengths, prompt.num_tiles, num_cut, stem, chosen.key, rejected.key)

@@ -41,6 +41,8 @@ def to_json_text(value: Any) -> str:
         return _quoted(value)
     if kind is int:
         return repr(value)
+    if kind in (list, tuple) and all(type(text) is str for text in value):
+        return f"[{', '.join(map(_quoted, value))}]"
     return "null" if value is None else _PLAIN.encode(value)
 
 
@@ -51,11 +53,12 @@ def content_id(*parts: Any) -> str:
 
 
 def _canonical(part: Any) -> str:
-    if type(part) is str:
+    kind = type(part)
+    if kind is str:
         return _quoted(part)
-    if type(part) is tuple and all(type(text) is str for text in part):
-        return f"[{','.join(map(_quoted, part))}]"
-    return _CANONICAL.encode(part)
+    if kind in (list, tuple) and all(type(text) is str or text is None for text in part):
+        return f"[{','.join(['null' if text is None else _quoted(text) for text in part])}]"
+    return "null" if part is None else _CANONICAL.encode(part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,10 +361,9 @@ def _system(row: Mapping[str, Any]) -> str | None:
 
 def _history(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     history = row["history"] if holds(row["history"]) else []
-    turns = tuple(tuple(turn) if isinstance(turn, (list, tuple)) else () for turn in history)
-    if not isinstance(history, (list, tuple)) or any(
-        len(turn) != 2 or not all(isinstance(text, str) and holds(text) for text in turn) for turn in turns
-    ):
+    listed = history if isinstance(history, (list, tuple)) else [history]
+    turns = tuple(tuple(turn) if isinstance(turn, (list, tuple)) else () for turn in listed)
+    if any(len(turn) != 2 or not all(isinstance(text, str) and holds(text) for text in turn) for turn in turns):
         raise RowError("key 'history' must be a list of [question, answer], none of them empty")
     return turns
 

@@ -171,14 +171,15 @@ def find_control_token(tokenizer: Any, text: str) -> str | None:
     Control tokens are the tokenizer's special tokens and added tokens like `<|im_end|>`; neither `<image>`, which marks
     a picture's place, nor grounding tags are.
     """
-    size = len(tokenizer)
-    if tokenizer not in _patterns or _patterns[tokenizer][0] != size:
+    size, (known_size, pattern) = len(tokenizer), _patterns.get(tokenizer, (None, None))
+    if known_size != size:
         added = tokenizer.added_tokens_decoder.values()
         tokens = {token.content for token in added if token.special or _CONTROL_SHAPE.fullmatch(token.content)}
         tokens = (tokens | set(tokenizer.all_special_tokens)) - SPOKEN_TOKENS - {"<image>", ""}
         ordered = sorted(tokens, key=len, reverse=True)
-        _patterns[tokenizer] = size, re.compile("|".join(map(re.escape, ordered)) or "(?!)")
-    found = _patterns[tokenizer][1].search(text)
+        pattern = re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+        _patterns[tokenizer] = size, pattern
+    found = pattern.search(text)
     return found and found[0]
 
 

@@ -269,7 +269,7 @@ def test_a_conversation_survives_conversion_and_its_prompt_column_tells_all(fold
     assert to_raw(columns) == row
 
 
-@pytest.mark.parametrize("history", [["Hi?"], [["Hi?"]], [["Hi?", ""]], [["Hi?", 5]], "Hi?", {"a": "b"}])
+@pytest.mark.parametrize("history", [["Hi?"], [["Hi?"]], [["Hi?", ""]], [["Hi?", 5]], "Hi?", {"a": "b"}, 5, 0.5, True])
 def test_a_history_of_another_shape_is_refused(history):
     with pytest.raises(RowError, match="'history'"):
         pair(history=history)

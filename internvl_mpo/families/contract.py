@@ -105,9 +105,15 @@ class Family(ABC):
     def reserved(self, processor: Any) -> tuple[str, ...]:
         """Return the tokens that stand for pictures, which no question and no answer may spell out."""
 
-    @abstractmethod
     def render(self, processor: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Return a conversation as text, one `placeholder` for each picture."""
+        return self.render_all(processor, [messages], add_generation_prompt=add_generation_prompt)[0]
+
+    @abstractmethod
+    def render_all(
+        self, processor: Any, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool
+    ) -> list[str]:
+        """Return what `render` gives for each conversation, with one call of the processor."""
 
     def tokenize(self, processor: Any, text: str) -> list[int]:
         """Return the token ids of a prompt, with whatever the tokenizer puts before it."""

@@ -54,10 +54,11 @@ class InternVLChat(Family):
     def reserved(self, processor: Any) -> tuple[str, ...]:
         return (processor.tokenizer.convert_ids_to_tokens(processor.image_token_id),)
 
-    def render(self, processor: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        return processor.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
-        )
+    def render_all(
+        self, processor: Any, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool
+    ) -> list[str]:
+        chats = list(map(list, conversations))
+        return processor.apply_chat_template(chats, add_generation_prompt=add_generation_prompt, tokenize=False)
 
     def encode(self, processor: Any, prompt: str, images: Sequence[Image.Image], max_tiles: int) -> Prompt:
         inputs = {"images": [list(images)], "max_dynamic_patch": max_tiles} if images else {}

@@ -91,9 +91,14 @@ class NativeFamily(Family):
         vocabulary = processor.tokenizer.get_vocab()
         return tuple(token for token in tokens if token in vocabulary)
 
-    def render(self, processor: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        parts = [{"role": message["role"], "content": content_parts(message["content"])} for message in messages]
-        return processor.apply_chat_template(parts, add_generation_prompt=add_generation_prompt, tokenize=False)
+    def render_all(
+        self, processor: Any, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool
+    ) -> list[str]:
+        chats = [
+            [{"role": message["role"], "content": content_parts(message["content"])} for message in messages]
+            for messages in conversations
+        ]
+        return processor.apply_chat_template(chats, add_generation_prompt=add_generation_prompt, tokenize=False)
 
     def adds_specials(self, processor: Any, text: str) -> bool:
         return not begins(processor.tokenizer, text)

@@ -25,7 +25,7 @@ from internvl_mpo.files import atomic_path, atomic_writer
 from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.sources import PairSource
 from internvl_mpo.pack_plan import PairSize
-from internvl_mpo.records import PreferencePair
+from internvl_mpo.records import PreferencePair, to_json_text
 
 # Numbers of a pair beside its size, all of 64 bits but `kind`:
 #     digest    `PairRow.digest`, the key of its reference log-probs
@@ -167,15 +167,16 @@ def write_batch(columns: Mapping[str, Any], path: Path) -> None:
 
 
 def text_of_pair(pair: PreferencePair) -> bytes:
-    """Return a pair as UTF-8 JSON that `pair_of_text` reads."""
-    return json.dumps(vars(pair), ensure_ascii=False).encode("utf-8", "backslashreplace")
+    """Return a pair as UTF-8 JSON that `pair_of_text` reads; what is not there is left out."""
+    said = [f'"{key}": {to_json_text(value)}' for key, value in vars(pair).items() if value or value == ""]
+    return f"{{{', '.join(said)}}}".encode("utf-8", "backslashreplace")
 
 
 def pair_of_text(text: str) -> PreferencePair:
     """Return the pair of a text."""
     values = json.loads(text)
-    history = tuple(tuple(turn) for turn in values.pop("history"))
-    return PreferencePair(**{**values, "images": tuple(values["images"]), "history": history})
+    history = tuple(tuple(turn) for turn in values.pop("history", ()))
+    return PreferencePair(**{**values, "images": tuple(values.get("images", ())), "history": history})
 
 
 def text_hash(text: str) -> int:

@@ -5,8 +5,9 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow
 
 from internvl_mpo.files import atomic_writer
@@ -16,6 +17,15 @@ from internvl_mpo.mmpr.sources import Block, PairSource
 from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.records import RowError, content_id
 from internvl_mpo.training.pair_table import NUMBERS, read_facts, text_hash, text_of_pair, write_batch
+
+
+class Good(NamedTuple):
+    """A usable row: its number in the block, the number of the first row of its question, its size."""
+
+    number: int
+    row: PairRow
+    question: int
+    size: PairSize
 
 
 class PartWriter:
@@ -69,49 +79,55 @@ class PartWriter:
 
     def _look(
         self, rows: Sequence[tuple[int, PairRow | RowError]], first: int
-    ) -> tuple[list[tuple[int, PairRow, PairSize]], list[tuple[int, str]]]:
-        """Return (number, pair, size) of the usable rows, and (number, reason) of the others, numbers from 0."""
+    ) -> tuple[list[Good], list[tuple[int, str]]]:
+        """Return the usable rows, and (number, reason) of the others, numbers from 0."""
+        questions: dict[tuple, int] = {}
         asked = [
-            Asked(row.pair, row.image_root, row.max_tiles or self.max_tiles, question_of(row))
-            for _, row in rows
+            Asked(
+                row.pair,
+                row.image_root,
+                row.max_tiles or self.max_tiles,
+                questions.setdefault(question_of(row), number),
+            )
+            for number, row in rows
             if isinstance(row, PairRow)
         ]
-        sizes = self.meter.measure(asked)
+        measured = zip(asked, self.meter.measure(asked), strict=True)
         good, unusable = [], []
         for number, row in rows:
-            found = row if isinstance(row, RowError) else next(sizes)
+            if isinstance(row, RowError):
+                unusable.append((number - first, row.reason))
+                continue
+            one, found = next(measured)
             if isinstance(found, PairSize):
-                good.append((number - first, row, found))
+                good.append(Good(number - first, row, one.key, found))
             else:
-                unusable.append((number - first, found.reason if isinstance(found, RowError) else found))
+                unusable.append((number - first, found))
         return good, unusable
 
 
-def _columns(rows: Sequence[tuple[int, PairRow, PairSize]], kinds: dict[tuple, int]) -> dict[str, pyarrow.Array]:
+def _columns(rows: Sequence[Good], kinds: dict[tuple, int]) -> dict[str, pyarrow.Array]:
     """Return texts and numbers of pairs, and add their kinds to `kinds`."""
-    numbers: dict[str, list[int]] = {name: [] for name in NUMBERS}
-    keys: dict[tuple, tuple[int, int]] = {}
-    for number, row, size in rows:
-        question, folder = question_of(row), str(row.image_root)
-        if question not in keys:
-            key = row.key
-            keys[question] = int(content_id(*key), 16), question_share(key[0])
-        kind = (row.subset, row.repeat_time, row.max_tiles, folder)
-        values = {
-            **size._asdict(),
-            "num_tokens": size.num_tokens,
-            "digest": int(row.digest, 16),
-            "key": keys[question][0],
-            "share": keys[question][1],
-            "id_hash": text_hash(row.pair.id),
-            "number": number,
-            "kind": kinds.setdefault(kind, len(kinds)),
-        }
-        for name, value in values.items():
-            numbers[name].append(value)
-    columns = {name: pyarrow.array(values, pyarrow.from_numpy_dtype(NUMBERS[name])) for name, values in numbers.items()}
-    ids = [row.pair.id.encode("utf-8", "backslashreplace") for _, row, _ in rows]
-    texts = [text_of_pair(row.pair) for _, row, _ in rows]
+    keys: dict[int, tuple[int, int]] = {}
+    for one in rows:
+        if one.question not in keys:
+            key = one.row.key
+            keys[one.question] = int(content_id(*key), 16), question_share(key[0])
+    found = [(row.subset, row.repeat_time, row.max_tiles, str(row.image_root)) for _, row, *_ in rows]
+    sizes = PairSize(*map(np.array, zip(*(one.size for one in rows), strict=True)))
+    numbers = {
+        **sizes._asdict(),
+        "num_tokens": sizes.num_tokens,
+        "digest": [int(one.row.digest, 16) for one in rows],
+        "key": [keys[one.question][0] for one in rows],
+        "share": [keys[one.question][1] for one in rows],
+        "id_hash": [text_hash(one.row.pair.id) for one in rows],
+        "number": [one.number for one in rows],
+        "kind": [kinds.setdefault(kind, len(kinds)) for kind in found],
+    }
+    columns = {name: pyarrow.array(np.array(numbers[name], dtype)) for name, dtype in NUMBERS.items()}
+    ids = [one.row.pair.id.encode("utf-8", "backslashreplace") for one in rows]
+    texts = [text_of_pair(one.row.pair) for one in rows]
     return {**columns, "id": pyarrow.array(ids, pyarrow.string()), "pair": pyarrow.array(texts, pyarrow.string())}
 
 
