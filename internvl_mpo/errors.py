@@ -26,7 +26,14 @@ class RowError(BadInputError):
 
 
 class StoppedError(Exception):
-    """A signal asked the program to stop; the message says where the same command goes on, empty says nothing."""
+    """A signal asked the program to stop; the message says where the same command goes on, empty says nothing.
+
+    `code` is the exit code.
+    """
+
+    def __init__(self, message: str = "", code: int = EXIT_STOPPED):
+        super().__init__(message)
+        self.code = code
 
 
 def full_disk(error: BaseException | None) -> str | None:
@@ -47,7 +54,7 @@ def full_disk(error: BaseException | None) -> str | None:
 def run_program(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run a program's `main(argv)`; a `BadInputError` or a full disk becomes one line on stderr and exit code 2.
 
-    A `StoppedError` becomes one line and `EXIT_STOPPED`, Ctrl-C one line and 130.
+    A `StoppedError` becomes one line and its code, Ctrl-C one line and 130.
 
     Args:
         main: takes the command-line arguments without the program name, returns an exit code or None for 0.
@@ -64,7 +71,7 @@ def run_program(main: Callable[[list[str]], int | None], argv: list[str] | None 
     except StoppedError as stopped:
         if str(stopped):
             print(stopped, file=sys.stderr)
-        return EXIT_STOPPED
+        return stopped.code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -3,26 +3,33 @@
 A lane is a list of stages, one after the other, and of the stages it needs, which have been run before. A stage is
 finished when its marker holds the digest of its command, of the user's files it reads, and of all that it follows. So
 the same lanes given again go on where they were killed, and a changed command runs again with all that comes after it.
+SIGTERM and SIGINT are passed on to the commands that run; when they have ended the program does.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import EXIT_STOPPED, BadInputError, StoppedError
 from internvl_mpo.files import atomic_writer
 from internvl_mpo.programs import HOME, spelled
 from internvl_mpo.records import content_id
 
 NUM_LAST_LINES = 15  # of a failed stage, shown when its output went to a file
+ECHO = 0.5  # seconds after which a command that Ctrl-C at the terminal has reached as well has had time to end
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,82 @@ class Usage:
 Run = Callable[[Stage, Path | None], Usage]
 
 
+class Commands:
+    """The commands that run; a signal to this program reaches them, too, and no other is started after it."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._running: set[int] = set()  # process ids, until somebody has waited for them
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def passing_on(self) -> Iterator[None]:
+        """Catch SIGTERM and SIGINT inside the block, where Python lets this thread do it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def start(self, command: list[str], **options: Any) -> subprocess.Popen:
+        """Start a command.
+
+        Raises:
+            StoppedError: a signal has come.
+        """
+        with self._lock:
+            self.check()
+            process = subprocess.Popen(command, **options)
+            self._running.add(process.pid)
+            return process
+
+    def wait(self, process: subprocess.Popen) -> Usage:
+        """Wait for a command; return what it and those it waited for took."""
+        if not hasattr(os, "wait4"):
+            process.wait()
+            return Usage()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its id stays taken
+        with self._lock:
+            self._running.discard(process.pid)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        peak_mib = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return Usage(peak_mib, usage.ru_utime + usage.ru_stime)
+
+    def check(self, code: int | None = None) -> None:
+        """Do nothing unless a signal has come.
+
+        Args:
+            code: that of a command that has ended, if it was not 0.
+
+        Raises:
+            StoppedError: with `EXIT_STOPPED` if the command has ended with that, else with 128 and the signal's number.
+        """
+        if self.received is None and code != EXIT_STOPPED:
+            return
+        why = "a stage was stopped" if self.received is None else f"stopped by {self.received.name}"
+        raise StoppedError(
+            f"{why}; finished work is kept, the same command goes on from it",
+            EXIT_STOPPED if code == EXIT_STOPPED or self.received is None else 128 + self.received,
+        )
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT:  # at a terminal it reaches the commands by itself
+            threading.Timer(ECHO, self._send, [number]).start()
+        else:
+            self._send(number)
+
+    def _send(self, number: int) -> None:
+        with self._lock:
+            for pid in self._running:
+                os.kill(pid, number)
+
+
 class Stages:
     """Runs lanes and remembers what is finished.
 
@@ -83,14 +166,19 @@ class Stages:
     """
 
     def __init__(self, folder: Path, jobs: int = 1, run: Run | None = None):
-        self.folder, self.jobs, self._command = folder, jobs, run or run_command
+        self.folder, self.jobs, self.commands = folder, jobs, Commands()
+        self._command = run or functools.partial(run_command, commands=self.commands)
         self.finished: dict[str, dict] = {}
         self.seconds = 0.0  # as long as the lanes took, or would have taken at once
         self.peak_mib = 0.0  # of the stages that ran side by side together
 
     def run(self, lanes: Sequence[Lane]) -> list[BadInputError]:
-        """Run what is not finished yet of some lanes side by side; return what went wrong in each that failed."""
-        with ThreadPoolExecutor(max_workers=self.jobs) as pool:
+        """Run what is not finished yet of some lanes side by side; return what went wrong in each that failed.
+
+        Raises:
+            StoppedError: a signal came; the commands it was passed on to have ended.
+        """
+        with self.commands.passing_on(), ThreadPoolExecutor(max_workers=self.jobs) as pool:
             running = [pool.submit(self._run_lane, lane, len(lanes) > 1 and self.jobs > 1) for lane in lanes]
             found = [lane.result() for lane in running]
         done = [lane for lane in found if isinstance(lane, list)]
@@ -140,25 +228,27 @@ class Stages:
         return done
 
 
-def run_command(stage: Stage, log: Path | None) -> Usage:
+def run_command(stage: Stage, log: Path | None, commands: Commands) -> Usage:
     """Run the command of a stage; see `Stages`.
 
     Raises:
         BadInputError: it failed, or did not make its file.
+        StoppedError: a signal has stopped it, or this program.
     """
     # One thread unless the user says otherwise: the number of threads decides how sums are rounded, and with it, after
     # 700 steps, the figures of the table. The models are too small to gain from a second one.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     if log is None:
-        process = subprocess.Popen(stage.command, env=environment)
+        process = commands.start(stage.command, env=environment)
     else:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as out:
-            process = subprocess.Popen(stage.command, env=environment, stdout=out, stderr=subprocess.STDOUT)
-    usage = _wait(process)
+            process = commands.start(stage.command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    usage = commands.wait(process)
     if process.returncode == 130:
         raise KeyboardInterrupt
     if process.returncode != 0:
+        commands.check(process.returncode)
         if log is not None:
             lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
             print("\n".join(lines[-NUM_LAST_LINES:]), file=sys.stderr)
@@ -166,17 +256,6 @@ def run_command(stage: Stage, log: Path | None) -> Usage:
     if not stage.makes.exists():
         raise BadInputError(f"stage '{stage.name}' ended without making {stage.makes}")
     return usage
-
-
-def _wait(process: subprocess.Popen) -> Usage:
-    """Wait for a process; return what it and those it waited for took."""
-    if not hasattr(os, "wait4"):
-        process.wait()
-        return Usage()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    peak_mib = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return Usage(peak_mib, usage.ru_utime + usage.ru_stime)
 
 
 def _short(command: list[str]) -> str:

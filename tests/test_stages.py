@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from internvl_mpo.errors import BadInputError
+from internvl_mpo.errors import BadInputError, StoppedError
 from internvl_mpo.stages import Lane, Stage, Stages, Usage
 
 
@@ -111,3 +115,65 @@ def test_the_marker_holds_the_processor_time_of_a_stage_not_the_time_it_waited(t
     marker = json.loads((tmp_path / "markers" / "a.json").read_text())
     assert 0 < marker["cpu_seconds"] < marker["seconds"] - 0.4
     assert marker["peak_mib"] > 1
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+# Two stages side by side and one after them, started as a user would; each command says that it runs, then waits.
+PROGRAM = """
+import sys
+from pathlib import Path
+from internvl_mpo.errors import run_program
+from internvl_mpo.stages import Lane, Stage, Stages
+folder, count = Path(sys.argv[1]), int(sys.argv[3])
+stage = lambda name: Stage(name, "about", [sys.executable, "-c", sys.argv[2], str(folder / name)], folder / name)
+lanes = [Lane([stage(f"{n}"), stage(f"after {n}")]) for n in range(count)]
+sys.exit(run_program(lambda words: Stages(folder / "markers", count).run_all(lanes), []))
+"""
+TRAINING = """
+import signal, sys, time
+def stop(number, frame):
+    time.sleep(0.3)
+    open(sys.argv[1] + " checkpoint", "w").close()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+open(sys.argv[1] + " runs", "w").close()
+time.sleep(60)
+"""
+OTHER = "import sys, time; open(sys.argv[1] + ' runs', 'w').close(); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("number", "command", "num_lanes", "code"),
+    [
+        (signal.SIGTERM, TRAINING, 2, 75),
+        (signal.SIGINT, TRAINING, 1, 75),
+        (signal.SIGTERM, OTHER, 1, 128 + signal.SIGTERM),
+        (signal.SIGINT, OTHER, 2, 128 + signal.SIGINT),
+    ],
+    ids=["SIGTERM, training", "SIGINT, training", "SIGTERM, another", "SIGINT, another"],
+)
+def test_a_signal_to_the_program_alone_stops_its_stages_and_waits_for_their_checkpoint(
+    tmp_path, number, command, num_lanes, code
+):
+    words = [sys.executable, "-c", PROGRAM, str(tmp_path), command, str(num_lanes)]
+    program = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("* runs"))) < num_lanes and time.monotonic() < deadline:
+        time.sleep(0.02)
+    program.send_signal(number)
+    _, said = program.communicate(timeout=30)
+    assert program.returncode == code, said
+    assert "the same command goes on" in said if command == TRAINING else "Traceback" not in said.splitlines()[-1]
+    assert len(list(tmp_path.glob("* checkpoint"))) == (num_lanes if command == TRAINING else 0)
+    assert not list(tmp_path.glob("after*"))
+    alive = [process.pid for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(process.info)]
+    assert not alive
+
+
+def test_a_stage_that_was_stopped_itself_stops_the_program_with_the_code_to_come_again(tmp_path):
+    stage = Stage("a", "about", [sys.executable, "-c", "import sys; sys.exit(75)"], tmp_path / "a")
+    with pytest.raises(StoppedError, match="a stage was stopped") as stopped:
+        Stages(tmp_path / "markers").run([Lane([stage])])
+    assert stopped.value.code == 75
