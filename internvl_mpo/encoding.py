@@ -19,7 +19,7 @@ from internvl_mpo.families.contract import Family, Message, PictureCost
 from internvl_mpo.families.registry import family_of_processor
 from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.packing import Group, tree_tokens
-from internvl_mpo.pictures import check_encodable
+from internvl_mpo.pictures import check_encodable, damage
 from internvl_mpo.records import IMAGE_PLACEHOLDER, PreferencePair, RowError
 from modeling_internvl_mpo.tokenization_internvl_mpo import find_control_token
 
@@ -301,7 +301,7 @@ def _open(image_root: str | Path | Pictures, name: str, where: str) -> Image.Ima
     except FileNotFoundError as error:
         raise RowError(f"image '{path}' does not exist", where) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RowError(f"image '{path}' cannot be read ({error})", where) from error
+        raise RowError(f"image '{path}' cannot be read ({damage(error)})", where) from error
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:

@@ -1,4 +1,6 @@
-"""Whether the model's encoder takes a picture."""
+"""Whether the model's encoder takes a picture, and why a picture cannot be opened."""
+
+import re
 
 from PIL import Image
 
@@ -26,3 +28,12 @@ def check_encodable(image: Image.Image, *, decode: bool) -> None:
     from modeling_internvl_mpo.image_processing_internvl_mpo import to_rgb  # torch, for the odd picture only
 
     to_rgb(image)
+
+
+def damage(error: BaseException) -> str:
+    """Return what is wrong with a picture, without the place in memory of the bytes that Pillow was given.
+
+    Args:
+        error: raised while a picture was opened or decoded.
+    """
+    return re.sub(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>", "", str(error)) or type(error).__name__

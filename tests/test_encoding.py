@@ -4,6 +4,7 @@ import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from transformers import AutoTokenizer
 from internvl_mpo.encoding import Answers, _upright_size, encode_group, measure_group, pair_size, token_ids
 from internvl_mpo.families.contract import Turn
 from internvl_mpo.logps import attach_scoring, response_logps, twin_logps
+from internvl_mpo.mmpr.files import check_picture
 from internvl_mpo.packing import pack_groups
+from internvl_mpo.pictures import damage
 from internvl_mpo.records import PreferencePair, RowError
 from modeling_internvl_mpo import InternLM2Tokenizer, InternVLChatProcessor
 
@@ -214,7 +217,7 @@ def test_real_vocabularies_go_on_from_the_header_as_generation_does(root, name):
         assert measure_group(processor, [row], root).num_tokens == group.num_tokens
 
 
-def refused(root: Path, row: PreferencePair, **limits) -> list[str]:
+def refused(root: Any, row: PreferencePair, **limits) -> list[str]:
     """Return the reasons that measuring and encoding give; both must name the pair."""
     reasons = []
     for function in (measure_group, encode_group):
@@ -300,6 +303,18 @@ def test_missing_and_broken_images_are_refused(root):
     (root / "text.png").write_text("no image")
     assert all("text.png' cannot be read" in reason for reason in refused(root, pair(images=("text.png",))))
     assert all("cannot be read" in reason for reason in refused(root, pair(images=(".",))))
+
+
+def test_what_is_wrong_with_a_picture_is_said_without_a_place_in_memory(root):
+    """The same damage would have another reason at every look, and tables and lists of refused rows would differ."""
+    pictures = SimpleNamespace(version="1", read=lambda name: b"no picture")
+    reasons = {*refused(pictures, pair()), *refused(pictures, pair())}
+    assert reasons == {"image 'square.png' cannot be read (cannot identify image file)"}
+    with pytest.raises(RowError) as error:
+        check_picture(b"no picture", "a.png", decode=False)
+    assert error.value.reason == "image 'a.png' cannot be decoded (cannot identify image file)"
+    assert damage(ValueError()) == "ValueError"
+    assert damage(OSError("cannot identify image file 'a <b>.png'")) == "cannot identify image file 'a <b>.png'"
 
 
 def test_an_image_cut_off_after_its_header_is_found_by_decoding(root):

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import random
 import struct
 import zipfile
 import zlib
@@ -60,6 +61,15 @@ def test_folders_texts_and_files_are_those_of_the_archive(path, method):
     assert archive.problems == []
     assert archive.find("x/two.png") is None and archive.find("") is None
     assert contents(pickle.loads(pickle.dumps(archive))) == FILES
+
+
+def test_what_repeats_after_32_kilobytes_is_unpacked(path):
+    """So far back a packer may point, no shorter memory will do."""
+    noise = random.Random(0).randbytes(32_500)
+    write_zip(path, {"a": noise * 2}, zipfile.ZIP_DEFLATED)
+    archive = Archive([path])
+    assert path.stat().st_size < 40_000
+    assert contents(archive, {"a": noise * 2}) == {"a": noise * 2}
 
 
 def test_an_empty_archive_holds_nothing(path):

@@ -32,6 +32,7 @@ def zipped(path: Path, *names: str) -> None:
         ("/a/../b/./c.png", "a/b/c.png b/c.png c.png"),
         ("s3://bucket/a//b", "bucket/a/b a/b b"),
         ("C:\\a\\b", "a/b b"),
+        ("file://C:\\a\\b", "a/b b"),
         ("", ""),
     ],
 )

@@ -3,6 +3,7 @@
 pytest tests/test_objective.py
 """
 
+import dataclasses
 import inspect
 import json
 import math
@@ -15,6 +16,7 @@ import torch
 
 from internvl_mpo.objective import RewardShift, mpo_loss, needs_reference, wpo_weights
 from internvl_mpo.preference_terms import Preference
+from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.meters import MeanMeter
 
 GOLDENS = Path(__file__).resolve().parent.parent.parent / "shared" / "oracle" / "mpo" / "mpo_losses.json"
@@ -372,3 +374,14 @@ def test_a_mean_over_pairs_loses_no_small_value_beside_a_large_one():
     for meter in (whole, pairwise):
         accelerator = SimpleNamespace(device=torch.device("cpu"), reduce=lambda values, reduction: values)
         assert meter.reduce(accelerator)["x"] == 0.5
+
+
+def test_what_the_loss_takes_for_granted_is_the_recipe_of_the_settings():
+    defaults = {name: value.default for name, value in inspect.signature(mpo_loss).parameters.items()}
+    fields = {field.name: field.default for field in dataclasses.fields(MPOArguments)}
+    shared = {name: value for name, value in defaults.items() if name in fields}
+    assert shared == {name: fields[name] for name in shared}
+    assert set(shared) > {"beta", "preference", "quality", "generation", "simpo_gamma", "dpop_lambda"}
+    assert defaults["weights"] == tuple(fields[f"{term}_weight"] for term in ("preference", "quality", "generation"))
+    assert (defaults["beta"], defaults["weights"], defaults["simpo_gamma"]) == (0.1, (0.8, 0.2, 1.0), 1.0)
+    assert (defaults["dpop_lambda"], defaults["shift"]) == (50.0, 0.0)

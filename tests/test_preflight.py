@@ -363,6 +363,21 @@ def test_a_worker_that_dies_is_one_sentence(data, monkeypatch):
         new(data, num_workers=1).run()
 
 
+def test_blocks_that_wait_for_workers_hold_no_lines_and_workers_start_no_threads(data, monkeypatch):
+    first = new(data, num_workers=1)
+    first.reopen()
+    blocks = [(0, block) for block in first.sources[0].blocks()]
+    made = list(first._make_in_workers(iter(blocks), 1))
+    assert [(number, block.first) for number, block, *_ in made] == [(0, block.first) for _, block in blocks]
+    assert all(block.lines is None for _, block, *_ in made) and all(block.lines for _, block in blocks)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.setattr(module.gc, "freeze", lambda: None)
+    monkeypatch.setattr(module, "_worker", None)
+    module._start_worker(tiny_processor(), first.folder, first.sources, first.options)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    assert module._make_part(*blocks[0]) == made[0][2:]
+
+
 @pytest.mark.parametrize(
     ("num_workers", "num_rows", "num_cores", "made"),
     [

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from PIL import Image
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.pictures import damage
 
 Mode = Literal["direct", "cot"]
 Rule = Literal["ours", "official", "vlmevalkit", "internvl"]
@@ -141,7 +142,7 @@ def open_image(source: Picture) -> Image.Image:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInputError(f"cannot open {name}: {error}") from error
+        raise BadInputError(f"cannot open {name}: {damage(error)}") from error
 
 
 # The chain-of-thought prompt's own rule (OpenGVLab/InternVL `extract_answer`, VLMEvalKit `mpo_post_processing`):

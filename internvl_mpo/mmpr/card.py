@@ -171,7 +171,7 @@ def statistics_text(statistics: ReleaseStatistics, manifest: Mapping[str, Any], 
     rules = [rule for rule in RULES if any(found == rule for _, found in statistics.rows)]
     sources = sorted({source for source, _ in statistics.rows}, key=lambda source: (family_of(source), source))
     lines = [
-        "## ReleaseStatistics",
+        "## Statistics",
         "",
         "Words are counted between spaces; a Chinese or Japanese character counts as one.",
         "",

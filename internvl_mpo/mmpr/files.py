@@ -19,7 +19,7 @@ from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr.archives import Archive, Entry, leaves_folder
 from internvl_mpo.mmpr.joined_parts import find_archives
 from internvl_mpo.mmpr.lines import Annotation, Member
-from internvl_mpo.pictures import check_encodable
+from internvl_mpo.pictures import check_encodable, damage
 
 MAX_FILE_BYTES = 256 << 20  # of one picture; the largest files of MMPR are a few MB
 MAX_PIXELS = 178_956_970  # Pillow refuses larger pictures as decompression bombs, and so do all readers of the data set
@@ -303,4 +303,4 @@ def check_picture(content: bytes, name: str, *, decode: bool) -> tuple[int, int,
     except Image.DecompressionBombError as error:
         raise RowError(f"image '{name}' is a decompression bomb: over {MAX_PIXELS:,} pixels") from error
     except Exception as error:  # decoders of broken files raise nearly anything
-        raise RowError(f"image '{name}' cannot be decoded ({error or type(error).__name__})") from error
+        raise RowError(f"image '{name}' cannot be decoded ({damage(error)})") from error

@@ -1,0 +1,144 @@
+"""A conversion that is killed goes on: nothing is made twice, and what comes out has the same bytes.
+
+pytest tests/test_mmpr_resume.py
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from mmpr_world import hashes
+from PIL import Image
+
+from internvl_mpo.errors import BadInputError
+from internvl_mpo.mmpr import convert as module
+from internvl_mpo.mmpr.convert import convert
+from internvl_mpo.mmpr.shard_plan import Options, plan
+from internvl_mpo.mmpr.shard_writer import done_mark
+
+SHARD_BYTES = 1500
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    """Two sources, several shards of each; a line that is none, an id that comes twice, a broken picture."""
+    folder, meta = tmp_path_factory.mktemp("release"), {}
+    for name in ("red", "blue"):
+        (folder / name).mkdir()
+        lines = []
+        for number in range(12):
+            Image.new("RGB", (28, 28), name).save(folder / name / f"{number}.png")
+            row = {"id": f"{name}{number}", "image": f"{number}.png", "question": f"{name} {number}?"}
+            lines.append(json.dumps({**row, "chosen": "yes " * 60, "rejected": "no " * 60}))
+        lines[3] = "{"
+        meta[name] = {"root": name, "annotation": f"{name}.jsonl", "repeat_time": 1}
+        (folder / f"{name}.jsonl").write_text("\n".join([*lines, lines[5], ""]))
+    (folder / "blue" / "7.png").write_bytes(b"no picture")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def options(release: Path, **more) -> Options:
+    return Options(str(release / "meta.json"), **{"shard_bytes": SHARD_BYTES, **more})
+
+
+@pytest.fixture(scope="module")
+def unbroken(release, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken") / "out"
+    result = convert(options(release), output)
+    assert (result.num_rows, result.num_rejects, len(result.shards) > 6) == (21, 5, True)
+    return output
+
+
+def counted(monkeypatch, fails_at: int | None = None) -> list[str]:
+    """Paths of the shards that are written from now on."""
+    written, real = [], module.write_shard
+
+    def write(shard, **more):
+        if len(written) == fails_at:
+            raise KeyboardInterrupt
+        written.append(shard.path)
+        return real(shard, **more)
+
+    monkeypatch.setattr(module, "write_shard", write)
+    return written
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 4])
+def test_a_conversion_that_was_killed_makes_what_is_missing_and_the_same_bytes(
+    release, unbroken, tmp_path, monkeypatch, fails_at
+):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        first = counted(patch, fails_at)
+        convert(options(release), output)
+    assert not (output / "manifest.json").exists()
+    monkeypatch.setattr(module, "plan", lambda *given: pytest.fail("the plan is there"))
+    later = counted(monkeypatch)
+    result = convert(options(release), output)
+    assert first + later == [shard["path"] for shard in result.shards if shard["source"] != "tiny"]
+    assert len(first) == fails_at
+    assert hashes(output) == hashes(unbroken)
+    rejects = [folder.with_name("out.rejects.jsonl").read_text() for folder in (output, unbroken)]
+    assert rejects[0] == rejects[1]
+    assert not output.with_name("out.work").exists()
+
+
+def test_a_shard_that_is_gone_or_cut_short_is_made_again_and_no_other(release, unbroken, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        first = counted(patch, 4)
+        convert(options(release), output)
+    (output / first[0]).unlink()
+    (output / first[2]).write_bytes((output / first[2]).read_bytes()[:-1])
+    later = counted(monkeypatch)
+    convert(options(release), output)
+    assert later[:2] == [first[0], first[2]]
+    assert not set(later[2:]) & set(first)
+    assert hashes(output) == hashes(unbroken)
+
+
+def test_what_is_finished_is_not_touched_and_a_shard_that_is_gone_makes_it_unfinished(
+    release, unbroken, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    shutil.copytree(unbroken, output)
+    written = counted(monkeypatch)
+    again = convert(options(release), output)
+    assert written == []
+    assert (again.num_rows, again.num_rejects) == (21, 5)
+    assert again.shards == json.loads((output / "manifest.json").read_text())["shards"]
+    shard = output / again.shards[1]["path"]
+    for damage in (shard.unlink, lambda: shard.write_bytes(b"PAR1")):
+        damage()
+        convert(options(release), output)
+        assert hashes(output) == hashes(unbroken)
+    assert len(written) == 2 * (len(again.shards) - 1)
+
+
+def test_half_of_another_conversion_is_not_gone_on_with(release, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted(patch, 1)
+        convert(options(release), output)
+    with pytest.raises(BadInputError, match=r"holds a half-finished conversion of another release or with other"):
+        convert(options(release, shard_bytes=SHARD_BYTES + 1), output)
+    assert convert(options(release), output).num_rows == 21
+
+
+def test_a_plan_comes_back_as_it_was_kept(release, tmp_path):
+    asked = options(release)
+    shards = plan(asked, asked.subsets(), 1)
+    assert any(piece.repeated for shard in shards for piece in shard.pieces)
+    assert any(piece.num_tiny for shard in shards for piece in shard.pieces)
+    assert module._load_plan(tmp_path, "mark", tmp_path) is None
+    module._save_plan(tmp_path, "mark", shards)
+    found = module._load_plan(tmp_path, "mark", tmp_path)
+    assert found == shards
+    assert [asdict(shard) for shard in found] == [asdict(shard) for shard in shards]
+    assert not module._is_done(tmp_path, tmp_path, shards[0])
+    done_mark(tmp_path, shards[0]).parent.mkdir(exist_ok=True)
+    done_mark(tmp_path, shards[0]).write_text(json.dumps({"shard": None}))  # all of its rows were rejected
+    assert module._is_done(tmp_path, tmp_path, shards[0])
