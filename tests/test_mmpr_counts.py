@@ -1,16 +1,18 @@
 """Counts of a release, copies in it, and how often a row is seen: small numbers that can be checked by hand."""
 
+import io
 import math
 from array import array
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr import contamination, copies, restore
 from internvl_mpo.mmpr.card import _table, configurations, draw_pictures, length_row, size_category, statistics_text
-from internvl_mpo.mmpr.check import check
+from internvl_mpo.mmpr.check import MAX_SHOWN, _Looker, check
 from internvl_mpo.mmpr.check_report import contamination_rows, difference_rows, report_json, text_table
 from internvl_mpo.mmpr.contamination import BenchmarkIndex, word_runs
 from internvl_mpo.mmpr.copies import copy_groups, find_copies, similarity_hash
@@ -283,6 +285,11 @@ def test_the_table_of_a_check_shows_what_was_found_by_subset():
     assert "error: picture, 2 (missing, unreadable, cut off, or far too large)" in lines
     assert "  a.jsonl:2: is empty" in lines
     assert any(line.split() == ["geo170k,", "correctness", "4.0", "2.0", "2.00", "100%"] for line in lines)
+    assert "words of chosen and rejected, mean ratio, how often chosen is longer:" in lines
+    places = [number for number, line in enumerate(lines) if not line]
+    assert [lines[number + 1].split(":")[0].split(",")[0] for number in places][:3] == [
+        *("words of chosen and rejected", "how the responses of a pair differ", "error")
+    ]
     assert difference_rows(made) == [("geo170k, correctness", ["50%", "50%", "100.0%"])]
     made.model = "m"
     assert difference_rows(made)[0][1][3:] == ["-", "-", "-", "-", "0"]
@@ -376,3 +383,47 @@ def test_a_report_shows_the_first_five_of_a_kind_and_counts_all(tmp_path):
     made = check(str(tmp_path / "a.jsonl"))
     assert [one.where for one in made.examples["unusable row"]] == [f"{tmp_path}/a.jsonl:{n}" for n in range(1, 6)]
     assert made.kinds == {("unusable row", "a"): 7} and made.counts == {"a": 7}
+
+
+@pytest.mark.parametrize(
+    ("pictures", "questions", "kind", "detail"),
+    [
+        ({3, 1, 2}, {1, 3}, "in a benchmark", "pope 1: picture and question"),
+        ({3, 2}, {1}, "benchmark picture", "looks like that of crpe 2"),
+        (set(), {3, 2}, "benchmark question", "crpe 2: 'Q2'"),
+    ],
+)
+def test_of_several_examples_of_a_benchmark_the_first_is_named(pictures, questions, kind, detail):
+    names = ["pope", "pope", "crpe", "crpe"]
+    index = SimpleNamespace(
+        of_text=lambda text: questions if text == "How many cats?" else set(),
+        examples=[(name, str(number)) for number, name in enumerate(names)],
+        questions=[f"Q{number}" for number in range(4)],
+    )
+    looker, noted = SimpleNamespace(index=index, part=Part("a")), []
+    _Looker._contamination(
+        looker, pair(question="<image>\nHow many cats?"), "s", "a:1", pictures, lambda *found: noted.append(found)
+    )
+    assert noted == [(kind, detail)]
+    matched = {"both": pictures & questions, "picture": pictures, "question": questions}
+    assert {name: found for name, found in looker.part.matched.items() if found} == {
+        k: v for k, v in matched.items() if v
+    }
+
+
+@pytest.mark.parametrize(("size", "shown"), [((480, 60), (240, 30)), ((60, 480), (30, 240)), ((20, 30), (20, 30))])
+def test_a_picture_that_looks_like_one_of_a_benchmark_is_kept_small(size, shown):
+    content = io.BytesIO()
+    Image.new("RGBA", size, "red").save(content, "PNG")
+    looker = SimpleNamespace(index=SimpleNamespace(of_picture=lambda image: {5, 3}), part=Part("a"))
+    assert _Looker._lookalikes(looker, content.getvalue(), "a:1") == {3, 5}
+    ((example, where, small),) = looker.part.shown
+    with Image.open(io.BytesIO(small)) as image:
+        assert (example, where, image.size, image.format) == (3, "a:1", shown, "JPEG")
+    for number in range(2 * MAX_SHOWN):
+        _Looker._lookalikes(looker, content.getvalue(), f"a:{number}")
+    assert len(looker.part.shown) == MAX_SHOWN
+    looker.index.of_picture = lambda image: set()
+    looker.part.shown.clear()
+    assert _Looker._lookalikes(looker, content.getvalue(), "a:1") == set()
+    assert looker.part.shown == []

@@ -5,6 +5,7 @@ pytest tests/test_mmpr_resume.py
 
 import json
 import shutil
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from internvl_mpo.mmpr.shard_plan import Options, plan
 from internvl_mpo.mmpr.shard_writer import done_mark
 
 SHARD_BYTES = 1500
+MARKS = ["e8ba65872b17951a", "52e899cc2594502a", "abe82b4800667c8a", "7acf1d45c160bdad"]
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +144,27 @@ def test_a_plan_comes_back_as_it_was_kept(release, tmp_path):
     done_mark(tmp_path, shards[0]).parent.mkdir(exist_ok=True)
     done_mark(tmp_path, shards[0]).write_text(json.dumps({"shard": None}))  # all of its rows were rejected
     assert module._is_done(tmp_path, tmp_path, shards[0])
+
+
+def zipped(folder: Path, text: str) -> Options:
+    """A release whose annotations lie in an archive."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    meta = {"one": {"root": "images", "annotation": "annotations/one.jsonl", "repeat_time": 1}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with zipfile.ZipFile(folder / "annotations.zip", "w") as archive:
+        archive.writestr("annotations/one.jsonl", text)
+    return Options(str(folder / "meta.json"))
+
+
+def test_what_an_output_belongs_to_is_known_from_version_to_version(tmp_path):
+    """Another mark would refuse to go on with what an earlier version has begun."""
+    line = json.dumps({"question": "1+1?", "chosen": "2", "rejected": "3"}) + "\n"
+    asked = zipped(tmp_path / "zipped", line)
+    marks = [module._fingerprint(asked, asked.subsets())]
+    for changed in (zipped(tmp_path / "changed", line.replace("3", "4")), Options(asked.raw, decode=False)):
+        marks.append(module._fingerprint(changed, changed.subsets()))
+    (tmp_path / "zipped" / "annotations.zip").unlink()
+    (tmp_path / "zipped" / "annotations").mkdir()
+    (tmp_path / "zipped" / "annotations" / "one.jsonl").write_text(line)
+    marks.append(module._fingerprint(asked, asked.subsets()))
+    assert marks == MARKS

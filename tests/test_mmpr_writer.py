@@ -13,11 +13,20 @@ from PIL import Image
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr import shard_writer as module
 from internvl_mpo.mmpr.manifest import MANIFEST, file_facts, read_manifest
-from internvl_mpo.mmpr.parquet import FEATURES, arrow_schema, prompt_messages, to_columns, to_pair, to_raw
+from internvl_mpo.mmpr.parquet import (
+    FEATURES,
+    _same_types,
+    arrow_schema,
+    prompt_messages,
+    to_columns,
+    to_pair,
+    to_raw,
+)
 from internvl_mpo.mmpr.release import Subset
 from internvl_mpo.mmpr.shard_plan import Options, Shard, line_start, map_in_processes
 from internvl_mpo.mmpr.shard_writer import ShardPictures, ShardWriter, done_mark
 from internvl_mpo.mmpr.statistics import ReleaseStatistics
+from internvl_mpo.mmpr.tables import stream_table
 from internvl_mpo.records import PreferencePair
 
 
@@ -213,3 +222,41 @@ def test_the_manifest_is_read_or_said_to_be_missing(tmp_path):
 def test_options_have_defaults_that_the_documentation_says():
     assert Options("x") == Options("x", None, 500 << 20, True, None)
     assert (module.ROW_GROUP_BYTES, module.CACHE_BYTES, module.BATCH_ROWS) == (64 << 20, 64 << 20, 500)
+
+
+def test_values_that_are_equal_but_not_in_json_are_told_apart_wherever_they_stand():
+    assert _same_types({"a": "x", "b": 1, "c": None}, {"a": "x", "b": 1, "c": None})
+    for other in (1.0, True):
+        for row in ({"a": 1, "b": "x"}, {"b": "x", "a": 1}, {"a": 1}):
+            assert not _same_types(row, {**row, "a": other})
+
+
+@pytest.mark.parametrize(
+    ("data", "loaded"),
+    [
+        ("hub:me/pairs", (("me/pairs", None), {"revision": None})),
+        ("hub:me/pairs@v1", (("me/pairs", None), {"revision": "v1"})),
+        ("hub:me/pairs@v1:tiny", (("me/pairs", "tiny"), {"revision": "v1"})),
+        ("hub:me/pairs:tiny", (("me/pairs", "tiny"), {"revision": None})),
+        ("a/train.parquet", (("parquet",), {"data_files": "a/train.parquet"})),
+        ("a/folder", (("a/folder", None), {"revision": None})),
+        ("made", (("parquet",), {"data_files": ["made/data/x/train-0.parquet", "made/data/y/train-0.parquet"]})),
+    ],
+)
+def test_a_table_is_streamed_from_where_it_lies(tmp_path, monkeypatch, data, loaded):
+    monkeypatch.chdir(tmp_path)
+    for name in ("y", "x"):
+        (tmp_path / "made" / "data" / name).mkdir(parents=True)
+        (tmp_path / "made" / "data" / name / "train-0.parquet").touch()
+    monkeypatch.setattr("datasets.load_dataset", lambda *given, **more: (given, more))
+    given, more = loaded
+    assert stream_table(data) == (given, {"split": "train", "streaming": True, **more})
+
+
+def test_a_table_that_cannot_be_loaded_is_named(monkeypatch):
+    def fail(*given, **more):
+        raise KeyError("no such data set")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(BadInputError, match="cannot load hub:me/pairs: 'no such data set'"):
+        stream_table("hub:me/pairs")

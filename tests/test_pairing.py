@@ -7,6 +7,7 @@ from itertools import groupby
 
 import pytest
 
+from internvl_mpo import pairing
 from internvl_mpo.mmpr.release import subset_name, write_meta
 from internvl_mpo.pairing import PairingStatistics, PairRules, correctness_pairs, group_key, match_responses, pair_lines
 from internvl_mpo.records import Response
@@ -254,3 +255,31 @@ def test_meta_is_relative_and_counts(tmp_path):
             "repeat_time": 1,
         }
     }
+
+
+def test_equal_texts_and_equal_answers_are_judged_once(monkeypatch):
+    read, compared = [], []
+    parse, compare = pairing.parse_answer, pairing.compare_answers
+    monkeypatch.setattr(pairing, "parse_answer", lambda text, form: read.append(text) or parse(text, form))
+    monkeypatch.setattr(
+        pairing, "compare_answers", lambda given, *rest, **more: compared.append(given) or compare(given, *rest, **more)
+    )
+    rows = [response("12"), response("13"), response("12", way=WAYS[1]), response("12"), response(None), response("13")]
+    judged = pairing.judge_responses(rows, PairRules())
+    assert [one.response for one in judged] == rows
+    outcomes = [one.outcome.name for one in judged]
+    assert outcomes == ["RIGHT", "WRONG", "RIGHT", "RIGHT", "UNPARSABLE", "WRONG"]
+    assert (len(read), compared) == (4, ["12", "13"])
+
+
+def test_why_a_pair_is_unfit_is_counted_under_its_name():
+    rules = PairRules(max_length_ratio=2.0)
+    right, same, longer = (
+        pairing.judge_responses([row], PairRules())[0]
+        for row in (response("12"), response("12"), response("13", way=WAYS[0] * 9))
+    )
+    assert pairing._unfit_pair(right, same, rules) == "pairs of equal texts"
+    assert pairing._unfit_pair(right, longer, rules) == "pairs of too different lengths"
+    assert pairing._unfit_pair(right, longer, replace(rules, max_length_ratio=0)) is None
+    (inside,) = pairing.judge_responses([response("12 or 13", way=WAYS[1])], PairRules())
+    assert pairing._unfit_pair(right, inside, rules) == "pairs whose wrong answer contains the right one"

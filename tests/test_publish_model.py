@@ -374,6 +374,26 @@ def test_a_native_folder_of_another_origin(tmp_path: Path) -> None:
     assert torch.equal(back(ids).logits, model(ids).logits)
 
 
+def test_a_native_folder_that_ties_its_output_to_its_embeddings_gets_a_matrix_of_its_own(tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    convert(write_model_folder(model, tiny_processor(model.config), tmp_path / "ours"), tmp_path / "native")
+    weights = load_file(tmp_path / "native/model.safetensors")
+    (head,) = [name for name in weights if name.endswith("lm_head.weight")]
+    kept = weights.pop(head)
+    save_file(weights, tmp_path / "native/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "native/config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "native/config.json").write_text(json.dumps(config))
+    saved = load_file(convert(tmp_path / "native", tmp_path / "back") / "model.safetensors")
+    embeddings = saved["language_model.model.embed_tokens.weight"]
+    assert torch.equal(saved["language_model.lm_head.weight"], embeddings)
+    assert not torch.equal(embeddings, kept)
+    weights[head] = kept  # where one is stored it counts
+    save_file(weights, tmp_path / "native/model.safetensors", metadata={"format": "pt"})
+    saved = load_file(convert(tmp_path / "native", tmp_path / "again") / "model.safetensors")
+    assert torch.equal(saved["language_model.lm_head.weight"], kept)
+
+
 def test_what_the_native_layout_cannot_say_is_refused(tmp_path: Path) -> None:
     model = tiny_model("phi3")
     folder = write_model_folder(model, tiny_processor(model.config), tmp_path / "ours")

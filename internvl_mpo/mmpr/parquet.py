@@ -206,8 +206,7 @@ def _what_is_special(row: Mapping[str, Any], pair: PreferencePair) -> str | None
 def _same_types(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Equal values may still differ in JSON: 1, 1.0 and true."""
     return all(
-        isinstance(value, (str, type(None))) or _JSON.encode(value) == _JSON.encode(second[key])
-        for key, value in first.items()
+        isinstance(value, str) or _JSON.encode(value) == _JSON.encode(second[key]) for key, value in first.items()
     )
 
 
