@@ -14,7 +14,7 @@ from test_train_mpo import ROOT, arguments, train, unbroken, world, write_pair  
 import train_mpo
 from internvl_mpo.errors import BadInputError, run_program
 from internvl_mpo.settings import write_settings
-from internvl_mpo.training.first_look import first_bad_row, setting_keys
+from internvl_mpo.training.first_look import look_at_rows, setting_keys
 from internvl_mpo.training.settings import TrainSettings, check_trackers
 
 
@@ -220,24 +220,24 @@ def test_a_model_folder_of_this_program_is_replaced_until_somebody_adds_to_it(wo
 def test_keys_and_first_rows_are_looked_at_before_transformers_is_imported(world, tmp_path):
     """Its import takes seconds, and whoever mistyped a key waits for them."""
     write_pair(world / "bad.jsonl", rejected=" ")
+    with open(world / "bad.jsonl", "a", encoding="utf-8") as out:
+        out.write('{"question": "q", "rejected": "r"}\n{"question": "q", "chosen": "c", "rejected": "r"}\n')
     code = (
         "import sys, train_mpo\n"
         "from internvl_mpo.errors import run_program\n"
-        "from internvl_mpo.training.first_look import first_bad_row\n"
-        "print(run_program(train_mpo.main, sys.argv[2:]), first_bad_row([sys.argv[1]]))\n"
+        "print(run_program(train_mpo.main, sys.argv[1:]))\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
     )
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        str(world / "bad.jsonl"),
-        *arguments(world, tmp_path / "run", "--betta", "1"),
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "2 " in result.stdout
-    assert "bad.jsonl:1: 'rejected' is empty" in result.stdout
-    assert "unknown setting 'betta' (command line); did you mean 'beta'?" in result.stderr
+    for words, sentence in (
+        (("--betta", "1"), "unknown setting 'betta' (command line); did you mean 'beta'?"),
+        (("--data", str(world / "bad.jsonl")), "bad.jsonl:1: 'rejected' is empty (2 of 3 rows are unusable, listed in"),
+    ):
+        command = [sys.executable, "-c", code, *arguments(world, tmp_path / "run", *words)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert result.stdout == "2\n"
+        assert sentence in result.stderr
+    rejects = [json.loads(line) for line in (tmp_path / "run.rejects.jsonl").read_text().splitlines()]
+    assert [row["row"].rpartition(":")[2] for row in rejects] == ["1", "2"]
 
 
 def test_the_keys_read_from_source_are_those_of_the_class():
@@ -258,7 +258,8 @@ def test_the_first_bad_row_is_named_before_all_rows_are_looked_at(world, tmp_pat
 
 
 def test_the_first_look_ends_in_time():
-    assert first_bad_row([str(ROOT / "README.md")], seconds=-1) is not None  # one row is looked at in any case
+    look = look_at_rows([str(ROOT / "README.md")], seconds=-1)
+    assert (len(look.unreadable), look.is_whole) == (1, False)  # one row is looked at in any case
 
 
 def test_data_comes_before_settings_and_only_chosen_settings_are_shown(world, tmp_path, capsys):

@@ -5,7 +5,9 @@ import importlib.util
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from internvl_mpo.errors import BadInputError, RowError
@@ -13,20 +15,22 @@ from internvl_mpo.mmpr.reading import iter_pairs
 from internvl_mpo.mmpr.tables import is_table
 from internvl_mpo.programs import run_file
 from internvl_mpo.settings import check_keys, coerce, given_values
+from internvl_mpo.training.pairs import stop_on_rejects
 
 SECONDS = 2.0  # for the first rows; the whole data is looked at later
 
 
 def look_at_arguments(argv: Sequence[str]) -> None:
-    """Refuse keys and files that are not there, and print the first unusable row.
+    """Refuse keys and files that are not there, and rows that cannot be read; print the first row without its picture.
 
-    All is checked again, and all rows are, by what follows; this is for whoever waits at the terminal.
+    All is checked again, and all rows are, by what follows; this is for whoever waits at the terminal. Of data that
+    takes longer to read the first unusable row is printed.
 
     Args:
         argv: command-line arguments, of which transformers' own may be some.
 
     Raises:
-        BadInputError: naming the key or the file.
+        BadInputError: naming the key, the file or the row.
     """
     values, where = given_values(argv)
     values = {name: value for name, value in values.items() if name != "local_rank"}  # of the `deepspeed` launcher
@@ -40,7 +44,12 @@ def look_at_arguments(argv: Sequence[str]) -> None:
             f"DeepSpeed file '{deepspeed}' does not exist; configs/deepspeed/ holds zero1, zero2, zero3 and offload"
         )
     if "data" in values and os.environ.get("RANK", "0") == "0" and values.get("on_bad_row") != "skip":
-        bad = first_bad_row(coerce(values["data"], list[str], "data", where), values.get("image_root"))
+        image_root = coerce(values.get("image_root"), str | None, "image_root", where)
+        look = look_at_rows(coerce(values["data"], list[str], "data", where), image_root)
+        if look.is_whole and not look.missing and "output_dir" in values:  # the same reader will find the same rows
+            settings = SimpleNamespace(output_dir=str(values["output_dir"]), on_bad_row="stop", process_index=0)
+            stop_on_rejects(settings, look.unreadable, look.num_readable)
+        bad = next(iter(look.unreadable), look.missing)
         if bad is not None:
             print(f"unusable: {bad} - all rows are looked at next, then the run stops", flush=True)
 
@@ -79,25 +88,44 @@ def _fields(path: Path, name: str) -> Iterator[tuple[str, bool]]:
                 yield node.target.id, is_setting and not call.args
 
 
-def first_bad_row(
-    data: Sequence[str], image_root: str | Path | None = None, seconds: float = SECONDS
-) -> RowError | None:
-    """Return the first row that cannot be read or whose picture is not there, as far as a look of `seconds` goes.
+@dataclass
+class Look:
+    """What a look at the first rows found.
 
-    Parquet is passed over: it takes longer to open.
+    Attributes:
+        unreadable: rows that no pair can be made of.
+        num_readable: the others.
+        missing: the first row whose picture is not there.
+        is_whole: whether all rows were looked at.
+    """
+
+    unreadable: list[RowError] = field(default_factory=list)
+    num_readable: int = 0
+    missing: RowError | None = None
+    is_whole: bool = True
+
+
+def look_at_rows(data: Sequence[str], image_root: str | Path | None = None, seconds: float = SECONDS) -> Look:
+    """Return what a look of `seconds` finds, one row at least; Parquet is passed over, it takes longer to open.
 
     Raises:
         BadInputError: a file of the data is missing.
     """
-    until = time.monotonic() + seconds
+    until, look = time.monotonic() + seconds, Look()
     for path in data:
         if is_table(path):
+            look.is_whole = False
             continue
         for row in iter_pairs(path, image_root):
-            bad = row if isinstance(row, RowError) else _missing_picture(row.image_root, row.pair.images, row.where)
-            if bad is not None or time.monotonic() > until:
-                return bad
-    return None
+            if isinstance(row, RowError):
+                look.unreadable.append(row)
+            else:
+                look.num_readable += 1
+                look.missing = look.missing or _missing_picture(row.image_root, row.pair.images, row.where)
+            if time.monotonic() > until:
+                look.is_whole = False
+                return look
+    return look
 
 
 def _missing_picture(root: Any, names: Sequence[str], where: str) -> RowError | None:
