@@ -79,6 +79,18 @@ def _alone(folder: Path, cpu_s: float) -> None:
 
 def run_items(session: Any, items: list[Any]) -> list[str]:
     """Run tests until one fails; return the names of those that failed."""
+    failed = _watch_failures(session)
+    session.config.pluginmanager.unregister(name="terminalreporter")
+    for index, item in enumerate(items):
+        after = items[index + 1] if index + 1 < len(items) else None
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+        if failed:
+            break
+    return failed
+
+
+def _watch_failures(session: Any) -> list[str]:
+    """Return a list that the names of tests join as they fail."""
     failed: list[str] = []
 
     class Watch:
@@ -88,12 +100,6 @@ def run_items(session: Any, items: list[Any]) -> list[str]:
                 failed.append(report.nodeid)
 
     session.config.pluginmanager.register(Watch())
-    session.config.pluginmanager.unregister(name="terminalreporter")
-    for index, item in enumerate(items):
-        after = items[index + 1] if index + 1 < len(items) else None
-        session.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
-        if failed:
-            break
     return failed
 
 
@@ -147,6 +153,8 @@ def _become(old: Any, new: Any, name: str) -> bool:
     if old is new:
         return True
     if isinstance(old, types.FunctionType) and isinstance(new, types.FunctionType):
+        if hasattr(old, "__wrapped__") and hasattr(new, "__wrapped__"):  # a decorator stays: it is never changed
+            return _become(old.__wrapped__, new.__wrapped__, name)
         free = old.__code__.co_freevars
         # `super()` needs the class that the method was made in: that of the loaded one stays
         if old.__module__ != name or free != new.__code__.co_freevars or free not in ((), ("__class__",)):
@@ -183,7 +191,7 @@ def _become_class(old: type, new: type, name: str) -> bool:
 
 
 def _exchange(key: str, old: Any, new: Any, module: types.ModuleType) -> None:
-    for other in [other for name, other in sys.modules.items() if name.split(".")[0] == PACKAGE]:
+    for other in [other for name, other in sys.modules.items() if name.split(".")[0] == PACKAGE or name[:5] == "test_"]:
         if other.__dict__.get(key) is old:
             setattr(other, key, new)
     setattr(module, key, new)
@@ -216,13 +224,17 @@ def hook_in(path: str, source: str) -> None:
 
 
 def covered(session: Any, items: list[Any], folder: Path) -> dict[str, Any]:
-    """Run tests; return for each one its processor time and the lines of the package that it ran: file -> lines."""
+    """Run tests; return for each one its processor time and the lines of the package that it ran: file -> lines.
+
+    A test that fails without a fault says nothing of one; it is left out.
+    """
     import coverage
 
     _own_temporary_folders(session, folder)
     measured = coverage.Coverage(data_file=None, include=[f"{ROOT}/{PACKAGE}/*"], config_file=False)
     measured.start()
     times: dict[str, float] = {}
+    failed = _watch_failures(session)
     for index, item in enumerate(items):
         began = time.process_time()
         measured.switch_context(item.nodeid)
@@ -238,4 +250,5 @@ def covered(session: Any, items: list[Any], folder: Path) -> dict[str, Any]:
             for line, contexts in data.contexts_by_lineno(file).items():
                 for context in filter(None, contexts):
                     lines[context].setdefault(str(Path(file).relative_to(ROOT)), []).append(line)
-    return {test: {"cpu_s": cpu_s, "lines": lines.get(test, {})} for test, cpu_s in times.items()}
+    sound = {test: cpu_s for test, cpu_s in times.items() if test not in failed}
+    return {test: {"cpu_s": cpu_s, "lines": lines.get(test, {})} for test, cpu_s in sound.items()}

@@ -42,7 +42,6 @@ MODULES = [
     *("training/preflight.py", "training/reference_cache.py", "training/checkpoint.py", "training/trainer.py"),
 ]
 EQUIVALENT = ROOT / "bench" / "mutants_equivalent.jsonl"
-MOST_CPU_S = 60.0  # of tests for one fault
 
 
 @dataclass
@@ -57,6 +56,7 @@ class Settings:
     tests: list[str] = setting(["tests"], help="files or folders of tests")
     slow: bool = setting(False, help="measure slow tests as well, for lines that no fast test runs")
     again: bool = setting(False, help="test what survived once more")
+    seconds: float = setting(60.0, help="most processor time of tests for one fault")
 
 
 def main(argv: list[str]) -> int:
@@ -93,7 +93,9 @@ class Trial:
                 verdict = verdicts.get(mutant.key)
                 if mutant.key in excused or (verdict and not (self.settings.again and verdict == SURVIVED)):
                     continue
-                verdicts[mutant.key], what = judge(session, items, mutant, tests)
+                verdicts[mutant.key], what = judge(
+                    session, items, mutant, tests_of(mutant, tests, self.settings.seconds)
+                )
                 log.append({"mutant": mutant.key, "verdict": verdicts[mutant.key], "by": what})
                 print(
                     f"{number}/{len(self.drawn)} {verdicts[mutant.key]}: {' | '.join(mutant.key)} [{what}]", flush=True
@@ -229,8 +231,10 @@ def line_places(source: str) -> list[tuple[str, int]]:
     return places
 
 
-def tests_of(mutant: Mutant, tests: list[Test]) -> list[Test]:
+def tests_of(mutant: Mutant, tests: list[Test], seconds: float) -> list[Test]:
     """Return the tests that run a line, those of the file of its name first, then the quickest; slow ones if no other.
+
+    Tests beyond so many seconds of processor time are not asked.
 
     A line that runs at import only is tested by whatever runs the functions that name what it defines.
     """
@@ -252,7 +256,7 @@ def tests_of(mutant: Mutant, tests: list[Test]) -> list[Test]:
 
     chosen, cpu_s = [], 0.0
     for test in [test for file in sorted(files, key=rank) for test in files[file]]:
-        if cpu_s + test.cpu_s <= MOST_CPU_S or not chosen or test.is_slow:
+        if cpu_s + test.cpu_s <= seconds or not chosen or test.is_slow:
             chosen.append(test)
             cpu_s += test.cpu_s
     return chosen
@@ -301,9 +305,8 @@ def _defined(mutant: Mutant) -> list[str]:
 # What tests say
 
 
-def judge(session: Any, items: dict[str, Any], mutant: Mutant, tests: list[Test]) -> tuple[str, str]:
-    """Return the verdict on a fault, and the test that caught it or how many did not."""
-    chosen = tests_of(mutant, tests)
+def judge(session: Any, items: dict[str, Any], mutant: Mutant, chosen: list[Test]) -> tuple[str, str]:
+    """Return the verdict of some tests on a fault, and the test that caught it or how many did not."""
     if not chosen:
         return SURVIVED, "no test runs this line"
     expected = sum(test.cpu_s for test in chosen)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from internvl_mpo.encoding import Answers, _upright_size, encode_group, measure_group, pair_size, token_ids
 from internvl_mpo.families.contract import Turn
 from internvl_mpo.logps import attach_scoring, response_logps, twin_logps
+from internvl_mpo.measuring import Asked, PairMeter
 from internvl_mpo.mmpr.files import check_picture
 from internvl_mpo.packing import pack_groups
 from internvl_mpo.pictures import damage
@@ -326,6 +327,9 @@ def test_an_image_cut_off_after_its_header_is_found_by_decoding(root):
         measure_group(tiny_processor(), [row], root, decode=True)
     with pytest.raises(RowError, match="cannot be decoded"):
         encode_group(tiny_processor(), [row], root)
+    for decode, refuses in (({}, False), ({"decode": False}, False), ({"decode": True}, True)):
+        (found,) = PairMeter(tiny_processor(), max_length=6144, **decode).measure([Asked(row, root, 12, "key")])
+        assert ("cannot be decoded" in found) if refuses else found.num_tiles == 4
 
 
 def test_placeholders_and_images_must_match(root):

@@ -252,3 +252,25 @@ def test_under_5_percent_of_the_budget_is_wasted_on_mmpr_lengths():
     assert used > 0.95
     assert sorted(index for pack in packs for index in pack) == list(range(256))
     assert all(sum(costs[index] for index in pack) <= 16384 for pack in packs)
+
+
+def test_what_towers_need_beside_pixels_goes_back_to_the_groups_that_brought_it():
+    """Pictures of some groups only, two of one group, another kind of numbers, positions of several axes."""
+    grid, sizes = torch.tensor([[1, 2, 3], [1, 4, 4], [1, 6, 6]]), torch.tensor([[7, 7]])
+    inputs = [{"grid": grid[:2]}, {}, {"grid": grid[2:], "sizes": sizes}, {}]
+    groups = [
+        Group([1, 2, 3], [[4, 5], [6]], [(0, 1)], [str(number)], image_inputs=given,
+              tiles=torch.full((2 if number == 0 else 1, 3, 2, 2), float(number)) if given else None)
+        for number, given in enumerate(inputs)
+    ]  # fmt: skip
+    pack = pack_groups(groups)
+    assert {name: rows.tolist() for name, rows in pack.image_inputs.items()} == {
+        "grid": grid.tolist(), "sizes": sizes.tolist()
+    }  # fmt: skip
+    assert pack.num_image_rows == {"grid": [2, 0, 1, 0], "sizes": [0, 0, 1, 0]}
+    for group, again in zip(groups, unpack_groups(pack), strict=True):
+        assert {name: rows.tolist() for name, rows in again.image_inputs.items()} == {
+            name: rows.tolist() for name, rows in group.image_inputs.items()
+        }
+        assert (again.tiles is None) == (group.tiles is None)
+        assert group.tiles is None or torch.equal(again.tiles, group.tiles)

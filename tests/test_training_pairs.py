@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import tiny_processor
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.settings import parse_settings
 from internvl_mpo.training import pairs as module
 from internvl_mpo.training.pairs import (
     PairDigests,
@@ -57,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
 def settings(folder: Path, output: Path, **more) -> TrainSettings:
     given = {"pairs_per_step": 4, "max_tokens_per_pack": 400, "max_tiles": 4, "max_length": 300}
     return TrainSettings(
-        model="none", data=[str(folder / "meta.json")], output_dir=str(output), use_cpu=True, report_to=[],
+        model="start", data=[str(folder / "meta.json")], output_dir=str(output), use_cpu=True, report_to=[],
         preflight_workers=0, **{**given, **more},
     )  # fmt: skip
 
@@ -334,3 +335,28 @@ def test_only_the_first_rank_speaks(pairs, folder, tmp_path, capsys):
     asked.__class__ = type("TrainSettings", (TrainSettings,), {"process_index": property(lambda self: 1)})
     asked, planned = plan(asked, pairs)
     assert (capsys.readouterr().out, len(planned)) == ("", 30)
+
+
+CHOICES = {
+    "verify_images": "header full", "on_bad_row": "stop skip", "resample": "none sqrt",
+    "reference": "cache adapter_off", "reference_pass": "ahead before only", "dtype": "float32 bfloat16 float16",
+    "lora_on": "language vision both", "quality": "bco none", "generation": "sft sft_token none",
+    "reward_shift": "previous inclusive ema none", "packed_attention": "auto segments",
+    "preference": "dpo dpo_norm cdpo robust_dpo dpop discopop exo ipo rso hinge nca sppo apo_zero apo_down aot "
+                  "aot_unpaired simpo orpo none",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_of_the_documents_is_one_and_no_other(folder, tmp_path, name):
+    more = ("--lora_rank", "2") if name == "lora_on" else ()
+    data = str(folder / "meta.json")
+    common = ["--model", "start", "--data", data, "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    for choice in CHOICES[name].split():
+        extra = {"adapter_off": ("--lora_rank", "2"), "exo": ("--label_smoothing", "0.01"),
+                 "cdpo": ("--label_smoothing", "0.1"), "robust_dpo": ("--label_smoothing", "0.1"),
+                 "simpo": ("--quality", "none"), "orpo": ("--quality", "none")}.get(choice, ())  # fmt: skip
+        given = parse_settings(TrainSettings, [*common, *more, *extra, f"--{name}", choice], program="x", about="x")
+        assert getattr(given, name) == choice
+    with pytest.raises(BadInputError, match=name):
+        parse_settings(TrainSettings, [*common, *more, f"--{name}", choice + "_"], program="x", about="x")
