@@ -108,7 +108,7 @@ def test_a_stop_before_a_step_saves_the_one_before_unless_that_was_done(tmp_path
 @pytest.mark.parametrize("of_another", [(1, 0), (0, 1), (0, 0)])
 def test_ranks_do_what_any_of_them_wants(tmp_path, monkeypatch, of_another):
     def all_reduce(box, op):
-        assert op == torch.distributed.ReduceOp.MAX
+        assert (op, box.dtype) == (torch.distributed.ReduceOp.MAX, torch.int32)  # no engine adds up truth values alike
         box.copy_(torch.maximum(box, torch.tensor(of_another[: len(box)], dtype=box.dtype)))
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
@@ -329,6 +329,16 @@ def test_a_first_loss_that_two_models_would_give_is_told_from_rounding(tmp_path,
         assert f"they differ by {loss - 1.8318:+.4f}" in line
     for name, value in (("loss_preference", 0.6931), ("loss_quality", 1.3863), ("rewards/chosen", 0.0)):
         assert f"\n  {name} {LOGS[name]:.4f}, expected {value:.4f}" in line
+    args.wpo = True
+    words = "the weights of the pairs depend on the start model, so it has no fixed value"
+    assert first_loss_line(args, LOGS) == f"step 1: loss 1.8000; {words}"
+    args.wpo, args.preference = False, "orpo"
+    line = first_loss_line(args, LOGS)
+    assert line.startswith("step 1: loss 1.8000; orpo depends on the start model alone, so it has no fixed value\n")
+    assert "\n  loss_quality 1.3863, expected 1.3863" in line and "loss_preference" not in line
+    args.preference = args.quality = "none"
+    words = "1 * NLL of the chosen responses (1.0000) (policy = reference)"
+    assert first_loss_line(args, LOGS | {"loss": 1.0}) == f"step 1: loss 1.0000, expected 1.0000 = {words}"
     args.reference_model = "another"
     words = "policy and reference_model are two, so it has no fixed value"
     assert first_loss_line(args, LOGS) == f"step 1: loss 1.8000; {words}"

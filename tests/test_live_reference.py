@@ -166,6 +166,18 @@ def test_a_moving_reference_goes_on_where_its_checkpoint_was(tmp_path):
     assert same(again.weights, reference.weights)
 
 
+def test_weights_that_lie_crosswise_in_memory_are_saved_as_they_read(tmp_path):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
+    reference = MovingReference(model, alpha=0.5)
+    reference.start()
+    assert not reference.weights["weight"].is_contiguous()
+    reference.save(tmp_path)
+    again = MovingReference(model, alpha=0.5)
+    again.load(tmp_path)
+    assert torch.equal(again.weights["weight"], model.weight)
+
+
 def test_a_checkpoint_without_a_reference_or_with_one_of_other_weights_is_refused(tmp_path):
     model = Policy()
     with pytest.raises(BadInputError, match="made without reference_sync_steps"):
