@@ -158,8 +158,7 @@ def show_run(settings: "TrainSettings", pairs: TrainingPairs) -> None:
     """Print the settings that were chosen, and the memory that is needed."""
     title = f"settings that differ from their defaults (all of them: {Path(settings.output_dir) / SETTINGS_FILE})"
     print(show_settings(settings, title, only_changed=True), flush=True)
-    if not settings.fsdp:  # the estimate knows DDP and ZeRO
-        show_memory(settings, pairs)
+    show_memory(settings, pairs)
 
 
 def show_memory(settings: "TrainSettings", pairs: TrainingPairs) -> None:

@@ -114,7 +114,7 @@ def make_official(settings: Settings, out: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from internvl_mpo.memory_estimate import read_shape
+    from internvl_mpo.families.shapes import read_shape
     from modeling_internvl_mpo import InternVLChatModel
 
     tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
@@ -271,7 +271,8 @@ def report(settings: Settings, out: Path, done: Stages) -> None:
 
 def memory(settings: Settings, out: Path, way: str, done: Stages) -> dict[str, Any]:
     """Return what memory a training run should take, and the most that its process held."""
-    from internvl_mpo.memory_estimate import estimate_memory, read_shape, setup_of_run
+    from internvl_mpo.families.shapes import read_shape
+    from internvl_mpo.memory_estimate import estimate_memory, setup_of_run
     from internvl_mpo.training.fake_pass import Setup
 
     words = training(replace(settings, way=way))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from internvl_mpo.families.shapes import read_shape
 from internvl_mpo.logps import attach_scoring, pair_logps
-from internvl_mpo.memory_estimate import read_shape
 from internvl_mpo.objective import mpo_loss
 from internvl_mpo.packing import Group, Pack, pack_groups
 from internvl_mpo.training.speed import checkpoint_parts

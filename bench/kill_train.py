@@ -42,6 +42,7 @@ WAYS: dict[str, tuple[int, Path | None, tuple[str, ...]]] = {
     "two_parquet": (2, None, PARQUET),
     "two_zero2": (2, ROOT / "configs/deepspeed/zero2.json", ()),
     "two_zero3": (2, ROOT / "configs/deepspeed/zero3.json", ()),
+    "two_fsdp": (2, None, ("--fsdp", "true")),
 }
 
 

@@ -13,11 +13,9 @@ and one number a row, as FlexAttention and flash attention do.
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,14 +23,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from internvl_mpo.errors import BadInputError, run_program
-from internvl_mpo.families.registry import family_of_type
+from internvl_mpo.families.shapes import SHAPES, read_shape
 from internvl_mpo.objective import needs_reference
 from internvl_mpo.programs import run_file
 from internvl_mpo.settings import parse_settings, read_yaml, setting
 from internvl_mpo.training.arguments import MPOArguments
-from internvl_mpo.training.fake_pass import FakePolicy, Setup, config_of, fused_attention, look_at_policy
+from internvl_mpo.training.fake_pass import FakePolicy, Setup, fused_attention, look_at_policy
+from internvl_mpo.training.fsdp import read_fsdp_config
 from internvl_mpo.training.policy import Part
-from modeling_internvl_mpo import InternVLChatConfig
 
 GIB = 2**30
 # Allowances. On a GPU context, NCCL and fragmentation; on a CPU Python with the libraries a run imports, as measured.
@@ -42,59 +40,6 @@ LIVE_WEIGHTS = 1_000_000_000  # weights that ZeRO-3 may hold gathered at a time,
 # numbers that an optimizer keeps for a weight
 STATES = {"adamw": 2, "adam": 2, "lion": 1, "adafactor": 0, "sgd": 0, "rmsprop": 1, "adagrad": 1}
 
-_VISION_300M = {
-    **{"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-    **{"norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True, "image_size": 448},
-}
-_VISION_6B = {
-    **{"hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25, "intermediate_size": 12800},
-    **{"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False, "image_size": 448},
-}
-# The official InternVL2 checkpoints: tower; language model; its width, layers, heads, key heads, inner width, words.
-SHAPES: dict[str, tuple[dict[str, Any], str, tuple[int, int, int, int, int, int]]] = {
-    "1b": (_VISION_300M, "Qwen2ForCausalLM", (896, 24, 14, 2, 4864, 151655)),
-    "2b": (_VISION_300M, "InternLM2ForCausalLM", (2048, 24, 16, 8, 8192, 92553)),
-    "4b": (_VISION_300M, "Phi3ForCausalLM", (3072, 32, 32, 32, 8192, 32020)),
-    "8b": (_VISION_300M, "InternLM2ForCausalLM", (4096, 32, 32, 8, 14336, 92553)),
-    "26b": (_VISION_6B, "InternLM2ForCausalLM", (6144, 48, 48, 8, 16384, 92553)),
-    "40b": (_VISION_6B, "LlamaForCausalLM", (7168, 60, 56, 8, 20480, 64009)),
-    "76b": (_VISION_6B, "LlamaForCausalLM", (8192, 80, 64, 8, 28672, 128265)),
-}
-
-_NATIVE_300M = {
-    **{"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-    **{"norm_type": "layer_norm", "use_qk_norm": False, "attention_bias": True, "image_size": [448, 448]},
-}
-_QWEN25_7B = {
-    **{"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
-    **{"intermediate_size": 18944, "tie_word_embeddings": False},
-}
-_QWEN3_8B = {
-    **{"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
-    **{"intermediate_size": 12288, "head_dim": 128, "tie_word_embeddings": False},
-}
-# config.json, as far as memory depends on it, of the checkpoints in configs/ that are in transformers' own layout.
-NATIVE_SHAPES: dict[str, dict[str, Any]] = {
-    "internvl3-8b-hf": {
-        "model_type": "internvl",
-        "vision_config": _NATIVE_300M,
-        "text_config": {"model_type": "qwen2", "vocab_size": 151674, **_QWEN25_7B},
-        "tie_word_embeddings": False,
-    },
-    "internvl3_5-8b-hf": {
-        "model_type": "internvl",
-        "vision_config": _NATIVE_300M,
-        "text_config": {"model_type": "qwen3", "vocab_size": 151936, **_QWEN3_8B},
-        "tie_word_embeddings": False,
-    },
-    "qwen2.5-vl-7b-instruct": {
-        "model_type": "qwen2_5_vl",
-        "vision_config": {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584, "intermediate_size": 3420},
-        "text_config": {"vocab_size": 152064, **_QWEN25_7B},
-        "tie_word_embeddings": False,
-    },
-}
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -103,15 +48,15 @@ class Estimate:
     Attributes:
         num_weights: weights of the model.
         num_trained: weights that are trained, adapters included.
-        weights: of the share of this device, what ZeRO-3 holds gathered, and a moving reference; on a CPU also the
-            copy of the start weights.
-        gradients: with DDP's or ZeRO's communication buckets.
+        weights: of the share of this device, what ZeRO-3 or FSDP2 holds gathered, and a moving reference; on a CPU also
+            the copy of the start weights.
+        gradients: with DDP's or ZeRO's communication buckets, or those of layers that FSDP2 has not cut yet.
         optimizer: its states, and float32 copies of half-precision weights under DeepSpeed.
         activations: the most that a forward and backward pass adds, a part of the logits included.
         logits: the part of the logits that exists at a time, for comparison.
         step: what the optimizer step adds, when activations are gone.
         reserve: an allowance, see `RESERVE`.
-        host: bytes in the host's memory for this device.
+        host: bytes in the host's memory for this device; under FSDP2 at least those of the whole model as it is read.
     """
 
     num_weights: int
@@ -144,11 +89,26 @@ def estimate_memory(config: Any, setup: Setup) -> Estimate:
     """
     # The pass does not depend on how many devices there are, so that variants of one setup are cheap.
     alone = replace(
-        setup, num_gpus=1, zero=0, offload_optimizer=False, offload_weights=False, optim="", start_copy=False
-    )
+        setup, num_gpus=1, zero=0, fsdp=False, keep_gathered=False, offload_optimizer=False, offload_weights=False,
+        optim="", start_copy=False,
+    )  # fmt: skip
+    if setup.fsdp:
+        alone = replace(alone, dtype=setup.autocast or setup.dtype, autocast=None)
     policy = look_at_policy(json.dumps(config.to_dict(), sort_keys=True, default=str), alone)
-    ranks, trained, width = setup.num_gpus, policy.num_trained, policy.trained_bytes / policy.num_trained
+    held = _under_fsdp(setup, policy) if setup.fsdp else _under_zero(setup, policy)
+    return Estimate(
+        num_weights=policy.num_weights,
+        num_trained=policy.num_trained,
+        activations=policy.activations,
+        logits=policy.logits,
+        reserve=RESERVE[setup.attention],
+        **held,
+    )
 
+
+def _under_zero(setup: Setup, policy: FakePolicy) -> dict[str, float]:
+    """What DDP or DeepSpeed holds, by field of `Estimate`."""
+    ranks, trained, width = setup.num_gpus, policy.num_trained, policy.trained_bytes / policy.num_trained
     weights, host, step = policy.weight_bytes, 0.0, 0.0
     if setup.zero == 3:
         gathered = min(max(LIVE_WEIGHTS, policy.largest), policy.num_weights) * weights / policy.num_weights
@@ -170,32 +130,54 @@ def estimate_memory(config: Any, setup: Setup) -> Estimate:
     if setup.offload_optimizer:
         host += optimizer + 4 * trained / ranks  # and the gradients in float32
         optimizer = step = 0.0
-    return Estimate(
-        num_weights=policy.num_weights,
-        num_trained=trained,
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=policy.activations,
-        logits=policy.logits,
-        step=step,
-        reserve=RESERVE[setup.attention],
-        host=host,
-    )
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step, "host": host}
+
+
+def _under_fsdp(setup: Setup, policy: FakePolicy) -> dict[str, float]:
+    """What FSDP2 holds, by field of `Estimate`: pieces of everything, and whole what is used now and next."""
+    ranks, width = setup.num_gpus, getattr(torch, setup.autocast or setup.dtype).itemsize
+    trained = 4 * policy.num_trained if setup.autocast else policy.trained_bytes
+    frozen = (policy.num_weights - policy.num_trained) * getattr(torch, setup.dtype).itemsize
+    two_layers = min(2 * policy.largest_layer, policy.num_weights)
+    at_a_time = policy.num_weights if setup.keep_gathered else policy.beside_layers + two_layers
+    pieces = (trained + frozen) / ranks
+    gradients = trained / ranks
+    optimizer = _num_states(setup) * trained / ranks
+    copied = trained / ranks * (setup.start_copy and not setup.lora_rank)
+    held = {
+        "weights": width * at_a_time + pieces,
+        "gradients": gradients + two_layers * policy.trained_bytes / policy.num_weights,
+        "optimizer": optimizer,
+        "host": copied,
+    }
+    if setup.attention == "segments":  # a CPU: the device's memory is the host's
+        held["weights"] += copied
+        held["host"] = 0.0
+    elif setup.offload_weights:
+        held["weights"] -= pieces
+        held["gradients"] -= gradients
+        held["optimizer"] = 0.0
+        held["host"] += pieces + gradients + optimizer
+    return {**held, "step": 0.0, "host": max(held["host"], trained + frozen)}
 
 
 def _state_bytes(setup: Setup, policy: "FakePolicy") -> float:
     """Optimizer states of one device; DeepSpeed keeps them, and a copy of narrow weights, in float32."""
-    name = setup.optim.lower().removeprefix("paged_")
-    count = next((count for key, count in STATES.items() if name.startswith(key)), 2)
+    count = _num_states(setup)
     if setup.zero:
         return (count * 4 * policy.num_trained + 4 * policy.num_narrow) / setup.num_gpus
-    return count * (policy.num_trained if "8bit" in name else policy.trained_bytes)
+    return count * (policy.num_trained if "8bit" in setup.optim else policy.trained_bytes)
+
+
+def _num_states(setup: Setup) -> int:
+    """Numbers that the optimizer keeps for a weight."""
+    name = setup.optim.lower().removeprefix("paged_")
+    return next((count for key, count in STATES.items() if name.startswith(key)), 2)
 
 
 def show_estimate(estimate: Estimate, setup: Setup, device_bytes: int | None = None) -> str:
     """Return the estimate as text for a terminal."""
-    engine = f"ZeRO-{setup.zero}" if setup.zero else "no DeepSpeed"
+    engine = "FSDP2" if setup.fsdp else f"ZeRO-{setup.zero}" if setup.zero else "no DeepSpeed"
     devices = f"{setup.num_gpus} device" + "s" * (setup.num_gpus > 1)
     rows = [
         ("weights", estimate.weights, ""),
@@ -242,8 +224,8 @@ def advise(config: Any, setup: Setup, device_bytes: int, longest_pair: int = 204
                 f"{_size(tried.total)}{host}"
             )
     return (
-        f"this needs {_size(needed)} of a device's {_size(device_bytes)}, and neither QLoRA nor ZeRO-3 on 512 devices "
-        "brings it down to that; take a smaller model or a larger device"
+        f"this needs {_size(needed)} of a device's {_size(device_bytes)}, and neither QLoRA nor 512 devices that share "
+        "all weights bring it down to that; take a smaller model or a larger device"
     )
 
 
@@ -262,7 +244,7 @@ def _ways_out(setup: Setup, longest_pair: int) -> Iterator[tuple[str, Setup]]:
         yield ", ".join(words), setup
     if setup.load_in_4bit:  # DeepSpeed does not partition 4-bit weights
         return
-    for stage in range(setup.zero + 1, 4) if setup.num_gpus > 1 else ():
+    for stage in range(setup.zero + 1, 4) if setup.num_gpus > 1 and not setup.fsdp else ():
         if stage == 3 and setup.reference_sync_steps:
             break
         file = f"deepspeed configs/deepspeed/zero{stage}.json"
@@ -271,20 +253,21 @@ def _ways_out(setup: Setup, longest_pair: int) -> Iterator[tuple[str, Setup]]:
         words.append("reference_sync_steps 0")
         setup = replace(setup, reference_sync_steps=0)
         yield ", ".join(words), setup
-        if setup.num_gpus > 1 and setup.zero < 3:
+        if setup.num_gpus > 1 and setup.zero < 3 and not setup.fsdp:
             yield ", ".join([*words, "deepspeed configs/deepspeed/zero3.json"]), replace(setup, zero=3)
-    offload = "deepspeed configs/deepspeed/zero3_offload.json"
-    yield ", ".join([*words, offload]), replace(setup, zero=3, offload_optimizer=True, offload_weights=True)
+    offload = 'fsdp_config {"cpu_offload": true}' if setup.fsdp else "deepspeed configs/deepspeed/zero3_offload.json"
+    zero = 0 if setup.fsdp else 3
+    yield ", ".join([*words, offload]), replace(setup, zero=zero, offload_optimizer=True, offload_weights=True)
     full = setup
     if not setup.lora_rank:
         setup = replace(setup, lora_rank=16, freeze_vision=True, freeze_projector=True)
         yield ", ".join([*words, "lora_rank 16"]), setup
-    adapters = "lora_rank 16, load_in_4bit true" + ", deepspeed none" * (setup.zero > 0)
-    yield ", ".join([*words, adapters]), replace(setup, load_in_4bit=True, zero=0)
+    adapters = "lora_rank 16, load_in_4bit true" + ", deepspeed none" * (setup.zero > 0) + ", fsdp false" * setup.fsdp
+    yield ", ".join([*words, adapters]), replace(setup, load_in_4bit=True, zero=0, fsdp=False)
     for num_gpus in (8, 16, 32, 64, 128, 256, 512):
         if num_gpus > setup.num_gpus:
-            more = replace(full, num_gpus=num_gpus, zero=3)
-            yield ", ".join([*words, f"zero3.json on {num_gpus} devices"]), more
+            more = replace(full, num_gpus=num_gpus, zero=zero)
+            yield ", ".join([*words, f"{'fsdp' if setup.fsdp else 'zero3.json'} on {num_gpus} devices"]), more
 
 
 def _size(num_bytes: float) -> str:
@@ -313,8 +296,10 @@ class EstimateSettings:
     num_gpus: int = setting(1, help="devices that share the work")
     device_gib: float | None = setting(None, help="memory of a device; none = that of the GPU here, if there is one")
     zero: int | None = setting(None, help="ZeRO stage; 0 = no DeepSpeed (default: as in the run file, else 0)")
+    fsdp: bool | None = setting(None, help="FSDP2 instead of ZeRO")
+    keep_gathered: bool | None = setting(None, help="with reshard_after_forward false (FSDP2)")
     offload_optimizer: bool | None = setting(None, help="optimizer states in the host's memory")
-    offload_weights: bool | None = setting(None, help="weights there too (ZeRO-3)")
+    offload_weights: bool | None = setting(None, help="weights there too (ZeRO-3; FSDP2: everything)")
     dtype: str | None = setting(None, help="type of the weights: bfloat16 float16 float32")
     autocast: str | None = setting(None, help="type of matrix products where weights are float32")
     optim: str | None = setting(None, help="as in TrainingArguments")
@@ -352,6 +337,10 @@ def main(argv: list[str]) -> int:
             f"num_gpus {setup.num_gpus}, zero {setup.zero} and max_tokens_per_pack {setup.max_tokens_per_pack} do not "
             "fit together: at least one device and one token, and a ZeRO stage from 0 to 3"
         )
+    if setup.fsdp and (setup.zero or setup.num_gpus == 1):
+        raise BadInputError(
+            "fsdp shares weights out over devices, without DeepSpeed; give --num_gpus 2 or more, --zero 0"
+        )
     size = int(settings.device_gib * GIB) if settings.device_gib else device_bytes()
     estimate = estimate_memory(config, setup)
     print(show_estimate(estimate, setup, size))
@@ -379,7 +368,13 @@ def setup_of_run(run: Mapping[str, Any]) -> dict[str, Any]:
     is_ahead = run.get("reference_pass", "ahead") == "ahead" and not run.get("reference_model")
     values["start_copy"] = is_ahead and needs_reference(*terms)
     engine = run.get("deepspeed")
-    if engine:
+    values["fsdp"] = bool(run.get("fsdp"))
+    if values["fsdp"]:
+        config = read_fsdp_config(run.get("fsdp_config"))
+        values["keep_gathered"] = str(config.get("reshard_after_forward", True)).lower() == "false"
+        values["offload_optimizer"] = values["offload_weights"] = bool(config.get("cpu_offload"))
+        values["autocast"] = precision
+    elif engine:
         zero = _read_engine(engine).get("zero_optimization", {})
         values["zero"] = int(zero.get("stage", 0))
         for name, key in (("offload_optimizer", "offload_optimizer"), ("offload_weights", "offload_param")):
@@ -398,38 +393,6 @@ def _read_engine(engine: str | Mapping[str, Any]) -> Mapping[str, Any]:
         return json.loads(run_file(engine).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(f"cannot read the DeepSpeed file '{engine}': {error}") from error
-
-
-def read_shape(source: str) -> Any:
-    """Return the configuration of a size ("8b", "OpenGVLab/InternVL2-8B"), a model folder or a config.json.
-
-    Raises:
-        BadInputError: there is none, or no family takes it.
-    """
-    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
-    if path.is_file():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise BadInputError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise BadInputError(f"{path} is not valid JSON: no object")
-        family_of_type(values.get("model_type"), str(path)).check_config(values)
-        return config_of(values)
-    if (known := source.lower().rpartition("/")[2]) in NATIVE_SHAPES:
-        return config_of(NATIVE_SHAPES[known])
-    found = re.search(r"(?:^|internvl2-(?:llama3-)?)(\d+b)(?:-mpo)?$", source.lower())
-    if not found or found.group(1) not in SHAPES:
-        known = ", ".join((*SHAPES, *NATIVE_SHAPES))
-        raise BadInputError(f"'{source}' is no config.json, no model folder and none of {known}")
-    vision, architecture, (width, layers, heads, key_heads, inner, vocabulary) = SHAPES[found.group(1)]
-    language = {
-        **{"architectures": [architecture], "hidden_size": width, "num_hidden_layers": layers},
-        **{"num_attention_heads": heads, "num_key_value_heads": key_heads, "intermediate_size": inner},
-        **{"vocab_size": vocabulary, "pad_token_id": 0},
-        **({"bias": False} if architecture == "InternLM2ForCausalLM" else {}),
-    }
-    return InternVLChatConfig(vision_config=vision, llm_config=language, force_image_size=448, ps_version="v2")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from tiny import tiny_config, tiny_model
 
 from internvl_mpo import memory_estimate as module
 from internvl_mpo.errors import run_program
+from internvl_mpo.families.shapes import SHAPES, read_shape
 from internvl_mpo.logps import attach_scoring
-from internvl_mpo.memory_estimate import SHAPES, _ways_out, advise, estimate_memory, read_shape, setup_of_run
+from internvl_mpo.memory_estimate import _ways_out, advise, estimate_memory, setup_of_run
 from internvl_mpo.training.fake_pass import Setup, fake_pack, peak_of_a_pass
 from internvl_mpo.training.policy import add_adapters
 from modeling_internvl_mpo import InternVLChatModel
@@ -94,6 +95,35 @@ def test_every_stage_holds_its_share(setup, weights, gradients, optimizer, monke
     assert found.optimizer == pytest.approx(optimizer * count)
     if setup.offload_optimizer:
         assert found.host == pytest.approx((2 + 12 + 4) / 8 * count)
+
+
+def test_fsdp_holds_its_share_of_everything_and_whole_what_is_used_now_and_next():
+    setup = Setup(fsdp=True, num_gpus=8, dtype="float32", autocast="bfloat16", max_tokens_per_pack=200, num_tiles=1)
+    config, model = tiny_config("qwen2"), tiny_model("qwen2")
+    found, plain = estimate_memory(config, setup), estimate_memory(config, Setup(max_tokens_per_pack=200, num_tiles=1))
+    layers = [*model.vision_model.encoder.layers, *model.language_model.model.layers, model.get_input_embeddings()]
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    count = found.num_weights
+    whole = count - sum(sizes) + 2 * max(sizes)  # the head and the projector are kept from forward to backward
+    assert found.weights == pytest.approx(2 * whole + 4 * count / 8)
+    assert found.gradients == pytest.approx(2 * 2 * max(sizes) + 4 * count / 8)
+    assert found.optimizer == pytest.approx(8 * count / 8)
+    assert found.activations == plain.activations  # bfloat16, as gathered
+    assert found.host == 4 * count  # read whole by each rank
+    offloaded = estimate_memory(config, replace(setup, offload_weights=True, offload_optimizer=True))
+    assert offloaded.total - offloaded.activations - offloaded.reserve == pytest.approx(2 * whole + 4 * max(sizes))
+    kept = estimate_memory(config, replace(setup, keep_gathered=True))
+    assert kept.weights == pytest.approx(2 * count + 4 * count / 8)
+    many = estimate_memory(config, replace(setup, num_gpus=2, start_copy=True, attention="segments"))
+    assert many.weights == pytest.approx(2 * whole + 2 * 4 * count / 2)  # on a CPU the start's share, too
+
+
+def test_a_run_file_with_fsdp_is_understood(tmp_path):
+    (tmp_path / "fsdp.json").write_text(json.dumps({"fsdp_cpu_offload": True, "reshard_after_forward": "false"}))
+    run = {"bf16": True, "fsdp": True, "fsdp_config": str(tmp_path / "fsdp.json"), "lora_rank": 4}
+    setup = Setup(**setup_of_run(run))
+    assert (setup.fsdp, setup.autocast, setup.dtype, setup.zero) == (True, "bfloat16", "float32", 0)
+    assert (setup.offload_weights, setup.offload_optimizer, setup.keep_gathered) == (True, True, True)
 
 
 def test_the_start_weights_that_the_host_keeps_are_counted_where_a_run_keeps_them():
@@ -195,6 +225,16 @@ def test_the_advice_is_tried_before_it_is_given():
     assert "take a smaller model" in advise(config, setup, 10)
 
 
+def test_the_advice_for_fsdp_stays_with_fsdp():
+    ways = list(_ways_out(Setup(**{**SMALL, "num_gpus": 4, "fsdp": True}), longest_pair=1000))
+    assert all(way.fsdp != way.load_in_4bit and not way.zero for _, way in ways)
+    assert not any("deepspeed" in words for words, _ in ways)
+    assert [words for words, way in ways if way.offload_weights] == [
+        'gradient_checkpointing true, fsdp_config {"cpu_offload": true}'
+    ]
+    assert ways[-1][1].num_gpus == 512
+
+
 @pytest.mark.parametrize("zero", [0, 2])
 def test_the_advice_is_no_combination_that_the_program_refuses(zero):
     setup = Setup(**{**SMALL, "num_gpus": 8, "zero": zero, "reference_sync_steps": 5})
@@ -212,6 +252,7 @@ def test_the_advice_is_no_combination_that_the_program_refuses(zero):
         (["--zero", "1"], "give --model"),
         (["--model", "9b"], "none of 1b, 2b"),
         (["--model", "1b", "--zero", "4"], "zero 4"),
+        (["--model", "1b", "--fsdp", "true"], "give --num_gpus 2 or more"),
         (["--model", "1b", "--max_tokens_per_pack", "many"], "expected a whole number"),
         (["--model", "{other}"], "expected one of 'internvl_chat'"),
     ],

@@ -18,6 +18,7 @@ from test_train_mpo import arguments, losses, world  # noqa: F401 - `world` is a
 import train_mpo
 from internvl_mpo import memory_estimate
 from internvl_mpo.errors import run_program
+from internvl_mpo.families import shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHER = {"mini", "rounds_mini", "ablation", "ablation_reduced"}  # run files that are no recipe for a released model
@@ -27,9 +28,9 @@ SHELL = sorted(path for path in (ROOT / "runs").iterdir() if path.suffix != ".py
 
 def test_there_is_a_recipe_for_every_size():
     sizes = {path.stem.removeprefix("internvl2_") for path in RECIPES}
-    assert sizes >= set(memory_estimate.SHAPES)
+    assert sizes >= set(shapes.SHAPES)
     models = {yaml.safe_load(path.read_text())["model"].rpartition("/")[2].lower() for path in RECIPES}
-    assert models >= set(memory_estimate.NATIVE_SHAPES)
+    assert models >= set(shapes.NATIVE_SHAPES)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,8 +1,8 @@
-"""DeepSpeed and FSDP2 beside transformers' Trainer: what must happen earlier or otherwise than it does it.
+"""DeepSpeed and ranks beside transformers' Trainer: what must happen earlier or otherwise than it does it.
 
 The Trainer builds the training engine and accelerate its optimizer: torch's AdamW, or DeepSpeed's for the CPU where
 the optimizer is offloaded. Here: ranks that are known before the weights are read, an engine for the reference pass
-when ZeRO-3 has partitioned the weights, and FSDP2 on CPUs.
+when ZeRO-3 has partitioned the weights. What FSDP2 needs is in fsdp.py.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from internvl_mpo.errors import BadInputError
+from internvl_mpo.training.fsdp import uses_fsdp
 from internvl_mpo.training.policy import is_partitioned
 
 
@@ -69,45 +70,12 @@ def zero_stage(args: Any) -> int | None:
     return None if plugin is None else int(plugin.hf_ds_config.config.get("zero_optimization", {}).get("stage", 0))
 
 
-def uses_fsdp(args: Any) -> bool:
-    """Say whether TrainingArguments ask for FSDP."""
-    return bool(args.fsdp)
-
-
 def engine_name(args: Any) -> str:
     """Return what trains: "ZeRO-2", "FSDP2", or "no DeepSpeed"."""
     if uses_fsdp(args):
         return "FSDP2"
     stage = zero_stage(args)
     return "no DeepSpeed" if stage is None else f"ZeRO-{stage}"
-
-
-def layer_names(model: nn.Module) -> list[str]:
-    """Return the classes of a model's layers, each of which FSDP2 gathers alone.
-
-    A class of ours names the layers of all language models it may hold; accelerate refuses one that is not there.
-    """
-    return sorted(set(model._no_split_modules) & {type(module).__name__ for module in model.modules()})
-
-
-def allow_fsdp_on_cpu(accelerator: Any, args: Any) -> None:
-    """Let accelerate shard weights on CPUs too: torch's FSDP2 runs there, accelerate's list of devices leaves them out.
-
-    Without this a run on CPUs that asks for FSDP would be trained by DDP without a word.
-
-    Args:
-        accelerator: as the Trainer has made it.
-        args: TrainingArguments.
-    """
-    from accelerate import DistributedType
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    if not uses_fsdp(args) or accelerator.distributed_type != DistributedType.MULTI_CPU:
-        return
-    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
-    if accelerator.mixed_precision != "no":
-        plugin.set_mixed_precision(accelerator.mixed_precision)
-    accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
 
 
 def release_stale_locks() -> list[Path]:

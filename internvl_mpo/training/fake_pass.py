@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.families.registry import family_of_model, family_of_type
+from internvl_mpo.families.shapes import config_of
 from internvl_mpo.kernels.packed_attention import segment_attention
 from internvl_mpo.kernels.scoring_head import CPU_TILE_BYTES, MIN_CHUNK, TILE_BYTES
 from internvl_mpo.logps import attach_scoring, response_logps
 from internvl_mpo.packing import Group, Pack, pack_groups
+from internvl_mpo.training.fsdp import layer_names
 from internvl_mpo.training.policy import Part, add_adapters, freeze
 from internvl_mpo.training.speed import checkpoint_parts, no_input_gradients
 
@@ -35,10 +37,13 @@ class Setup:
     Attributes:
         num_gpus: devices that share the work.
         zero: ZeRO stage; 0 is no DeepSpeed (DDP on several devices).
+        fsdp: FSDP2 cuts weights, gradients and optimizer over the devices, instead of ZeRO.
+        keep_gathered: FSDP2 keeps whole what it has gathered until the backward pass (`reshard_after_forward` false).
         offload_optimizer: its states live in the host's memory.
-        offload_weights: so do the weights (ZeRO-3).
+        offload_weights: so do the weights (ZeRO-3, FSDP2).
         dtype: type of the weights.
-        autocast: type that matrix products run in where the weights are wider, or None.
+        autocast: type that matrix products run in where the weights are wider, or None; under FSDP2 that of gathered
+            weights, and what is trained is kept in float32.
         optim: as in TrainingArguments.
         gradient_checkpointing: layers of both towers are computed again in the backward pass.
         checkpoint_vision, checkpoint_language: those of one tower are.
@@ -57,6 +62,8 @@ class Setup:
 
     num_gpus: int = 1
     zero: int = 0
+    fsdp: bool = False
+    keep_gathered: bool = False
     offload_optimizer: bool = False
     offload_weights: bool = False
     dtype: str = "bfloat16"
@@ -91,6 +98,8 @@ class FakePolicy:
     num_trained: int
     num_narrow: int  # trained, and narrower than float32
     largest: int  # weights of the largest tensor
+    largest_layer: int  # weights of the largest layer or of the embeddings, which FSDP2 gathers for one use
+    beside_layers: int  # weights that FSDP2 keeps gathered from the forward pass to the backward pass
     weight_bytes: float
     trained_bytes: int
     activations: float
@@ -115,6 +124,7 @@ def look_at_policy(config: str, setup: Setup) -> FakePolicy:
             num_trained=sum(p.numel() for p in trained),
             num_narrow=sum(p.numel() for p in trained if p.element_size() < 4),
             largest=max(p.numel() for p in model.parameters()),
+            **gathered_alone(model),
             weight_bytes=sum(
                 p.numel() * (NF4_BYTES if p in quantised else p.element_size()) for p in model.parameters()
             ),
@@ -124,11 +134,18 @@ def look_at_policy(config: str, setup: Setup) -> FakePolicy:
         )
 
 
-def config_of(values: Mapping[str, Any]) -> Any:
-    """Return the configuration that config.json holds, of any family."""
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**values)
+def gathered_alone(model: nn.Module) -> dict[str, int]:
+    """Count the weights of what FSDP2 gathers for one use, and of the rest: the head, norms, the projector."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names, embeddings = layer_names(model), base.get_input_embeddings()
+    units = [module for module in model.modules() if type(module).__name__ in names]
+    if embeddings.weight is not base.get_output_embeddings().weight:
+        units.append(embeddings)
+    inside = {p for module in units for p in module.parameters()}
+    return {
+        "largest_layer": max(sum(p.numel() for p in module.parameters()) for module in units),
+        "beside_layers": sum(p.numel() for p in model.parameters() if p not in inside),
+    }
 
 
 def head_words(model: nn.Module) -> int:

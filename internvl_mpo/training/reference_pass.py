@@ -25,7 +25,8 @@ from internvl_mpo.packing import pack_groups
 from internvl_mpo.steps import Rows
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.data import GroupDataset
-from internvl_mpo.training.distributed import agree, from_all_ranks, inference_engine, uses_fsdp, zero_stage
+from internvl_mpo.training.distributed import agree, from_all_ranks, inference_engine, zero_stage
+from internvl_mpo.training.fsdp import uses_fsdp
 from internvl_mpo.training.live_reference import StartWeights
 from internvl_mpo.training.pairs import TrainingPairs
 from internvl_mpo.training.policy import is_partitioned

@@ -1,6 +1,5 @@
 """Settings of `train_mpo.py`: read, checked against each other, refused where they would have no effect."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from internvl_mpo.objective import needs_reference
 from internvl_mpo.programs import run_file
 from internvl_mpo.settings import parse_settings, plain, setting
 from internvl_mpo.training.arguments import MPOArguments
-from internvl_mpo.training.distributed import take_launchers_deepspeed, take_local_rank, uses_fsdp, zero_stage
+from internvl_mpo.training.distributed import take_launchers_deepspeed, take_local_rank, zero_stage
+from internvl_mpo.training.fsdp import check_fsdp, prepare_fsdp
 from internvl_mpo.training.policy import Part
 from internvl_mpo.training.preflight import VerifyImages
 
@@ -98,6 +98,8 @@ class TrainSettings(MPOArguments):
             refuse_without_effect(self, "per_device_train_batch_size")  # MPOArguments sets it to 1
         if self.deepspeed:
             need_package("deepspeed", "setting 'deepspeed'")
+        if self.fsdp:
+            prepare_fsdp(self)
         super().__post_init__()
         if self.preflight_workers is not None and self.preflight_workers < 0:
             raise BadInputError(f"preflight_workers is {self.preflight_workers}, expected 0 or more, or none")
@@ -170,33 +172,6 @@ def check_reference_pass(settings: TrainSettings) -> None:
             f"reference_pass is only, but preference '{settings.preference}' with quality '{settings.quality}' needs "
             "no reference"
         )
-
-
-def check_fsdp(settings: TrainSettings) -> None:
-    """Refuse what does not go with FSDP2, and have its checkpoints written in shards, which fit any number of ranks.
-
-    Raises:
-        BadInputError: naming the setting and what to give instead.
-    """
-    if not uses_fsdp(settings):
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise BadInputError("accelerate launch asks for FSDP; give --fsdp true as well, or launch without it")
-        return
-    if settings.deepspeed:
-        raise BadInputError("fsdp and deepspeed both cut the weights in pieces; leave one of them out")
-    if settings.fsdp_plugin_args["fsdp_version"] != 2:
-        raise BadInputError("fsdp_config asks for version 1, which torch has given up; leave version out, or give 2")
-    if settings.reference_pass != "ahead":
-        raise BadInputError(
-            f"reference_pass {settings.reference_pass} runs the start model whole on each device; with fsdp use ahead"
-        )
-    for name in ("load_in_4bit", "reference_sync_steps", "reference_model"):
-        if getattr(settings, name):
-            raise BadInputError(f"{name} does not work with fsdp, which cuts every weight in pieces; use DDP or ZeRO-2")
-    if settings.world_size == 1:
-        raise BadInputError("fsdp shares weights out over ranks; start several with torchrun, or leave it out")
-    if "state_dict_type" not in settings.fsdp_config:
-        settings.fsdp_plugin_args["state_dict_type"] = "SHARDED_STATE_DICT"
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -27,7 +27,8 @@ from internvl_mpo.training import checkpoint
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.callbacks import EvaluateAtTheEnd, MoveReference, NoInputGradients
 from internvl_mpo.training.data import GroupDataset, StepLoader
-from internvl_mpo.training.distributed import allow_fsdp_on_cpu, engine_name, layer_names, uses_fsdp
+from internvl_mpo.training.distributed import engine_name
+from internvl_mpo.training.fsdp import allow_fsdp_on_cpu, layer_names, uses_fsdp
 from internvl_mpo.training.held_out import HeldOut, sample_means, send_samples
 from internvl_mpo.training.live_reference import AdapterOff, MovingReference
 from internvl_mpo.training.meters import MeanMeter, pair_numbers
@@ -374,6 +375,8 @@ class MPOTrainer(Trainer):
 
     def _write_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if uses_fsdp(self.args) and self.args.should_save:  # transformers forgets the best one without a folder
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             super()._save_checkpoint(model, trial)
         finally:
