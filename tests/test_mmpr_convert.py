@@ -254,6 +254,7 @@ def test_tokens_are_counted_with_a_tokenizer_and_no_code_of_its_folder_is_run(wo
     assert [sums["tokens", side]["tokens"] for side in ("question", "chosen", "rejected")] == [4, 5, 2]  # one per byte
     with pytest.raises(BadInputError, match=r"no tokenizer\.json in"):
         convert(Options(str(raw / "rows.jsonl"), tokenizer=str(raw)), tmp_path / "none")
+    assert not list(tmp_path.glob("none*")), "refused before any work"
     assert not (tmp_path / "none").exists()
 
 

@@ -16,8 +16,10 @@ from PIL import Image
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr import convert as module
 from internvl_mpo.mmpr.convert import convert
+from internvl_mpo.mmpr.manifest import file_facts
 from internvl_mpo.mmpr.shard_plan import Options, plan
 from internvl_mpo.mmpr.shard_writer import done_mark
+from internvl_mpo.mmpr.statistics import ReleaseStatistics
 
 SHARD_BYTES = 1500
 MARKS = ["e8ba65872b17951a", "52e899cc2594502a", "abe82b4800667c8a", "7acf1d45c160bdad"]
@@ -52,6 +54,20 @@ def unbroken(release, tmp_path_factory) -> Path:
     result = convert(options(release), output)
     assert (result.num_rows, result.num_rejects, len(result.shards) > 6) == (21, 5, True)
     return output
+
+
+def test_the_manifest_holds_what_readers_and_the_card_need(release, unbroken):
+    manifest = json.loads((unbroken / "manifest.json").read_text())
+    keys = ["version", "num_rows", "num_rejects", "shards", "meta", "statistics", "fingerprint"]
+    assert list(manifest) == keys
+    assert (manifest["version"], manifest["num_rows"], manifest["num_rejects"]) == (1, 21, 5)
+    assert manifest["meta"] == json.loads((release / "meta.json").read_text())
+    assert sum(shard["num_rows"] for shard in manifest["shards"] if shard["source"] != "tiny") == 21
+    statistics = ReleaseStatistics.from_json(manifest["statistics"])
+    assert dict(statistics.subsets) == {"red": 11, "blue": 10}
+    assert manifest["fingerprint"] == module._fingerprint(options(release), options(release).subsets())
+    for shard in manifest["shards"]:
+        assert shard.items() >= file_facts(unbroken / shard["path"]).items()
 
 
 def counted(monkeypatch, fails_at: int | None = None) -> list[str]:

@@ -69,8 +69,6 @@ def convert(options: Options, output: Path, *, workers: int = 1, rejects: Path |
     token_counter(options.tokenizer)  # refused before any work
     if work.is_dir() and any(work.iterdir()) and not (work / PLAN).is_file():  # it goes when all is done
         raise BadInputError(f"{work} holds other things than a half-finished conversion; give another --output")
-    work.mkdir(parents=True, exist_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
     shards = _load_plan(work, fingerprint, output)
     if shards is None:
         shards = plan(options, subsets, workers)
