@@ -105,6 +105,18 @@ def test_the_end_record_may_leave_any_of_its_numbers_to_zip64(path, monkeypatch,
     assert archive.problems == [f"{path}: 6 bytes too many before its directory; a part is not as it was published"]
 
 
+def test_a_zip64_record_with_data_of_its_own_is_found_where_its_locator_says(path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
+    content = bytearray(write_zip(path))
+    record, locator = content.rfind(b"PK\x06\x06"), content.rfind(b"PK\x06\x07")
+    assert locator - record == 56
+    content[record + 4 : record + 12] = struct.pack("<Q", 56 - 12 + 8)
+    content[locator:locator] = b"8 bytes!"
+    path.write_bytes(content)
+    archive = Archive([path])
+    assert contents(archive) == FILES and archive.problems == []
+
+
 def test_65535_entries_are_a_number_and_65535_without_zip64_as_well(path, monkeypatch):
     content = bytearray(write_zip(path))
     end = content.rfind(END)

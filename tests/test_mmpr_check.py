@@ -252,6 +252,22 @@ def test_a_benchmark_picture_and_question_in_training_data_are_found(raw, mathvi
     ]
 
 
+def test_equal_words_about_pictures_of_two_folders_are_no_copy_and_without_a_picture_they_are(tmp_path):
+    meta = {}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        scene(len(meta)).save(tmp_path / name / "1.png")
+        responses = {"chosen": "a" * 9, "rejected": "b" * 9}
+        rows = [{"id": f"{name}0", "image": "1.png", "question": "Which shapes?", **responses},
+                {"id": f"{name}1", "question": "Which numbers?", **responses}]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        meta[name] = {"root": name, "annotation": f"{name}.jsonl", "repeat_time": 1}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    report = check(str(tmp_path / "meta.json"))
+    found = {kind: [finding.where for finding in findings] for kind, findings in report.examples.items() if findings}
+    assert found == {"same row": [f"{tmp_path}/two.jsonl:2"]}
+
+
 def test_an_empty_page_looks_like_no_other():
     assert signature(Image.new("RGB", (300, 200), "white")) is None
     assert signature(scene(1)) is not None

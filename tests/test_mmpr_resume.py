@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mmpr_world import hashes
@@ -57,10 +58,15 @@ def unbroken(release, tmp_path_factory) -> Path:
 
 
 def test_the_manifest_holds_what_readers_and_the_card_need(release, unbroken):
-    manifest = json.loads((unbroken / "manifest.json").read_text())
+    text = (unbroken / "manifest.json").read_text()
+    assert text.endswith("}\n")
+    manifest = json.loads(text)
     keys = ["version", "num_rows", "num_rejects", "shards", "meta", "statistics", "fingerprint"]
     assert list(manifest) == keys
     assert (manifest["version"], manifest["num_rows"], manifest["num_rejects"]) == (1, 21, 5)
+    rejects = [json.loads(line) for line in unbroken.with_name("out.rejects.jsonl").read_text().splitlines()]
+    places = [row["row"].rpartition("/")[2] for row in rejects]
+    assert places == ["red.jsonl:4", "red.jsonl:13", "blue.jsonl:4", "blue.jsonl:8", "blue.jsonl:13"]
     assert manifest["meta"] == json.loads((release / "meta.json").read_text())
     assert sum(shard["num_rows"] for shard in manifest["shards"] if shard["source"] != "tiny") == 21
     statistics = ReleaseStatistics.from_json(manifest["statistics"])
@@ -68,6 +74,27 @@ def test_the_manifest_holds_what_readers_and_the_card_need(release, unbroken):
     assert manifest["fingerprint"] == module._fingerprint(options(release), options(release).subsets())
     for shard in manifest["shards"]:
         assert shard.items() >= file_facts(unbroken / shard["path"]).items()
+
+
+def test_a_source_without_a_usable_row_leaves_no_shard_and_its_line_among_the_rejects(tmp_path):
+    meta = {}
+    for name, line in (("bad", "{"), ("good", '{"question": "1+1?", "chosen": "2", "rejected": "3"}')):
+        (tmp_path / f"{name}.jsonl").write_text(line + "\n")
+        meta[name] = {"annotation": f"{name}.jsonl", "root": "x", "repeat_time": 1}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    result = convert(Options(str(tmp_path / "meta.json")), tmp_path / "out")
+    assert [(shard["source"], shard["num_rows"]) for shard in result.shards] == [("good", 1), ("tiny", 1)]
+    assert [path.name for path in (tmp_path / "out" / "data").rglob("*.parquet")] == ["train-00000-of-00001.parquet"]
+    assert (result.num_rows, result.num_rejects) == (1, 1)
+
+
+def test_paths_of_a_cluster_leave_what_is_published_and_what_tells_annotations_apart_is_their_content(tmp_path):
+    entry = {"root": "/mnt/a/b/images", "annotation": "/mnt/x/one.jsonl", "repeat_time": 2}
+    assert module._published(entry) == {**entry, "root": "b/images", "annotation": "x/one.jsonl"}
+    assert module._published({"repeat_time": 2}) == {"repeat_time": 2}
+    (tmp_path / "one.jsonl").write_text("{}")
+    assert module._content_mark(tmp_path / "one.jsonl") == file_facts(tmp_path / "one.jsonl")["sha256"]
+    assert module._content_mark(SimpleNamespace(version="of a table")) == "of a table"
 
 
 def counted(monkeypatch, fails_at: int | None = None) -> list[str]:
@@ -128,6 +155,8 @@ def test_what_is_finished_is_not_touched_and_a_shard_that_is_gone_makes_it_unfin
     assert written == []
     assert (again.num_rows, again.num_rejects) == (21, 5)
     assert again.shards == json.loads((output / "manifest.json").read_text())["shards"]
+    with pytest.raises(BadInputError, match="was made from another release or with other settings"):
+        convert(options(release, decode=False), output)
     shard = output / again.shards[1]["path"]
     for damage in (shard.unlink, lambda: shard.write_bytes(b"PAR1")):
         damage()

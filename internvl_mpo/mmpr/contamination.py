@@ -53,7 +53,7 @@ def signature(image: Image.Image) -> Signature | None:
     bits[0] = False  # the mean is brightness, not content
     tiny = np.asarray(grey.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BICUBIC), dtype=np.float32).ravel()
     tiny = tiny - tiny.mean()
-    return Signature(np.packbits(bits).view(np.uint64)[0], tiny / max(1e-6, float(np.linalg.norm(tiny))))
+    return Signature(np.packbits(bits).view(np.uint64)[0], tiny / max(1e-6, np.linalg.norm(tiny)))
 
 
 def word_runs(text: str, lengths: Iterable[int] = (NUM_WORDS,)) -> set[str]:
