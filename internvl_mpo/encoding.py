@@ -23,6 +23,7 @@ from internvl_mpo.pictures import check_encodable, damage
 from internvl_mpo.records import IMAGE_PLACEHOLDER, PreferencePair, RowError
 from modeling_internvl_mpo.tokenization_internvl_mpo import find_control_token
 
+_TOGETHER = 32  # texts given to the tokenizer in one call
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -421,8 +422,10 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool)
     """Return the ids of some texts, as `tokenizer(texts)` gives them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and backend.padding is None and backend.truncation is None:
-        # without offsets, which take as long again
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        # without offsets, which take as long again; few at once, so that encodings stay in the processor's cache
+        batches = (texts[start : start + _TOGETHER] for start in range(0, len(texts), _TOGETHER))
+        encoded = (backend.encode_batch_fast(batch, add_special_tokens=add_special_tokens) for batch in batches)
+        return [encoding.ids for batch in encoded for encoding in batch]
     return tokenizer(list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
 
 

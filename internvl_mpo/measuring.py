@@ -4,6 +4,7 @@ Pairs of one question share its prompt and its pictures, and a response stands i
 once, and responses are tokenized together.
 """
 
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,47 @@ class _Response(NamedTuple):
     key: int
 
 
+class TokenCounter:
+    """Counts the tokens of prompts, which have long pieces in common, such as their system message.
+
+    A fast tokenizer first cuts a text at its special tokens and takes each piece for itself, so that equal pieces are
+    tokenized once.
+    """
+
+    def __init__(self, tokenizer: Any):
+        """Find out where `tokenizer` cuts."""
+        self.tokenizer, self._known = tokenizer, {}
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        added = [] if backend is None else list(backend.get_added_tokens_decoder().values())
+        cuts = [re.escape(token.content) for token in added if not token.normalized]
+        # a token that is another one after a space or a letter, and a text that is cut off, are more than their pieces
+        is_whole = any(token.lstrip or token.single_word for token in added) or not cuts
+        if is_whole or backend.padding or backend.truncation or backend.encode_special_tokens:
+            self._cut = None
+        else:
+            self._cut = re.compile(f"({'|'.join(sorted(cuts, key=len, reverse=True))})")
+
+    def count(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[int]:
+        """Return the length of `token_ids` of each text."""
+        if self._cut is None:
+            return list(map(len, token_ids(self.tokenizer, texts, add_special_tokens=add_special_tokens)))
+        pieces = [self._pieces(text) for text in texts]
+        new = list({piece: None for group in pieces for piece in group if piece not in self._known})
+        lengths = map(len, token_ids(self.tokenizer, new, add_special_tokens=False))
+        self._known.update(zip(new, lengths, strict=True))
+        num_added = len(token_ids(self.tokenizer, [""], add_special_tokens=add_special_tokens)[0])
+        return [num_added + sum(map(self._known.__getitem__, group)) for group in pieces]
+
+    def forget(self) -> None:
+        """Drop what is known of pieces."""
+        self._known.clear()
+
+    def _pieces(self, text: str) -> list[str]:
+        """Return a text in pieces, each from a special token up to the next one."""
+        first, *rest = self._cut.split(text)
+        return [first, *map(str.__add__, rest[::2], rest[1::2])]
+
+
 class PairMeter:
     """Measures pairs; one for each process."""
 
@@ -80,16 +122,21 @@ class PairMeter:
         self.processor, self.max_length, self.decode = processor, max_length, decode
         self.family = family_of_processor(processor)
         self.answers = Answers(self.family, processor)
+        self.counter = TokenCounter(processor.tokenizer)
         self._prompts: dict[Hashable, _Prompt | str] = {}
         self._pictures: dict[tuple[str, str, int, int], PictureCost | str] = {}
         self._plains: dict[str, str] = {}
 
     def measure(self, pairs: Sequence[Asked]) -> Iterator[PairSize | str]:
         """Yield the size of each pair, or the reason why `encode_group` would refuse it, in order."""
-        for known in (self._prompts, self._pictures, self._plains):
-            known.clear()
         for start in range(0, len(pairs), _BATCH):
             yield from self._batch(pairs[start : start + _BATCH])
+
+    def forget(self) -> None:
+        """Drop what is known of questions, pictures and responses; keys may then stand for others."""
+        for known in (self._prompts, self._pictures, self._plains):
+            known.clear()
+        self.counter.forget()
 
     def _batch(self, pairs: Sequence[Asked]) -> list[PairSize | str]:
         self._measure_prompts(pairs)
@@ -121,9 +168,9 @@ class PairMeter:
                 rendered.setdefault(self.family.adds_specials(self.processor, one.text), {})[asked.key] = one
         for add_special_tokens, group in rendered.items():
             texts = [one.text for one in group.values()]
-            tokens = token_ids(self.processor.tokenizer, texts, add_special_tokens=add_special_tokens)
-            for (key, one), ids in zip(group.items(), tokens, strict=True):
-                num_tokens = len(ids) + sum(cost.left_out for cost in one.costs)
+            counts = self.counter.count(texts, add_special_tokens=add_special_tokens)
+            for (key, one), count in zip(group.items(), counts, strict=True):
+                num_tokens = count + sum(cost.left_out for cost in one.costs)
                 try:
                     check_room(num_tokens, self.max_length, "")
                 except RowError as error:

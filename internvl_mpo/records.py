@@ -30,6 +30,7 @@ RULES = ("correctness", "format", "direct", "dropout_ntp", "prefix_with_image", 
 
 _CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 _PLAIN = json.JSONEncoder(ensure_ascii=False)
+_TEXT = frozenset((str, type(None)))
 json_quoted = json.encoder.encode_basestring
 _quoted = lru_cache(maxsize=4096)(json_quoted)  # a question and a response stand in many pairs
 
@@ -48,7 +49,7 @@ def to_json_text(value: Any) -> str:
 
 def content_id(*parts: Any) -> str:
     """Return a stable 16-digit hexadecimal id of JSON-able parts; equal parts give equal ids on every machine."""
-    text = ",".join(map(_canonical, parts))
+    text = ",".join([_quoted(part) if type(part) is str else _canonical(part) for part in parts])
     return hashlib.sha256(f"[{text}]".encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -56,7 +57,7 @@ def _canonical(part: Any) -> str:
     kind = type(part)
     if kind is str:
         return _quoted(part)
-    if kind in (list, tuple) and all(type(text) is str or text is None for text in part):
+    if kind in (list, tuple) and _TEXT.issuperset(map(type, part)):
         return f"[{','.join(['null' if text is None else _quoted(text) for text in part])}]"
     return "null" if part is None else _CANONICAL.encode(part)
 

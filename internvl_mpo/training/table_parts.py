@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,11 @@ from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.records import RowError, content_id
 from internvl_mpo.training.pair_table import NUMBERS, read_facts, text_hash, text_of_pair, write_batch
 
+TOGETHER = 256  # rows that go through all steps before the next are read, so that they stay in the cache
+
 
 class Good(NamedTuple):
-    """A usable row: its number in the block, the number of the first row of its question, its size."""
+    """A usable row: its number in the block, the pair, the number of its question, its size."""
 
     number: int
     row: PairRow
@@ -57,16 +60,23 @@ class PartWriter:
         known = read_facts(self.folder, name)
         if known is not None and not pictures_changed(known):
             return name, known["num_pairs"]
-        rows = list(self.sources[source].rows(block))
-        pictures = picture_facts(row for _, row in rows if isinstance(row, PairRow))
-        good, unusable = self._look(rows, block.first)
-        kinds: dict[tuple, int] = {}
-        if good:
-            write_batch(_columns(good, kinds), self.folder / f"{name}.arrow")
-        facts = {"num_pairs": len(good), "kinds": list(kinds), "unusable": unusable, "pictures": pictures}
+        pictures: dict[str, None] = {}
+        columns = _Columns()
+        unusable: list[tuple[int, str]] = []
+        rows, questions = self.sources[source].rows(block), {}
+        self.meter.forget()
+        while some := list(islice(rows, TOGETHER)):
+            pictures.update(picture_paths(row for _, row in some if isinstance(row, PairRow)))
+            good, bad = self._look(some, block.first, questions)
+            columns.add(good)
+            unusable += bad
+        num_pairs = len(columns.numbers["number"])
+        if num_pairs:
+            write_batch(columns.arrays(), self.folder / f"{name}.arrow")
+        facts = {"num_pairs": num_pairs, "kinds": list(columns.kinds), "unusable": unusable}
         with atomic_writer(self.folder / f"{name}.json") as out:
-            json.dump(facts, out, ensure_ascii=False)
-        return name, len(good)
+            json.dump({**facts, "pictures": {path: _stat(path) for path in pictures}}, out, ensure_ascii=False)
+        return name, num_pairs
 
     def _name(self, source: int, block: Block) -> str:
         """Name a part after the text of its rows and what else they depend on."""
@@ -78,18 +88,17 @@ class PartWriter:
         return digest.hexdigest()
 
     def _look(
-        self, rows: Sequence[tuple[int, PairRow | RowError]], first: int
+        self, rows: Sequence[tuple[int, PairRow | RowError]], first: int, questions: dict[tuple, int]
     ) -> tuple[list[Good], list[tuple[int, str]]]:
-        """Return the usable rows, and (number, reason) of the others, numbers from 0."""
-        questions: dict[tuple, int] = {}
+        """Return the usable rows, and (number, reason) of the others, numbers from 0; add questions to `questions`."""
         asked = [
             Asked(
                 row.pair,
                 row.image_root,
                 row.max_tiles or self.max_tiles,
-                questions.setdefault(question_of(row), number),
+                questions.setdefault(question_of(row), len(questions)),
             )
-            for number, row in rows
+            for _, row in rows
             if isinstance(row, PairRow)
         ]
         measured = zip(asked, self.meter.measure(asked), strict=True)
@@ -106,29 +115,50 @@ class PartWriter:
         return good, unusable
 
 
-def _columns(rows: Sequence[Good], kinds: dict[tuple, int]) -> dict[str, pyarrow.Array]:
-    """Return texts and numbers of pairs, and add their kinds to `kinds`."""
-    keys: dict[int, tuple[int, int]] = {}
-    for one in rows:
-        if one.question not in keys:
-            key = one.row.key
-            keys[one.question] = int(content_id(*key), 16), question_share(key[0])
-    found = [(row.subset, row.repeat_time, row.max_tiles, str(row.image_root)) for _, row, *_ in rows]
-    sizes = PairSize(*map(np.array, zip(*(one.size for one in rows), strict=True)))
-    numbers = {
-        **sizes._asdict(),
-        "num_tokens": sizes.num_tokens,
-        "digest": [int(one.row.digest, 16) for one in rows],
-        "key": [keys[one.question][0] for one in rows],
-        "share": [keys[one.question][1] for one in rows],
-        "id_hash": [text_hash(one.row.pair.id) for one in rows],
-        "number": [one.number for one in rows],
-        "kind": [kinds.setdefault(kind, len(kinds)) for kind in found],
-    }
-    columns = {name: pyarrow.array(np.array(numbers[name], dtype)) for name, dtype in NUMBERS.items()}
-    ids = [one.row.pair.id.encode("utf-8", "backslashreplace") for one in rows]
-    texts = [text_of_pair(one.row.pair) for one in rows]
-    return {**columns, "id": pyarrow.array(ids, pyarrow.string()), "pair": pyarrow.array(texts, pyarrow.string())}
+class _Columns:
+    """The growing columns of a part.
+
+    Attributes:
+        numbers: the columns of `NUMBERS`.
+        kinds: what `kind` counts.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, list[int]] = {name: [] for name in NUMBERS}
+        self.kinds: dict[tuple, int] = {}
+        self._keys: dict[int, tuple[int, int]] = {}
+        self._texts: dict[str, list[bytes]] = {"id": [], "pair": []}
+
+    def add(self, rows: Sequence[Good]) -> None:
+        """Add usable rows."""
+        keys = [self._keys.get(one.question) or self._key(one) for one in rows]
+        kinds = [(row.subset, row.repeat_time, row.max_tiles, str(row.image_root)) for _, row, *_ in rows]
+        sizes = zip(*(one.size for one in rows), strict=True)
+        numbers = {
+            **dict(zip(PairSize._fields, sizes, strict=bool(rows))),
+            "num_tokens": [one.size.num_tokens for one in rows],
+            "digest": [int(one.row.digest, 16) for one in rows],
+            "key": [key for key, _ in keys],
+            "share": [share for _, share in keys],
+            "id_hash": [text_hash(one.row.pair.id) for one in rows],
+            "number": [one.number for one in rows],
+            "kind": [self.kinds.setdefault(kind, len(self.kinds)) for kind in kinds],
+        }
+        for name, values in numbers.items():
+            self.numbers[name] += values
+        self._texts["id"] += [one.row.pair.id.encode("utf-8", "backslashreplace") for one in rows]
+        self._texts["pair"] += [text_of_pair(one.row.pair) for one in rows]
+
+    def arrays(self) -> dict[str, pyarrow.Array]:
+        """Return the columns."""
+        numbers = {name: pyarrow.array(np.array(self.numbers[name], dtype)) for name, dtype in NUMBERS.items()}
+        return numbers | {name: pyarrow.array(texts, pyarrow.string()) for name, texts in self._texts.items()}
+
+    def _key(self, one: Good) -> tuple[int, int]:
+        """Return the columns `key` and `share` of a question that was not met before."""
+        key = one.row.key
+        found = self._keys[one.question] = int(content_id(*key), 16), question_share(key[0])
+        return found
 
 
 def question_of(row: PairRow) -> tuple:
@@ -142,13 +172,13 @@ def question_share(group_key: str) -> int:
     return int.from_bytes(hashlib.sha256(group_key.encode()).digest()[:7], "big")
 
 
-def picture_facts(rows: Iterable[PairRow]) -> dict[str, str]:
-    """Return size and time of change of the image files of some pairs; pictures in archives and tables have none."""
+def picture_paths(rows: Iterable[PairRow]) -> dict[str, None]:
+    """Return the image files of some pairs, in order; pictures in archives and tables have none."""
     roots: dict[Any, dict[str, None]] = {}
     for row in rows:
         if isinstance(row.image_root, (str, Path)):
             roots.setdefault(row.image_root, {}).update(dict.fromkeys(row.pair.images))
-    return {path: _stat(path) for root, names in roots.items() for path in (os.path.join(root, name) for name in names)}
+    return {os.path.join(root, name): None for root, names in roots.items() for name in names}
 
 
 def pictures_changed(facts: Mapping[str, Any]) -> bool:
