@@ -45,6 +45,7 @@ x_{12} = 3 -> 3 ; f(x) = 5 -> 5 ; x = y = 5 -> none ; 2:30 -> none ; 12:59 -> no
 5_2 -> none ; a@b -> none ; 2^{ -> none ; θ -> none ; φ -> none ; 9^{9^9} -> none ; 10^{7000} -> none ;
 2^{20000} -> none ; 2^{19999} -> none ; 2^{-20001} -> none ; 1.0000001^{100000} -> none ; 10^{10^{10}} -> none ;
 (-1)^{10^{10}} -> 1 ; exp 1000 -> none ; \cosh 2 -> none ; 2(3) -> 6 ; 2(3)(4) -> 24 ; (2)(3) -> 6 ; 2[3] -> 6 ;
+-\sqrt{-4} -> none ; 2-3i -> none ; -i -> none ;
 (1+2)/3 -> 1 ; \frac{1+2}{3} -> 1 ; 2e -> 5.43656366~ ; 3i -> none ; 1/2e -> 1.35914091~ ; x/x -> none
 """
 # == equal, != unequal, ?? both too large to say, ## one is no formula

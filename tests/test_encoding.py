@@ -296,7 +296,11 @@ def test_a_tokenizer_that_pads_or_cuts_gives_all_ids_and_no_more(setting):
 def test_responses_cut_to_the_same_are_refused(root):
     prompt = measure_group(tiny_processor(), [text_pair()], root).prompt_tokens
     row = text_pair(chosen="same start, one", rejected="same start, two")
-    assert all("equal in the 4 tokens" in reason for reason in refused(root, row, max_length=prompt + 4))
+    reasons = refused(root, row, max_length=prompt + 4)
+    assert all("equal in the 4 tokens" in reason for reason in reasons)
+    assert (
+        list(PairMeter(tiny_processor(), max_length=prompt + 4).measure([Asked(row, root, 12, "key")])) == reasons[:1]
+    )
 
 
 def test_missing_and_broken_images_are_refused(root):

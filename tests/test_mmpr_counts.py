@@ -341,6 +341,18 @@ def test_words_that_ten_questions_of_a_benchmark_share_are_its_instructions(monk
         assert (index.runs, index.lengths, index.questions) == (runs, {8}, [question] * number)
 
 
+def test_a_question_of_five_words_is_looked_for_and_one_of_four_is_not(monkeypatch):
+    words = "one two three four five six seven eight nine"
+    texts = [" ".join(words.split()[:count]) for count in (4, 5, 8, 9)]
+    examples = [SimpleNamespace(id=str(n), question=text, images=()) for n, text in enumerate(texts)]
+    monkeypatch.setattr(contamination, "load_benchmark", lambda name: SimpleNamespace(examples=lambda *given: examples))
+    index = contamination.build_index({"pope": "folder"})
+    assert index.lengths == {5, 8}
+    runs = {texts[1]: [1], texts[2]: [2, 3], " ".join(words.split()[1:]): [3]}
+    assert index.runs == runs
+    assert [index.of_text(text) for text in texts] == [set(), {1}, {1, 2, 3}, {1, 2, 3}]
+
+
 def test_each_picture_of_a_card_shows_what_there_is(tmp_path):
     statistics = ReleaseStatistics()
     statistics.add(pair(), "one")

@@ -18,6 +18,7 @@ from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr import convert as module
 from internvl_mpo.mmpr.convert import convert
 from internvl_mpo.mmpr.manifest import file_facts
+from internvl_mpo.mmpr.restore import restore
 from internvl_mpo.mmpr.shard_plan import Options, plan
 from internvl_mpo.mmpr.shard_writer import done_mark
 from internvl_mpo.mmpr.statistics import ReleaseStatistics
@@ -95,6 +96,23 @@ def test_paths_of_a_cluster_leave_what_is_published_and_what_tells_annotations_a
     (tmp_path / "one.jsonl").write_text("{}")
     assert module._content_mark(tmp_path / "one.jsonl") == file_facts(tmp_path / "one.jsonl")["sha256"]
     assert module._content_mark(SimpleNamespace(version="of a table")) == "of a table"
+
+
+def test_what_was_converted_comes_back_line_by_line_and_picture_by_picture(release, unbroken, tmp_path):
+    assert restore(str(unbroken), tmp_path / "raw") == (21, 21)
+    meta = json.loads((release / "meta.json").read_text())
+    assert json.loads((tmp_path / "raw" / "meta.json").read_text()) == meta
+    assert (tmp_path / "raw" / "meta.json").read_text().endswith("}\n")
+    for name, gone in (("red", {3, 12}), ("blue", {3, 7, 12})):
+        lines = (release / f"{name}.jsonl").read_text().splitlines()
+        kept = [json.loads(line) for number, line in enumerate(lines) if number not in gone]
+        found = (tmp_path / "raw" / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in found] == kept
+        for row in kept:
+            path = Path(name) / row["image"]
+            assert (tmp_path / "raw" / path).read_bytes() == (release / path).read_bytes()
+    with pytest.raises(BadInputError, match="raw is not empty; give another --output"):
+        restore(str(unbroken), tmp_path / "raw")
 
 
 def counted(monkeypatch, fails_at: int | None = None) -> list[str]:

@@ -11,7 +11,9 @@ import pytest
 
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr import sources as module
+from internvl_mpo.mmpr.manifest import MANIFEST
 from internvl_mpo.mmpr.parquet import EmbeddedPictures, check_columns, prompt_blocks
+from internvl_mpo.mmpr.reading import forms_found
 from internvl_mpo.mmpr.release import read_subsets
 from internvl_mpo.mmpr.row_groups import ParquetTable, open_table
 from internvl_mpo.mmpr.sources import Block, open_sources
@@ -190,6 +192,16 @@ def test_parquet_is_told_from_a_release(table, tmp_path):
     assert not is_table(table)
     (tmp_path / "empty").mkdir()
     assert not is_table(tmp_path / "empty")
+
+
+def test_the_form_of_data_is_named_parquet_among_them(table, tmp_path):
+    lines = [{"question": "q", "chosen": "a", "rejected": "b"}] * 2
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n \n")
+    assert forms_found(tmp_path / "a.jsonl").startswith(f"{tmp_path}/a.jsonl: ")
+    (tmp_path / "b.jsonl").write_text('{"x": 1}\n')
+    assert forms_found(tmp_path / "b.jsonl") == f"{tmp_path}/b.jsonl: no form that is read"
+    (table / MANIFEST).write_text("{}")
+    assert forms_found(table) == f"{table}: MMPR as Parquet"
 
 
 def test_columns_that_are_missing_are_named():

@@ -133,8 +133,7 @@ def _is_valid(letter: str, options: Mapping[str, str]) -> bool:
 
 def _opening_letter(said: str, options: Mapping[str, str]) -> Chosen | None:
     """What an answer that opens with a letter names; None where that letter is a word, or no option's."""
-    lead = _LEAD.match(said)
-    match = _OPENING.match(said, lead.end() if lead else 0)
+    match = _OPENING.match(said, _LEAD.match(said).end())  # of no words the lead is empty
     if match is None:
         return None
     letter, rest = match["letter"].upper(), match["rest"].strip()
