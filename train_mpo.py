@@ -66,7 +66,7 @@ def run(settings: "TrainSettings", signals: StopSignals) -> int:
     digests = [weights_digest(settings, source) for source in (settings.model, settings.reference_model) if source]
     identity = reference_identity(settings, processor, digests[-1])
     policy = {"policy": digests[0]} if settings.reference_model else {}
-    fingerprint = {"data": pairs.digest(), **identity, **policy, **settings.exact()}
+    fingerprint = {**pairs.versions(), "data": pairs.digest(), **identity, **policy, **settings.exact()}
     if is_training and is_over(settings, pairs, fingerprint):
         return 0
     if settings.process_index == 0:

@@ -108,6 +108,26 @@ def test_data_on_the_hub_is_read_over_its_file_system(folder, tmp_path, monkeypa
     open_table.cache_clear()
 
 
+def test_a_connection_that_stays_away_is_one_sentence(folder, monkeypatch):
+    class LostError(Exception):
+        """As those of HTTP clients, no OSError."""
+
+    def lose(*args, **options):
+        raise LostError("no route to host")
+
+    monkeypatch.setattr(row_groups, "_hub_shards", lambda data: ["hf://datasets/me/data@c0ffee/0.parquet"])
+    table = ParquetTable("hub:me/data")
+    with monkeypatch.context() as patch, pytest.raises(BadInputError) as lost:
+        patch.setattr(row_groups, "_open", lose)
+        len(table)
+    assert str(lost.value) == "hf://datasets/me/data@c0ffee/0.parquet cannot be read as Parquet: no route to host"
+    monkeypatch.setattr(row_groups, "_open", lambda path: str(folder / "0.parquet"))
+    group = table.groups[1]
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", lose)
+    with pytest.raises(BadInputError, match=r"@c0ffee/0\.parquet: row group 1 cannot be read \(no route to host\)"):
+        table.read(group)
+
+
 def test_a_shard_that_changed_is_read_again(folder, tmp_path):
     def run():
         open_table.cache_clear()

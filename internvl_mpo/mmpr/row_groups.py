@@ -64,10 +64,18 @@ class ParquetTable:
     @property
     def facts(self) -> list[Any]:
         """What differs when a file differs; JSON-able."""
-        if self.data.startswith(HUB_PREFIX):
-            return self.shards
+        if self.versions:
+            return sorted(self.versions.items())
         stats = [(path, Path(path).stat()) for path in self.shards]
         return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Hash of the content of each shard on the Hub by its name there; empty for data that was never there."""
+        if not self.data.startswith(HUB_PREFIX):
+            return {}
+        name = self.data.removeprefix(HUB_PREFIX).partition(":")[0].partition("@")[0]
+        return {f"{HUB_PREFIX}{name}/{place}": version for place, version in map(_place_and_version, self.shards)}
 
     @cached_property
     def schema(self) -> Any:
@@ -104,7 +112,9 @@ class ParquetTable:
         """
         try:
             return self._file(group.shard).read_row_group(group.group, columns=columns, use_threads=False)
-        except (OSError, ValueError) as error:
+        except _errors(self.shards[group.shard]) as error:
+            if isinstance(error, BadInputError):
+                raise
             raise BadInputError(
                 f"{self.shards[group.shard]}: row group {group.group} cannot be read ({error})"
             ) from error
@@ -128,7 +138,7 @@ class ParquetTable:
         path = self.shards[shard]
         try:
             return _file(path, None if "://" in path else Path(path).stat().st_mtime_ns, os.getpid())
-        except (OSError, ValueError) as error:
+        except _errors(path) as error:
             raise BadInputError(f"{path} cannot be read as Parquet: {error}") from error
 
 
@@ -154,6 +164,11 @@ def _file(path: str, time_of_change: int | None, process: int) -> Any:
     return pq.ParquetFile(_open(path), metadata=metadata, memory_map=True, read_dictionary=pictures)
 
 
+def _errors(path: str) -> type[Exception] | tuple[type[Exception], ...]:
+    """What reading a file raises; the Hub client has dozens of types of its own."""
+    return Exception if "://" in path else (OSError, ValueError)
+
+
 def _open(path: str) -> Any:
     if "://" not in path:
         return path
@@ -174,10 +189,14 @@ def _local_shards(path: Path) -> list[str]:
 def _hub_shards(data: str) -> list[str]:
     """The files of the split `train`, each at the commit that the revision names now."""
     import datasets
+    from huggingface_hub import constants, snapshot_download
 
     name, _, config = data.removeprefix(HUB_PREFIX).partition(":")
     name, _, revision = name.partition("@")
     try:
+        if constants.HF_HUB_OFFLINE:  # what `hf download` has left in the cache
+            name = snapshot_download(name, repo_type="dataset", revision=revision or None, local_files_only=True)
+            revision = ""
         builder = datasets.load_dataset_builder(name, config or None, revision=revision or None)
         files = (builder.config.data_files or {}).get("train", [])
     except Exception as error:  # the Hub client raises dozens of types
@@ -189,3 +208,15 @@ def _hub_shards(data: str) -> list[str]:
             "Parquet that the Hub makes of it"
         )
     return shards
+
+
+def _place_and_version(shard: str) -> tuple[str, str]:
+    """The path of a shard in its repository, and the hash that its Hub or the Hub's cache here knows it by."""
+    if "://" not in shard:  # .../snapshots/COMMIT/PLACE, a link to .../blobs/HASH
+        return shard.partition("/snapshots/")[2].partition("/")[2] or shard, Path(shard).resolve().name
+    import fsspec
+
+    files, path = fsspec.core.url_to_fs(shard)
+    info = files.info(path)
+    place = shard.rpartition("@")[2].partition("/")[2]
+    return place, (info.get("lfs") or {}).get("sha256") or info.get("blob_id") or shard

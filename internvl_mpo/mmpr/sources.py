@@ -55,6 +55,10 @@ class PairSource(ABC):
     def facts(self) -> list[Any]:
         """Return what differs when a row may differ, `settings` apart, without reading one; JSON-able."""
 
+    def versions(self) -> dict[str, str]:
+        """Return the hash of the content of each of its files on the Hub, by name; files here have none."""
+        return {}
+
     @abstractmethod
     def blocks(self) -> Iterator[Block]:
         """Yield the source in blocks.
@@ -99,6 +103,10 @@ class SubsetSource(PairSource):
         if isinstance(text, TableRows):
             return [str(text), text.version]
         return [str(text), *map(_file_facts, text.archive.parts if isinstance(text, Member) else [text])]
+
+    def versions(self) -> dict[str, str]:
+        text = self.subset.annotation
+        return text.table.versions if isinstance(text, TableRows) else {}
 
     def blocks(self) -> Iterator[Block]:
         text = self.subset.annotation
@@ -166,6 +174,9 @@ class ParquetSource(PairSource):
 
     def settings(self) -> list[Any]:
         return [str(self.table), self.table.facts]
+
+    def versions(self) -> dict[str, str]:
+        return self.table.versions
 
     def facts(self) -> list[Any]:
         return []

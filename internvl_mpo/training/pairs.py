@@ -163,6 +163,10 @@ class TrainingPairs:
             data.update("".join(lines).encode())
         return data.hexdigest()[:16]
 
+    def versions(self) -> dict[str, str]:
+        """Return the hash of each file on the Hub that pairs come from; pictures count, which `digest` leaves out."""
+        return {name: version for source in self.table.sources for name, version in source.versions().items()}
+
     def sampler(self, args: "MPOArguments") -> StepSampler:
         """Return the sampler of this rank."""
         return StepSampler(

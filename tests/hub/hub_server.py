@@ -70,16 +70,20 @@ class HubHandler(BaseHTTPRequestHandler):
                 content = json.dumps({"error": error.message, "url": error.headers.pop("url")}).encode()
                 headers.pop("url")
         except (_Cut, ConnectionError):
-            self.close_connection = True
-            with contextlib.suppress(OSError):  # a reset, as a broken network gives it
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
+            self._reset()
         hub.requests.append((self.command, path, status, len(body)))  # before the client can go on
         if status:
             try:
-                self._send(status, headers, content)
+                self._send(status, headers, content, None if fault is None else fault.reply_bytes)
             except ConnectionError:
                 self.close_connection = True
+
+    def _reset(self) -> None:
+        """End the connection as a broken network does."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
     def _body(self, limit: int | None) -> bytes:
         """Read the request's body, or only so much of it."""
@@ -95,7 +99,7 @@ class HubHandler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         return self.rfile.read(length if limit is None else min(length, limit))
 
-    def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
+    def _send(self, status: int, headers: dict[str, str], content: bytes, limit: int | None = None) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -103,7 +107,9 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[:limit])
+        if limit is not None:
+            self._reset()
 
     def _route(self, path: str, query: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
         hub = self.server.hub

@@ -73,3 +73,4 @@ class Fault:
     message: str = "injected"
     cut_after: int | None = None
     lose_reply: bool = False
+    reply_bytes: int | None = None  # of the reply's body, then the connection ends
