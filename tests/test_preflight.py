@@ -160,6 +160,21 @@ def test_a_picture_that_changed_or_came_is_looked_at_again(data, measured):
     assert after == plain(new(data, "fresh").run()) != plain(table)
 
 
+def test_a_picture_that_changes_while_its_rows_are_looked_at_is_looked_at_again(data, measured, monkeypatch):
+    real = PairMeter.measure
+
+    def measure(meter, pairs):
+        found = list(real(meter, pairs))
+        os.utime(data.parent / "1.png", ns=(1, 1))
+        return iter(found)
+
+    monkeypatch.setattr(PairMeter, "measure", measure)
+    new(data).run()
+    measured.clear()
+    new(data).run()
+    assert len(measured) == 20  # the first block; the others found the picture as it is
+
+
 @pytest.mark.parametrize("option", [{"max_tiles": 2}, {"max_length": 650}, {"verify_images": "full"}])
 def test_another_tiling_limit_or_depth_starts_anew(data, measured, option):
     new(data).run()

@@ -60,22 +60,24 @@ class PartWriter:
         known = read_facts(self.folder, name)
         if known is not None and not pictures_changed(known):
             return name, known["num_pairs"]
-        pictures: dict[str, None] = {}
+        pictures: dict[str, str] = {}
         columns = _Columns()
         unusable: list[tuple[int, str]] = []
         rows, questions = self.sources[source].rows(block), {}
         self.meter.forget()
         while some := list(islice(rows, TOGETHER)):
-            pictures.update(picture_paths(row for _, row in some if isinstance(row, PairRow)))
+            for path in picture_paths(row for _, row in some if isinstance(row, PairRow)):
+                pictures[path] = pictures.get(path) or _stat(path)  # before it is looked at, as it may change meanwhile
             good, bad = self._look(some, block.first, questions)
-            columns.add(good)
+            if good:
+                columns.add(good)
             unusable += bad
         num_pairs = len(columns.numbers["number"])
         if num_pairs:
             write_batch(columns.arrays(), self.folder / f"{name}.arrow")
-        facts = {"num_pairs": num_pairs, "kinds": list(columns.kinds), "unusable": unusable}
+        facts = {"num_pairs": num_pairs, "kinds": list(columns.kinds), "unusable": unusable, "pictures": pictures}
         with atomic_writer(self.folder / f"{name}.json") as out:
-            json.dump({**facts, "pictures": {path: _stat(path) for path in pictures}}, out, ensure_ascii=False)
+            json.dump(facts, out, ensure_ascii=False)
         return name, num_pairs
 
     def _name(self, source: int, block: Block) -> str:
@@ -130,12 +132,12 @@ class _Columns:
         self._texts: dict[str, list[bytes]] = {"id": [], "pair": []}
 
     def add(self, rows: Sequence[Good]) -> None:
-        """Add usable rows."""
+        """Add usable rows, at least one."""
         keys = [self._keys.get(one.question) or self._key(one) for one in rows]
         kinds = [(row.subset, row.repeat_time, row.max_tiles, str(row.image_root)) for _, row, *_ in rows]
-        sizes = zip(*(one.size for one in rows), strict=True)
+        sizes = zip(PairSize._fields, zip(*(one.size for one in rows), strict=True), strict=True)
         numbers = {
-            **dict(zip(PairSize._fields, sizes, strict=bool(rows))),
+            **dict(sizes),
             "num_tokens": [one.size.num_tokens for one in rows],
             "digest": [int(one.row.digest, 16) for one in rows],
             "key": [key for key, _ in keys],
