@@ -18,7 +18,7 @@ from internvl_mpo.mmpr.check import check
 from internvl_mpo.mmpr.contamination import build_index, signature
 from internvl_mpo.mmpr.convert import convert
 from internvl_mpo.mmpr.copies import similarity_hash
-from internvl_mpo.mmpr.findings import KINDS, Report
+from internvl_mpo.mmpr.findings import KINDS, Finding, Report
 from internvl_mpo.mmpr.shard_plan import Options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,6 +249,48 @@ def test_a_benchmark_picture_and_question_in_training_data_are_found(raw, mathvi
     assert [(index.examples[example][1], where) for example, where, _ in report.shown] == [
         ("0", f"{path}:1"),
         ("1", f"{path}:2"),
+    ]
+
+
+def test_a_finding_says_its_kind_its_place_its_subset_and_what_is_wrong(tmp_path):
+    rows = ["{" if number < 7 else json.dumps({"question": f"{number}?", "chosen": "yes", "rejected": "no"})
+            for number in range(9)]  # fmt: skip
+    rows[8] = json.dumps({"question": "8?", "chosen": "Yes!", "rejected": "yes", "image": "absent.png"})
+    (tmp_path / "one.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "images").mkdir()
+    meta = {"mine": {"root": "images", "annotation": "one.jsonl", "repeat_time": 1, "length": 12}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    out = io.StringIO()
+    report = check(str(tmp_path / "meta.json"), rejects=out)
+    place = f"{tmp_path}/one.jsonl"
+    unusable = report.examples["unusable row"]
+    assert [(one.where, one.subset) for one in unusable] == [(f"{place}:{number}", "mine") for number in range(1, 6)]
+    assert all(one.kind == "unusable row" and one.detail.startswith("not valid JSON") for one in unusable), unusable[0]
+    assert report.kinds == {("unusable row", "mine"): 7, ("count", "mine"): 1, ("picture", "mine"): 1,
+                            ("near equal", "mine"): 1}  # fmt: skip
+    assert report.examples["count"] == [Finding("count", place, "mine", "9 rows, meta.json says 12")]
+    (picture,) = report.examples["picture"]
+    assert (picture.where, picture.subset) == (f"{place}:9", "mine")
+    assert "absent.png" in picture.detail
+    (equal,) = report.examples["near equal"]
+    assert (equal.where, equal.subset) == (f"{place}:9", "mine")
+    assert len(out.getvalue().splitlines()) == 10
+    assert (report.num("error"), report.num("warning")) == (9, 1)
+
+
+def test_rows_of_parquet_that_are_no_pairs_or_show_other_pictures_are_told_apart(raw, tmp_path):
+    convert(Options(str(raw)), tmp_path / "made")
+    path = next((tmp_path / "made" / "data" / "CLEVR_math_digits").glob("*.parquet"))
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[0]["chosen"], rows[1]["image_paths"] = rows[0]["rejected"], ["another.png"]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
+    report = check(str(path))
+    (unusable,) = report.examples["unusable row"]
+    assert (unusable.where, unusable.subset) == (f"{path}:row 0", rows[0]["subset"])
+    assert "'chosen' equals 'rejected'" in unusable.detail
+    assert report.examples["picture"] == [
+        Finding("picture", f"{path}:row 1", rows[1]["subset"], "images and image_paths differ")
     ]
 
 

@@ -115,6 +115,18 @@ def test_words_of_chinese_and_japanese_are_characters():
     assert [count_words(text) for text in ("", "a b", "图片里 two", "かな", "a图b")] == [0, 2, 4, 2, 3]
 
 
+def test_the_sources_of_the_releases_belong_to_the_groups_of_the_paper():
+    names = {
+        "general_vqa": "VQAv2 GQA OKVQA IconQA_train TallyQA vsr cocorem nlvr2 koniq inat coco",
+        "science": "AI2D ScienceQA M3CoT", "chart": "ChartQA FigureQA MapQA DVQA TabMWP PlotQA",
+        "mathematics": "CLEVR_math super_CLEVR Geo170k GeomVerse UniGeo MathV360K MAVIS",
+        "ocr": "OCRVQA InfographicsVQA InfoVQA SROIE TextVQA STVQA", "document": "DocVQA", "preference": "RLAIF-V",
+    }  # fmt: skip
+    found = {family: {family_of(name) for name in sources.split()} for family, sources in names.items()}
+    assert found == {family: {family} for family in names}
+    assert list(FAMILIES) == list(names)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_source_belongs_to_its_group(family):
     for name in FAMILIES[family]:

@@ -3,7 +3,7 @@
 import json
 import pickle
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -182,8 +182,42 @@ def test_a_picture_of_a_table_is_found_by_its_content_in_its_row(table):
         RowPictures(pictures, 2).read(first)
 
 
+def test_pictures_are_found_in_columns_of_every_kind_that_holds_files(tmp_path):
+    files = {name: f"file {name}".encode() for name in "abcdefgh"}
+    struct = pa.struct({"path": pa.string(), "bytes": pa.binary()})
+    columns = {
+        "one": (pa.binary(), files["a"]), "large": (pa.large_binary(), files["b"]),
+        "many": (pa.list_(pa.binary()), [files["c"], files["d"]]),
+        "large_many": (pa.large_list(pa.large_binary()), [files["e"]]),
+        "named": (struct, {"path": "x/f.jpg", "bytes": files["f"]}),
+        "several": (pa.list_(struct), [{"path": None, "bytes": files["g"]}, {"path": "h.png", "bytes": None}]),
+        "text": (pa.string(), "words"), "texts": (pa.list_(pa.string()), ["more"]),
+        "other": (pa.struct({"path": pa.string()}), {"path": "p"}),
+    }  # fmt: skip
+    schema = pa.schema({name: kind for name, (kind, _) in columns.items()})
+    pq.write_table(
+        pa.Table.from_pylist([{name: value for name, (_, value) in columns.items()}], schema), tmp_path / "t.parquet"
+    )
+    found = TableRows(str(tmp_path / "t.parquet"))
+    assert found.picture_columns == ["one", "large", "many", "large_many", "named", "several"]
+    ((number, length, line),) = found.lines()
+    row = json.loads(line)
+    assert (number, length) == (0, 1)
+    names = [row["one"], row["large"], *row["many"], *row["large_many"], row["named"], row["several"][0]]
+    assert [found.picture(name) for name in names] == [files[letter] for letter in "abcdefg"]
+    assert [found.picture_of_row(name, 0) for name in names] == [files[letter] for letter in "abcdefg"]
+    assert [PurePosixPath(name).suffix for name in names] == [""] * 5 + [".jpg", ""]
+    assert (row["several"][1], found.picture("h.png")) == ("h.png", None)
+    assert (row["text"], row["texts"], row["other"]) == ("words", ["more"], {"path": "p"})
+    places = {"one": 0, "large": 0, "large_many": 0, "named": 0, "several": 0}
+    kept = {column: place for _, column, place in found.places.values() if column != "many"}
+    assert kept == places
+
+
 def test_parquet_is_told_from_a_release(table, tmp_path):
     assert is_table(table) and is_table(table / "0.parquet") and is_table("hub:me/x") and is_table("nowhere.parquet")
+    assert not is_table(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").touch()
     assert not is_table(tmp_path / "a.jsonl")
     assert columns_of(table) == columns_of(table / "1.parquet") == ["question", "chosen", "rejected", "id", "images"]
     (table / "0.parquet").write_bytes(b"x")

@@ -260,3 +260,24 @@ def test_a_table_that_cannot_be_loaded_is_named(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(BadInputError, match="cannot load hub:me/pairs: 'no such data set'"):
         stream_table("hub:me/pairs")
+
+
+def test_the_columns_of_a_data_set_are_those_that_were_published():
+    """Another name or type, and `load_dataset` joins no shards of two versions."""
+    message = "list<element: struct<role: string, content: string>>"
+    blocks = "list<element: struct<type: string, text: string>>"
+    text = dict.fromkeys(("id", "question", "answer", "system", "source", "rule", "subset", "image_root"), "string")
+    types = {
+        **text, **dict.fromkeys(("provenance", "raw"), "string"), **dict.fromkeys(("chosen", "rejected"), message),
+        "images": "list<element: struct<bytes: binary, path: string>>",
+        "prompt": f"list<element: struct<role: string, content: {blocks}>>",
+        "history": "list<element: struct<question: string, answer: string>>",
+        "repeat_time": "double", "max_dynamic_patch": "int32", "image_paths": "list<element: string>",
+    }  # fmt: skip
+    schema = arrow_schema()
+    assert {field.name: str(field.type).replace("item:", "element:") for field in schema} == types
+    order = "id images prompt chosen rejected question answer system history source rule subset repeat_time"
+    assert schema.names == [*order.split(), "max_dynamic_patch", "image_root", "image_paths", "provenance", "raw"]
+    assert json.loads(schema.metadata[b"huggingface"]) == {"info": {"features": FEATURES}}
+    assert FEATURES["images"] == [{"_type": "Image"}]
+    assert FEATURES["id"] == {"dtype": "string", "_type": "Value"}
