@@ -278,6 +278,18 @@ def test_a_finding_says_its_kind_its_place_its_subset_and_what_is_wrong(tmp_path
     assert (report.num("error"), report.num("warning")) == (9, 1)
 
 
+def test_a_broken_picture_is_found_at_every_row_that_shows_it(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    (tmp_path / "empty.png").touch()
+    rows = [{"question": f"{number}?", "chosen": "yes", "rejected": "no", "image": name}
+            for number, name in enumerate(["1.png", "1.png", "empty.png", "1.png"])]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = check(str(tmp_path / "a.jsonl"))
+    reason = "image '1.png' cannot be decoded (cannot identify image file)"
+    found = [(one.where.rpartition(":")[2], one.detail) for one in report.examples["picture"]]
+    assert found == [("1", reason), ("2", reason), ("3", "image 'empty.png' is empty"), ("4", reason)]
+
+
 def test_rows_of_parquet_that_are_no_pairs_or_show_other_pictures_are_told_apart(raw, tmp_path):
     convert(Options(str(raw)), tmp_path / "made")
     path = next((tmp_path / "made" / "data" / "CLEVR_math_digits").glob("*.parquet"))
