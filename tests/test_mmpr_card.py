@@ -9,7 +9,16 @@ import pytest
 import yaml
 from test_mmpr_counts import pair
 
-from internvl_mpo.mmpr.card import COLOURS, configurations, draw_lengths, draw_pictures, front_matter, write_card
+from internvl_mpo.mmpr.card import (
+    COLOURS,
+    _table,
+    configurations,
+    draw_lengths,
+    draw_pictures,
+    front_matter,
+    statistics_text,
+    write_card,
+)
 from internvl_mpo.mmpr.statistics import ReleaseStatistics, bin_start
 
 SHARDS = [{"path": "data/geo170k/train-0.parquet", "source": "geo170k"}, {"path": "tiny/x", "source": "tiny"}]
@@ -153,3 +162,32 @@ def test_lengths_are_steps_from_the_shortest_text_to_the_longest(tmp_path, figur
 def test_a_picture_of_a_card_does_not_say_when_and_with_what_it_was_made(tmp_path, statistics):
     draw_pictures(statistics, tmp_path)
     assert all(b"Software" not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_each_picture_of_a_card_shows_what_there_is(tmp_path):
+    statistics = ReleaseStatistics()
+    statistics.add(pair(), "one")
+    assert [name for name, _ in draw_pictures(statistics, tmp_path)] == ["sources.png", "words.png"]
+    statistics.add(pair(), "one", count_tokens=len)
+    statistics.add_image(4, 8, "PNG", 10)
+    names = ["sources.png", "words.png", "tokens.png", "image_sizes.png"]
+    assert [name for name, _ in draw_pictures(statistics, tmp_path)] == names
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+
+
+def test_the_statistics_of_a_card():
+    statistics = ReleaseStatistics()
+    for rule in ("correctness", "format", "correctness"):
+        statistics.add(pair(rule=rule), "one", count_tokens=len)
+    statistics.add_image(4, 8, "PNG", 2_000_000)
+    text = statistics_text(statistics, {"num_rejects": 1200}, [("a.png", "A")])
+    assert "| source | family | pairs | correctness | format |" in text
+    assert "| geo170k | mathematics | 3 | 2 | 1 |" in text and "| **all** |  | 3 | 2 | 1 |" in text
+    assert "| correctness | 3.0 | 4.0 | 2.0 | 2.00 | 100% |" in text
+    assert "Mean tokens over a sample of 3 pairs: question 14.0, chosen 18.0, rejected 7.0." in text
+    assert "Pictures per pair: 1: 3." in text
+    assert "Distinct pictures (counted per shard): 1, 2.0 MB (PNG 1)." in text
+    assert "1,200 lines of the release could not be converted." in text and "![A](pictures/a.png)" in text
+    empty = statistics_text(ReleaseStatistics(), {"num_rejects": 0}, [])
+    assert not any(word in empty for word in ("Mean tokens", "Distinct", "could not", "!["))
+    assert _table(["a", "b"], [[1234, "x"]]) == ["| a | b |", "|---|---|", "| 1,234 | x |"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr import contamination, copies, restore
-from internvl_mpo.mmpr.card import _table, configurations, draw_pictures, length_row, size_category, statistics_text
+from internvl_mpo.mmpr.card import configurations, length_row, size_category
 from internvl_mpo.mmpr.check import MAX_SHOWN, _Looker, check
 from internvl_mpo.mmpr.check_report import contamination_rows, difference_rows, report_json, text_table
 from internvl_mpo.mmpr.contamination import BenchmarkIndex, word_runs
@@ -253,24 +253,6 @@ def test_the_size_of_a_data_set_has_the_hubs_name(num_rows, name):
     assert size_category(num_rows) == name
 
 
-def test_the_statistics_of_a_card():
-    statistics = ReleaseStatistics()
-    for rule in ("correctness", "format", "correctness"):
-        statistics.add(pair(rule=rule), "one", count_tokens=len)
-    statistics.add_image(4, 8, "PNG", 2_000_000)
-    text = statistics_text(statistics, {"num_rejects": 1200}, [("a.png", "A")])
-    assert "| source | family | pairs | correctness | format |" in text
-    assert "| geo170k | mathematics | 3 | 2 | 1 |" in text and "| **all** |  | 3 | 2 | 1 |" in text
-    assert "| correctness | 3.0 | 4.0 | 2.0 | 2.00 | 100% |" in text
-    assert "Mean tokens over a sample of 3 pairs: question 14.0, chosen 18.0, rejected 7.0." in text
-    assert "Pictures per pair: 1: 3." in text
-    assert "Distinct pictures (counted per shard): 1, 2.0 MB (PNG 1)." in text
-    assert "1,200 lines of the release could not be converted." in text and "![A](pictures/a.png)" in text
-    empty = statistics_text(ReleaseStatistics(), {"num_rejects": 0}, [])
-    assert not any(word in empty for word in ("Mean tokens", "Distinct", "could not", "!["))
-    assert _table(["a", "b"], [[1234, "x"]]) == ["| a | b |", "|---|---|", "| 1,234 | x |"]
-
-
 def test_a_source_becomes_the_name_of_a_folder():
     assert [safe_name(text) for text in ("a b/c", "..x", "_.+-é1", "", "...")] == [
         *("a_b_c", "x", "_.+-é1", "unnamed", "unnamed")
@@ -363,17 +345,6 @@ def test_a_question_of_five_words_is_looked_for_and_one_of_four_is_not(monkeypat
     runs = {texts[1]: [1], texts[2]: [2, 3], " ".join(words.split()[1:]): [3]}
     assert index.runs == runs
     assert [index.of_text(text) for text in texts] == [set(), {1}, {1, 2, 3}, {1, 2, 3}]
-
-
-def test_each_picture_of_a_card_shows_what_there_is(tmp_path):
-    statistics = ReleaseStatistics()
-    statistics.add(pair(), "one")
-    assert [name for name, _ in draw_pictures(statistics, tmp_path)] == ["sources.png", "words.png"]
-    statistics.add(pair(), "one", count_tokens=len)
-    statistics.add_image(4, 8, "PNG", 10)
-    names = ["sources.png", "words.png", "tokens.png", "image_sizes.png"]
-    assert [name for name, _ in draw_pictures(statistics, tmp_path)] == names
-    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in names)
 
 
 def test_the_manifest_of_a_data_set_on_the_hub_is_that_of_its_revision(tmp_path, monkeypatch):
