@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mini.release import MMPRSettings, make_release
 from internvl_mpo.mmpr.check import check
-from internvl_mpo.mmpr.contamination import build_index, signature
+from internvl_mpo.mmpr.contamination import BenchmarkIndex, build_index, signature
 from internvl_mpo.mmpr.convert import convert
 from internvl_mpo.mmpr.copies import similarity_hash
 from internvl_mpo.mmpr.findings import KINDS, Finding, Report
@@ -275,6 +276,7 @@ def test_a_finding_says_its_kind_its_place_its_subset_and_what_is_wrong(tmp_path
     (equal,) = report.examples["near equal"]
     assert (equal.where, equal.subset) == (f"{place}:9", "mine")
     assert len(out.getvalue().splitlines()) == 10
+    assert set(report.differences.sums) == set(report.statistics.rows) == {("mine", "other")}
     assert (report.num("error"), report.num("warning")) == (9, 1)
 
 
@@ -325,6 +327,12 @@ def test_equal_words_about_pictures_of_two_folders_are_no_copy_and_without_a_pic
 def test_an_empty_page_looks_like_no_other():
     assert signature(Image.new("RGB", (300, 200), "white")) is None
     assert signature(scene(1)) is not None
+    index = BenchmarkIndex()
+    assert index.of_picture(scene(1)) == set()
+    one = signature(scene(1))
+    index.hashes, index.thumbnails, index.owners = np.array([one.bits]), np.stack([one.thumbnail]), [7]
+    assert index.of_picture(scene(1)) == {7}
+    assert index.of_picture(scene(2)) == index.of_picture(Image.new("RGB", (300, 200), "white")) == set()
 
 
 def test_similar_texts_have_near_hashes_and_short_ones_none():

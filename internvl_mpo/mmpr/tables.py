@@ -23,7 +23,7 @@ def is_table(data: str | Path) -> bool:
     path = Path(data)
     if path.suffix == ".parquet":
         return True
-    return path.is_dir() and not (path / "meta.json").is_file() and next(path.rglob("*.parquet"), None) is not None
+    return not (path / "meta.json").is_file() and next(path.rglob("*.parquet"), None) is not None
 
 
 def columns_of(data: str | Path) -> list[str] | None:
