@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_trainer_built import pairs, settings  # noqa: F401 - pairs is a fixture
+from test_trainer_built import as_rank, pairs, settings  # noqa: F401 - pairs is a fixture
 from tiny import tiny_model, tiny_processor
 
 from internvl_mpo.encoding import encode_group
@@ -42,10 +42,7 @@ def reference_logps(pack) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def held(pairs, tmp_path, rank=0, num_ranks=1, **more) -> HeldOut:
-    args = settings(tmp_path, **more)
-    kind = type(args)
-    parts = {"world_size": property(lambda self: num_ranks), "process_index": property(lambda self: rank)}
-    args.__class__ = type(kind.__name__, (kind,), parts)
+    args = as_rank(settings(tmp_path, **more), rank, num_ranks)
     dataset = GroupDataset(pairs.rows, tiny_processor(), max_tiles=4, max_length=900, token_weights=args.token_weights)
     return HeldOut(pairs, dataset, args, collate=pack_groups, reference_logps=reference_logps)
 
@@ -154,8 +151,10 @@ def test_questions_that_are_answered_lie_over_all_of_the_data_and_none_comes_twi
         given.append((model, [group.pair_ids for group in groups], limit))
         return [[5] * (2 + number % 2) for number in range(len(groups))]
 
+    def decode(ids, skip_special_tokens):
+        return f"{len(ids)} tokens" if skip_special_tokens else None
+
     monkeypatch.setattr(module, "greedy_answers", greedy)
-    decode = lambda ids, skip_special_tokens: f"{len(ids)} tokens" if skip_special_tokens else None  # noqa: E731
     found = one.answers("model", SimpleNamespace(decode=decode), 7)
     assert given == [("model", [[pairs.rows[number].pair.id] for number in asked], 3)]
     for turn, (number, row) in enumerate(zip(asked, found, strict=True)):

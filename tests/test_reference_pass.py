@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from test_trainer_built import pairs, settings  # noqa: F401 - pairs is a fixture
+from test_trainer_built import as_rank, pairs, settings  # noqa: F401 - pairs is a fixture
 from tiny import tiny_model, tiny_processor
 
 from internvl_mpo.encoding import encode_group
@@ -25,14 +25,6 @@ from internvl_mpo.training.signals import keep_from_signals
 
 # Pairs 3, 4, 5 are of the question of step 0, pairs 6, 7, 8 of step 1, and 0, 1, 2 come up in step 2.
 ONE_STEP = {"reference_ahead_steps": 1, "max_steps": 3, "max_tokens_per_pack": 500, "pairs_per_step": 2, "seed": 1}
-
-
-def as_rank(args: Any, rank: int, num_ranks: int) -> Any:
-    """Settings of one of several ranks."""
-    kind = type(args)
-    parts = {"world_size": property(lambda self: num_ranks), "process_index": property(lambda self: rank)}
-    args.__class__ = type(kind.__name__, (kind,), parts)
-    return args
 
 
 @pytest.fixture

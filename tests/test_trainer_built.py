@@ -52,6 +52,14 @@ def settings(folder: Path, **more) -> MPOArguments:
     return MPOArguments(output_dir=str(folder / "run"), use_cpu=True, report_to=[], **{**SMALL, **more})
 
 
+def as_rank(args: MPOArguments, rank: int, num_ranks: int) -> MPOArguments:
+    """Settings of one of several ranks."""
+    kind = type(args)
+    parts = {"world_size": property(lambda self: num_ranks), "process_index": property(lambda self: rank)}
+    args.__class__ = type(kind.__name__, (kind,), parts)
+    return args
+
+
 class Adapters(torch.nn.Module):
     """What counts as a model with adapters."""
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from test_trainer_built import as_rank
 from tiny import tiny_processor
 
 from internvl_mpo.errors import BadInputError
@@ -262,8 +263,7 @@ def test_what_reading_is_told_reaches_the_look_at_the_pairs(folder, tmp_path, mo
 def test_other_ranks_wait_for_what_the_first_one_finds_and_write_nothing(folder, tmp_path, monkeypatch, capsys):
     first = read_pairs(settings(folder, tmp_path / "run"), tiny_processor())
     capsys.readouterr()
-    mine = settings(folder, tmp_path / "run")
-    mine.__class__ = type("Second", (TrainSettings,), {"process_index": property(lambda self: 1)})
+    mine = as_rank(settings(folder, tmp_path / "run"), 1, 2)
     (tmp_path / "run.preflight.json").unlink()
     token = next((tmp_path / "run.preflight").glob("*/*/started")).read_text()
     monkeypatch.setattr("internvl_mpo.training.distributed.agree", lambda value, args: token if value is None else "")
@@ -331,8 +331,7 @@ def test_a_loss_that_sorts_within_a_pack_is_told_where_steps_are_cut(pairs, fold
 
 
 def test_only_the_first_rank_speaks(pairs, folder, tmp_path, capsys):
-    asked = settings(folder, tmp_path, preference="aot", max_tokens_per_pack=450)
-    asked.__class__ = type("TrainSettings", (TrainSettings,), {"process_index": property(lambda self: 1)})
+    asked = as_rank(settings(folder, tmp_path, preference="aot", max_tokens_per_pack=450), 1, 2)
     asked, planned = plan(asked, pairs)
     assert (capsys.readouterr().out, len(planned)) == ("", 30)
 
