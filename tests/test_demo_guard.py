@@ -203,7 +203,7 @@ def test_only_the_page_and_its_parts_import_gradio():
             for line in path.read_text(encoding="utf-8").splitlines()
             if line.startswith(("import gradio", "from gradio"))
         ]
-        assert bool(imported) == (path.name in ("page.py", "widgets.py")), path.name
+        assert bool(imported) == (path.name in ("page.py", "runs_tab.py", "widgets.py")), path.name
 
 
 def test_settings_for_tests_are_settings(tmp_path):

@@ -102,7 +102,7 @@ STRANGERS = {
 }
 # packages that only these files of a room may import, so that the others can be used without them
 CONFINED = {
-    "gradio": {"demo/page.py", "demo/widgets.py", "benchmarks/metric.py"},
+    "gradio": {"demo/page.py", "demo/runs_tab.py", "demo/widgets.py", "benchmarks/metric.py"},
     "evaluate": {"benchmarks/evaluate_metric.py"},
     "ray": {"engines/ray_engine.py"},
     "uvicorn": {"engines/http_limits.py", "engines/serve.py"},

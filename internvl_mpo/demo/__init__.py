@@ -10,5 +10,5 @@ browser       questions of two evaluation runs on which the models differ
 examples      pictures the repository may ship, drawn here
 guard         what no request may ask the server for
 serving       what Gradio's server holds for each caller, and where it listens
-page          the page itself, the only file here with Gradio's components
+page, runs_tab, widgets   the page itself: what its buttons do, its second tab, its parts; the only files with Gradio
 """

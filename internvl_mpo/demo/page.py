@@ -1,13 +1,13 @@
-"""The page: two panes that stream, controls, votes, a link to share, the benchmark browser, and the API.
+"""The page: two panes that stream, controls, votes, a link to share, and the API; its second tab is `runs_tab`.
 
-The only file of the demo with Gradio's components. What a button does is in `service`, `votes`, `sharing` and
+What a button does is in `service`, `votes`, `sharing` and
 `browser`; what is shown is made in `show` from a `Conversation`, so every way to the same state looks the same.
 """
 
 import functools
 import html
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,11 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from internvl_mpo.demo import browser, show, widgets
-from internvl_mpo.demo.conversation import SIDES, Conversation
+from internvl_mpo.demo.conversation import Conversation
 from internvl_mpo.demo.examples import Example
 from internvl_mpo.demo.guard import Guard
-from internvl_mpo.demo.markup import safe_markdown
 from internvl_mpo.demo.pictures import fetch_data_uri
+from internvl_mpo.demo.runs_tab import RunsTab
 from internvl_mpo.demo.service import Service
 from internvl_mpo.demo.serving import MOST_SESSIONS, forget_call, free_port
 from internvl_mpo.demo.settings import DemoSettings
@@ -27,27 +27,12 @@ from internvl_mpo.demo.sharing import Shelf
 from internvl_mpo.demo.streaming import Backend
 from internvl_mpo.demo.takeaway import write_takeaway
 from internvl_mpo.demo.votes import VoteBox
+from internvl_mpo.demo.widgets import AT_ONCE, PRIVATE, toasted
 from internvl_mpo.errors import BadInputError
 
 QUEUE = "model"  # page and API wait in one line
 EMPTY = {"text": "", "files": []}
 STYLE_SHEET = Path(__file__).with_name("style.css")
-PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
-AT_ONCE = {**PRIVATE, "concurrency_limit": None}  # toasts travel through the queue; these never wait in it
-
-
-def toasted(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a handler's `BadInputError` become a toast that leaves everything on the page as it is."""
-
-    @functools.wraps(handler)
-    def handle(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return handler(*args, **kwargs)
-        except BadInputError as error:
-            gr.Warning(html.escape(str(error), quote=False), title="Please check")
-            return gr.skip()
-
-    return handle
 
 
 class Page:
@@ -94,7 +79,7 @@ class Page:
                 with gr.Tab("Ask", id="ask"):
                     self._build_ask(blocks)
                 with gr.Tab("Benchmarks", id="benchmarks"):
-                    self._build_browser(blocks)
+                    RunsTab(self.runs).build(blocks)
             gr.api(self.compare, api_name="compare", **self._in_line)
             blocks.unload(self._leave)
         return blocks
@@ -335,69 +320,6 @@ class Page:
             raise gr.Error(str(error), print_exception=False) from error
         finally:
             forget_call(request)
-
-    # --- the second tab -----------------------------------------------------------------------------------------------
-
-    def _build_browser(self, blocks: gr.Blocks) -> None:
-        names = list(self.runs)
-        if len(names) < 2:
-            gr.Markdown(
-                "Give two runs of `evaluate_mpo.py` with `--runs FOLDER,FOLDER` (or one folder that holds both), and "
-                "page here through the questions on which they differ."
-            )
-            return
-        first_run = "start" if "start" in names else names[0]
-        second_run = next(name for name in ("mpo", *reversed(names)) if name in names and name != first_run)
-        with gr.Row():
-            first = gr.Dropdown(names, value=first_run, label="First run")
-            second = gr.Dropdown(names, value=second_run, label="Second run")
-            task = gr.Dropdown([], label="Benchmark and mode")
-            which = gr.Dropdown([(text, key) for key, text in browser.FILTERS.items()], value="differ", label="Show")
-        with gr.Row(elem_id="bench-steps"):
-            before = gr.Button("← Previous", size="sm", min_width=0, elem_id="bench-previous")
-            number = gr.Number(
-                1, precision=0, minimum=1, label="Question", show_label=False, min_width=0, elem_id="bench-number"
-            )
-            after = gr.Button("Next →", size="sm", min_width=0, elem_id="bench-next")
-        where = gr.HTML(elem_id="bench-where")
-        question = gr.HTML(elem_id="bench-question")
-        verdicts, answers = [], []
-        with gr.Row():
-            for letter in "ab":
-                with gr.Column(min_width=320):
-                    verdicts.append(gr.HTML(elem_id=f"bench-verdict-{letter}"))
-                    answers.append(widgets.build_answer_of_a_run(letter))
-        chosen, shown = [first, second, task, which, number], [number, where, question, *verdicts, *answers]
-        for choose in (first.input, second.input, blocks.load):
-            choose(self._bench_tasks, [first, second], task, **AT_ONCE).then(self._bench_show, chosen, shown, **AT_ONCE)
-        for choose in (task.input, which.input):
-            choose(self._bench_show, chosen, shown, **AT_ONCE)
-        for move, step in ((number.submit, 0), (before.click, -1), (after.click, 1)):
-            move(functools.partial(self._bench_show, step=step), chosen, shown, **AT_ONCE)
-
-    @toasted
-    def _bench_tasks(self, first: str, second: str) -> Any:
-        names = browser.tasks(self.runs[first], self.runs[second])
-        preferred = next((name for name in names if name.endswith("/cot")), names[0] if names else None)
-        return gr.Dropdown(choices=names, value=preferred)
-
-    @toasted
-    def _bench_show(
-        self, first: str, second: str, task: str | None, which: str, number: float | None, step: int = 0
-    ) -> list[Any]:
-        selection = browser.select(self.runs[first], self.runs[second], task or "", which)
-        count = len(selection.entries)
-        if not count:
-            return [1, f"<p class='muted'>None of {selection.total} questions.</p>", *[""] * (1 + 2 * len(SIDES))]
-        number = min(max(1, int(number or 1) + step), count)
-        entry = selection.entries[number - 1]
-        return [
-            number,
-            f"<p class='muted' role='status'>Question {number} of {count}, {selection.total} in all</p>",
-            browser.question_html(entry),
-            *(browser.verdict_html(entry, side, name) for side, name in enumerate((first, second))),
-            *(safe_markdown(row["answer"] or "no answer") for row in entry.rows),
-        ]
 
 
 def launch(page: Page) -> tuple[gr.Blocks, str]:

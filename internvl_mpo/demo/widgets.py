@@ -1,7 +1,9 @@
-"""The parts of the page's first tab, without what they do: that is in `page`."""
+"""The parts of the page's first tab, without what they do: that is in `page`. How events behave, in both tabs."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+import html
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -9,7 +11,10 @@ from internvl_mpo.demo import show
 from internvl_mpo.demo.conversation import STYLE_NAMES, Conversation
 from internvl_mpo.demo.examples import Example
 from internvl_mpo.demo.settings import DemoSettings
+from internvl_mpo.errors import BadInputError
 
+PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
+AT_ONCE = {**PRIVATE, "concurrency_limit": None}  # toasts travel through the queue; these never wait in it
 LATEX = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
@@ -56,6 +61,20 @@ SAY_WAITING = """
 """
 # A button that switches itself off takes the focus with it: it goes to the question box.
 TO_THE_BOX = "() => document.querySelector('#box textarea')?.focus()"
+
+
+def toasted(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a handler's `BadInputError` become a toast that leaves everything on the page as it is."""
+
+    @functools.wraps(handler)
+    def handle(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return handler(*args, **kwargs)
+        except BadInputError as error:
+            gr.Warning(html.escape(str(error), quote=False), title="Please check")
+            return gr.skip()
+
+    return handle
 
 
 class Controls(NamedTuple):

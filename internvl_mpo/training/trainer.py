@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from internvl_mpo.errors import BadInputError
@@ -26,8 +26,9 @@ from internvl_mpo.packing import Pack, pack_groups
 from internvl_mpo.training import checkpoint
 from internvl_mpo.training.arguments import MPOArguments
 from internvl_mpo.training.callbacks import EvaluateAtTheEnd, MoveReference, NoInputGradients
-from internvl_mpo.training.data import GroupDataset, StepLoader
+from internvl_mpo.training.data import GroupDataset
 from internvl_mpo.training.distributed import engine_name
+from internvl_mpo.training.feeding import FedTrainer
 from internvl_mpo.training.fsdp import allow_fsdp_on_cpu, layer_names, uses_fsdp
 from internvl_mpo.training.held_out import HeldOut, sample_means, send_samples
 from internvl_mpo.training.live_reference import AdapterOff, MovingReference
@@ -37,13 +38,12 @@ from internvl_mpo.training.pairs import TrainingPairs
 from internvl_mpo.training.reference_pass import ReferencePass
 from internvl_mpo.training.reshard import is_of_other_ranks, load_universal
 from internvl_mpo.training.run_log import RunLog
-from internvl_mpo.training.signals import keep_from_signals
 from internvl_mpo.training.speed import apply_speed_settings, return_freed_memory
 from internvl_mpo.training.stopping import StopOrSave
 from internvl_mpo.training.throughput import FlopModel, device_peak, memory_in_use, speed
 
 
-class MPOTrainer(Trainer):
+class MPOTrainer(FedTrainer):
     """Trains a policy on preference pairs with the objective of `internvl_mpo.objective`.
 
     The loss is a mean over the pairs of the whole optimizer step: ranks, packs and accumulation change only memory.
@@ -132,65 +132,6 @@ class MPOTrainer(Trainer):
             return self.live.logps(pack)
         chosen, rejected = self.reference.cache.lookup(pack.pair_ids)
         return chosen.to(self.args.device), rejected.to(self.args.device)
-
-    # --- data ---------------------------------------------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the packs of this rank; the sampler knows the ranks, so accelerate must not shard it again."""
-        return StepLoader(
-            self.train_dataset,
-            batch_sampler=self.pairs.sampler(self.args),
-            collate_fn=pack_groups,
-            num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=keep_from_signals,
-            persistent_workers=self.args.dataloader_persistent_workers,
-        )
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Pack], Tensor | None]:
-        """Return the packs of the next step; none for a run that is over, or is to stop before its reference is there.
-
-        A run that was killed after its last checkpoint has no step left.
-        """
-        if self.state.global_step >= self.state.max_steps:  # transformers looks only after a step
-            self.control.should_training_stop = True
-            return [], None
-        if not self._prepare_reference():
-            self.stopping.stop_between_steps(self.args, self.state, self.control)
-            return [], None
-        return super().get_batch_samples(*args, **kwargs)
-
-    def _prepare_reference(self) -> bool:
-        """Have the reference of the next step at hand; False if a signal came first."""
-        if self.reference is None:
-            return True
-        self._follow_start()
-        before = self.reference.seconds
-        is_there = self.reference.prepare(self.state.global_step, lambda: not self.stopping.is_wanted(self.args))
-        self.last_log += self.reference.seconds - before  # the speed that is logged is that of training
-        return is_there
-
-    def _follow_start(self) -> None:
-        """Under FSDP2 keep this rank's share of the start weights: they are cut, and nothing has changed them yet."""
-        if uses_fsdp(self.args) and self.reference is not None and not self.reference.follows:
-            self.reference.follow(self.model)
-
-    def num_examples(self, dataloader: DataLoader) -> int:
-        """Pairs of an epoch."""
-        return self.pairs.num_seen
-
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Pairs of an optimizer step."""
-        return args.pairs_per_step
-
-    def _get_num_items_in_batch(self, batch_samples: list[Pack], device: torch.device) -> Tensor:
-        """Pairs and chosen tokens of the whole step, over all packs and ranks. Shape: (2,)"""
-        pairs = sum(pack.num_pairs for pack in batch_samples)
-        tokens = sum(int(pack.chosen_lengths_P.sum()) for pack in batch_samples)
-        totals = torch.tensor([pairs, tokens], device=device)
-        return self.accelerator.reduce(totals, reduction="sum")
-
-    def _prepare_inputs(self, inputs: Pack) -> Pack:
-        return inputs.to(self.args.device)
 
     def floating_point_ops(self, inputs: Pack) -> float:
         """Return the FLOP of a pack, forward and backward, see `throughput`."""
