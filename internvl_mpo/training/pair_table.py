@@ -202,6 +202,16 @@ def write_index(folder: Path, parts: Sequence[Part], made_from: str, sources: Se
         made_from: digest of the sources and settings.
         sources: of the data.
     """
+    name = f"columns-{made_from}.arrow"
+    kinds, unusable = _write_columns(folder, parts, folder / name)
+    index = {"made_from": made_from, "columns": name, "parts": parts, "kinds": kinds, "unusable": unusable}
+    clashes = dict(same_id_twice(PairTable(folder, sources, {**index, "clashes": {}})))
+    with atomic_writer(folder / INDEX) as out:
+        json.dump({**index, "clashes": clashes}, out, ensure_ascii=False)
+
+
+def _write_columns(folder: Path, parts: Sequence[Part], path: Path) -> tuple[list[Kind], list[Unusable]]:
+    """Write the numbers of all parts as one batch and let go of them; return what they count and what is left out."""
     columns = {name: np.empty(sum(part.num_pairs for part in parts), dtype) for name, dtype in NUMBERS.items()}
     kinds: dict[Kind, int] = {}
     unusable: list[Unusable] = []
@@ -218,12 +228,8 @@ def write_index(folder: Path, parts: Sequence[Part], made_from: str, sources: Se
         columns["number"][place] += part.first
         own = [kinds.setdefault(Kind(part.source, *kind), len(kinds)) for kind in facts["kinds"]]
         columns["kind"][place] = np.array(own, np.int32)[columns["kind"][place]]
-    name = f"columns-{made_from}.arrow"
-    write_batch({name: pyarrow.array(column) for name, column in columns.items()}, folder / name)
-    index = {"made_from": made_from, "columns": name, "parts": parts, "kinds": list(kinds), "unusable": unusable}
-    clashes = dict(same_id_twice(PairTable(folder, sources, {**index, "clashes": {}})))
-    with atomic_writer(folder / INDEX) as out:
-        json.dump({**index, "clashes": clashes}, out, ensure_ascii=False)
+    write_batch({name: pyarrow.array(column) for name, column in columns.items()}, path)
+    return list(kinds), unusable
 
 
 def read_index(folder: Path) -> dict[str, Any]:
