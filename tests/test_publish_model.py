@@ -394,6 +394,15 @@ def test_a_native_folder_that_ties_its_output_to_its_embeddings_gets_a_matrix_of
     assert torch.equal(saved["language_model.lm_head.weight"], kept)
 
 
+@pytest.mark.slow
+def test_the_converter_is_a_program(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    words = [sys.executable, "-m", "internvl_mpo.convert", str(tmp_path), "--output", str(tmp_path / "out")]
+    result = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "has model_type 'bert'; expected 'internvl_chat' or 'internvl'" in result.stderr
+
+
 def test_what_the_native_layout_cannot_say_is_refused(tmp_path: Path) -> None:
     model = tiny_model("phi3")
     folder = write_model_folder(model, tiny_processor(model.config), tmp_path / "ours")
