@@ -233,14 +233,11 @@ def _start_worker(processor: Any, folder: Path, sources: Sequence[Any], options:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()  # what was imported need not be looked through again and again
-    gc.disable()  # nor the rows of a block; what is left of them goes after it
     _worker = PartWriter(processor, folder, sources, **options)
 
 
 def _make_part(number: int, block: Block) -> tuple[str, int]:
-    made = _worker.write(number, block)
-    gc.collect()
-    return made
+    return _worker.write(number, block)
 
 
 def _processor_digest(processor: Any) -> str:
