@@ -159,6 +159,9 @@ def test_an_absolute_path_stands_for_the_picture_below_the_folder(tmp_path):
     zipped(tmp_path / "x.zip", "pictures/a/4.png")
     packed = ReleaseFiles(tmp_path).pictures("pictures")
     assert packed.meant("/mnt/a/4.png") == "a/4.png" and packed.below("/mnt/a/4.png") == "/mnt/a/4.png"
+    write(tmp_path, "pictures/a/4.png")  # unpacked beside its archive: one picture, the disk comes first
+    both = ReleaseFiles(tmp_path).pictures("pictures")
+    assert both.meant("/mnt/a/4.png") == "a/4.png"
 
 
 def test_a_file_that_is_far_too_large_is_not_read(tmp_path, monkeypatch):

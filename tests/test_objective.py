@@ -385,3 +385,9 @@ def test_what_the_loss_takes_for_granted_is_the_recipe_of_the_settings():
     assert defaults["weights"] == tuple(fields[f"{term}_weight"] for term in ("preference", "quality", "generation"))
     assert (defaults["beta"], defaults["weights"], defaults["simpo_gamma"]) == (0.1, (0.8, 0.2, 1.0), 1.0)
     assert (defaults["dpop_lambda"], defaults["shift"]) == (50.0, 0.0)
+    logps = torch.tensor([-9.0]), torch.tensor([-7.0]), torch.tensor([-5.0]), torch.tensor([-6.0])
+    lengths = {"chosen_lengths": torch.tensor([3]), "rejected_lengths": torch.tensor([4])}
+    for preference in ("dpop", "simpo", "dpo"):
+        given = {**shared, "preference": preference, "weights": defaults["weights"], "shift": 0.0}
+        explicit = mpo_loss(*logps, **lengths, **given)
+        assert mpo_loss(*logps, **lengths, preference=preference).loss.item() == explicit.loss.item()

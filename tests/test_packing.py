@@ -274,3 +274,16 @@ def test_what_towers_need_beside_pixels_goes_back_to_the_groups_that_brought_it(
         }
         assert (again.tiles is None) == (group.tiles is None)
         assert group.tiles is None or torch.equal(again.tiles, group.tiles)
+
+
+def test_positions_of_several_axes_are_those_of_the_prompts_and_count_on_in_the_responses():
+    axes = torch.tensor([[0, 5, 6], [0, 7, 8], [0, 9, 10]])
+    groups = [Group([1, 2], [[3, 4], [5]], [(0, 1)], ["a"]),
+              Group([1, 2, 3], [[4, 5, 6], [7]], [(0, 1)], ["b"], positions=axes)]  # fmt: skip
+    plain, several = pack_groups(groups[:1]).position_ids, pack_groups(groups).position_ids
+    assert (plain.shape[0], several.shape[:2]) == (1, (3, 1))
+    start = plain.shape[1]
+    assert torch.equal(several[:, :, :start], plain.expand(3, 1, start))
+    assert torch.equal(several[:, 0, start : start + 3], axes)
+    behind = pack_groups([Group([1, 2, 3], [[4, 5, 6], [7]], [(0, 1)], ["b"])]).position_ids[:, 3:]
+    assert torch.equal(several[:, :, start + 3 :], (behind + 8).expand(3, 1, behind.shape[1])), "from 11 on, not from 3"

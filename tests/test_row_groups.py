@@ -147,3 +147,14 @@ def test_what_cannot_be_read_is_named(folder):
         len(ParquetTable(str(folder)))
     with pytest.raises(BadInputError, match="there is no Parquet file"):
         ParquetTable(str(folder.parent / "empty"))
+
+
+def test_a_reason_that_is_a_sentence_already_is_not_wrapped_in_another(folder, monkeypatch):
+    table = ParquetTable(str(folder))
+
+    def fail(shard):
+        raise BadInputError("the shard is gone; load it again")
+
+    monkeypatch.setattr(table, "_file", fail)
+    with pytest.raises(BadInputError, match=r"^the shard is gone; load it again$"):
+        table.read(table.groups[0])
