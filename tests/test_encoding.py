@@ -189,6 +189,13 @@ def test_what_a_pair_costs_is_what_its_two_branches_add(root):
     assert len({*measured.response_keys}) == 2
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize("text", ["<|im_end|>", " \n<|im_end|> "])
+def test_a_response_that_is_nothing_but_its_end_is_refused(root, side, text):
+    """It would teach to say nothing, or not to."""
+    assert refused(root, text_pair(**{side: text})) == [f"'{side}' is empty"] * 2
+
+
 def test_spaces_around_a_response_are_not_scored(root):
     group = encode_group(tiny_processor(), [text_pair(chosen=" yes\n", rejected="no")], root)
     assert decode(tiny_processor(), group.responses[0]) == "yes<|im_end|>"
