@@ -151,6 +151,7 @@ def test_what_cannot_be_read_is_named(folder):
 
 def test_a_reason_that_is_a_sentence_already_is_not_wrapped_in_another(folder, monkeypatch):
     table = ParquetTable(str(folder))
+    group = table.groups[0]
 
     def fail(shard):
         raise BadInputError("the shard is gone; load it again")
@@ -159,4 +160,4 @@ def test_a_reason_that_is_a_sentence_already_is_not_wrapped_in_another(folder, m
     for shard in (table.shards[0], "hf://datasets/me/pairs/0.parquet"):  # a Hub's client raises anything
         table.shards[0] = shard
         with pytest.raises(BadInputError, match=r"^the shard is gone; load it again$"):
-            table.read(table.groups[0])
+            table.read(group)
