@@ -373,11 +373,11 @@ def _provenance(row: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]
     given = row.get("provenance") or {}
     if not isinstance(given, dict):
         raise RowError("key 'provenance' must be an object")
-    notes = row.keys() - known
+    notes = [key for key in row if key not in known]
     if not notes:
         return given
     for key in notes:
         reason = why_refused(key, row)
         if reason is not None:
             raise RowError(reason)
-    return {**given, **{key: value for key, value in row.items() if key in notes}}
+    return {**given, **{key: row[key] for key in notes}}

@@ -140,6 +140,13 @@ def test_a_note_is_kept(key):
     assert pair(**{key: "x"}).provenance == {key: "x"}
 
 
+def test_of_several_keys_that_nothing_reads_the_first_is_named_in_every_process():
+    keys = ["imgae", "qestion", "anwser", "chosne", "rejectde", "systme", "histroy", "hint"]
+    for first in keys:
+        with pytest.raises(RowError, match=f"'{first}'"):
+            pair(**{first: "x"} | dict.fromkeys(keys, "x"))
+
+
 def test_a_file_named_by_a_note_is_refused_where_the_row_shows_no_picture():
     with pytest.raises(RowError, match="'file_name'"):
         pair(file_name="a.png")
