@@ -162,12 +162,12 @@ def test_smaller_packs_give_the_same_losses(world, unbroken, tmp_path, more):
 
 @pytest.mark.slow
 def test_the_token_budget_holds_in_every_epoch_that_max_steps_reaches(world, tmp_path, monkeypatch):
-    from internvl_mpo.training import trainer
+    from internvl_mpo.training import feeding
 
     sizes = []
-    pack_groups = trainer.pack_groups
+    pack_groups = feeding.pack_groups
     monkeypatch.setattr(
-        trainer, "pack_groups", lambda groups: sizes.append(pack_groups(groups).num_tokens) or pack_groups(groups)
+        feeding, "pack_groups", lambda groups: sizes.append(pack_groups(groups).num_tokens) or pack_groups(groups)
     )
     assert train(world, tmp_path / "run", "--max_steps", "12", "--max_tokens_per_pack", "650") == 0
     assert len(sizes) > 12
