@@ -305,6 +305,34 @@ def test_what_does_not_go_with_fsdp_is_refused_by_name(world, tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
+def test_fsdp_sums_gradients_in_float32_and_after_every_pack():
+    from internvl_mpo.training.fsdp import check_fsdp
+
+    for precision, narrow in (("bf16", torch.bfloat16), ("fp16", torch.float16), (None, None)):
+        settings = SimpleNamespace(
+            fsdp=True, deepspeed=None, fsdp_plugin_args={"fsdp_version": 2}, reference_pass="ahead", load_in_4bit=False,
+            reference_sync_steps=0, reference_model=None, world_size=2, bf16=precision == "bf16",
+            fp16=precision == "fp16", accelerator_config=SimpleNamespace(gradient_accumulation_kwargs={"num_steps": 3}),
+        )  # fmt: skip
+        check_fsdp(settings)
+        policy = settings.fsdp_plugin_args.get("mixed_precision_policy")
+        found = policy and (policy.param_dtype, policy.reduce_dtype, policy.output_dtype)
+        assert found == (narrow and (narrow, torch.float32, None))
+        accumulation = settings.accelerator_config.gradient_accumulation_kwargs
+        assert accumulation == {"sync_each_batch": True, "num_steps": 3}
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_gradients_that_fsdp_keeps_on_the_host_are_summed_by_gloo(monkeypatch, offload):
+    from internvl_mpo.training.fsdp import prepare_fsdp
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = SimpleNamespace(fsdp_config={"fsdp_cpu_offload": offload}, ddp_backend=None, use_cpu=False)
+    prepare_fsdp(args)
+    assert args.ddp_backend == ("cuda:nccl,cpu:gloo" if offload else None)
+    assert args.fsdp_config == {"cpu_offload": offload, "state_dict_type": "SHARDED_STATE_DICT"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "kills"), [("one", 2), ("two", 1), ("two_zero2", 1)])
 def test_kill_9_and_the_same_command_give_the_same_losses(tmp_path, way, kills):

@@ -22,7 +22,7 @@ from internvl_mpo.training.pair_table import NUMBERS, read_facts, text_hash, tex
 TOGETHER = 256  # rows that go through all steps before the next are read, so that they stay in the cache
 
 
-class Good(NamedTuple):
+class Usable(NamedTuple):
     """A usable row: its number in the block, the pair, the number of its question, its size."""
 
     number: int
@@ -91,7 +91,7 @@ class PartWriter:
 
     def _look(
         self, rows: Sequence[tuple[int, PairRow | RowError]], first: int, questions: dict[tuple, int]
-    ) -> tuple[list[Good], list[tuple[int, str]]]:
+    ) -> tuple[list[Usable], list[tuple[int, str]]]:
         """Return the usable rows, and (number, reason) of the others, numbers from 0; add questions to `questions`."""
         asked = [
             Asked(
@@ -111,7 +111,7 @@ class PartWriter:
                 continue
             one, found = next(measured)
             if isinstance(found, PairSize):
-                good.append(Good(number - first, row, one.key, found))
+                good.append(Usable(number - first, row, one.key, found))
             else:
                 unusable.append((number - first, found))
         return good, unusable
@@ -131,7 +131,7 @@ class _Columns:
         self._keys: dict[int, tuple[int, int]] = {}
         self._texts: dict[str, list[bytes]] = {"id": [], "pair": []}
 
-    def add(self, rows: Sequence[Good]) -> None:
+    def add(self, rows: Sequence[Usable]) -> None:
         """Add usable rows, at least one."""
         keys = [self._keys.get(one.question) or self._key(one) for one in rows]
         kinds = [(row.subset, row.repeat_time, row.max_tiles, str(row.image_root)) for _, row, *_ in rows]
@@ -156,7 +156,7 @@ class _Columns:
         numbers = {name: pyarrow.array(np.array(self.numbers[name], dtype)) for name, dtype in NUMBERS.items()}
         return numbers | {name: pyarrow.array(texts, pyarrow.string()) for name, texts in self._texts.items()}
 
-    def _key(self, one: Good) -> tuple[int, int]:
+    def _key(self, one: Usable) -> tuple[int, int]:
         """Return the columns `key` and `share` of a question that was not met before."""
         key = one.row.key
         found = self._keys[one.question] = int(content_id(*key), 16), question_share(key[0])
