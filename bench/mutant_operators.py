@@ -6,6 +6,7 @@ left alone: a wrong word there breaks no data and no training.
 
 import ast
 import builtins
+import codecs
 import itertools
 import re
 from collections.abc import Iterator
@@ -194,8 +195,11 @@ def parts(statement: ast.stmt) -> Iterator[ast.AST]:
         return
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
         return
-    if isinstance(statement, ast.Assign) and re.match(r"(tuple|list|dict|Callable)\[", ast.unparse(statement.value)):
-        return  # the name of a type
+    if isinstance(statement, ast.Assign):
+        if re.match(r"(tuple|list|dict|Callable)\[|TypeVar\(", ast.unparse(statement.value)):
+            return  # the name of a type
+        if ast.unparse(statement.targets[0]) == "__all__":
+            return  # is not exchanged in a running process; tests/test_rooms.py looks at it
     skipped = {"annotation", "returns", "decorator_list", "type_params", "body", "orelse", "finalbody", "handlers"}
 
     def walk(node: ast.AST) -> Iterator[ast.AST]:
@@ -301,8 +305,16 @@ def _other_constants(value: object) -> list[str]:
     if isinstance(value, float):
         return [repr(value * 2), repr(value / 2)] if value else ["1.0"]
     if isinstance(value, str) and value:
-        return [repr(value + "_")]
+        return [repr("ascii" if _is_codec(value) else value + "_")]
     return []
+
+
+def _is_codec(name: str) -> bool:
+    """Whether it names an encoding that Python also knows with another end, as "utf-8_"."""
+    try:
+        return codecs.lookup(name) == codecs.lookup(f"{name}_")
+    except (LookupError, ValueError):
+        return False
 
 
 def _twins(name: str) -> Iterator[str]:

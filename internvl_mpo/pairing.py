@@ -322,8 +322,6 @@ def choose_balanced(
 
 def _diagonal(rows: list[Judged], columns: list[Judged]) -> Iterator[tuple[Judged, Judged]]:
     """Every pair once, running through both lists side by side before any combination repeats a member."""
-    if not rows or not columns:
-        return
     common = math.lcm(len(rows), len(columns))
     for k in range(len(rows) * len(columns)):
         yield rows[k % len(rows)], columns[(k + k // common) % len(columns)]

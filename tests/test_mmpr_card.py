@@ -84,7 +84,9 @@ def test_a_card_names_the_data_set_its_sources_and_its_pictures(tmp_path, statis
     manifest["shards"] = SHARDS[1:]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     write_card(tmp_path)  # again, over what is there
-    assert 'load_dataset("org/MMPR", "default", split="train", streaming=True)' in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert 'load_dataset("org/MMPR", "default", split="train", streaming=True)' in text
+    assert text.startswith("---\npretty_name: MMPR\n") and "\n# MMPR\n" in text
 
 
 def test_bars_are_the_pairs_of_a_source_rule_beside_rule(tmp_path, figures, statistics):
@@ -181,13 +183,35 @@ def test_the_statistics_of_a_card():
         statistics.add(pair(rule=rule), "one", count_tokens=len)
     statistics.add_image(4, 8, "PNG", 2_000_000)
     text = statistics_text(statistics, {"num_rejects": 1200}, [("a.png", "A")])
-    assert "| source | family | pairs | correctness | format |" in text
-    assert "| geo170k | mathematics | 3 | 2 | 1 |" in text and "| **all** |  | 3 | 2 | 1 |" in text
-    assert "| correctness | 3.0 | 4.0 | 2.0 | 2.00 | 100% |" in text
-    assert "Mean tokens over a sample of 3 pairs: question 14.0, chosen 18.0, rejected 7.0." in text
-    assert "Pictures per pair: 1: 3." in text
-    assert "Distinct pictures (counted per shard): 1, 2.0 MB (PNG 1)." in text
-    assert "1,200 lines of the release could not be converted." in text and "![A](pictures/a.png)" in text
+    assert (
+        text
+        == """\
+## Statistics
+
+Words are counted between spaces; a Chinese or Japanese character counts as one.
+
+| source | family | pairs | correctness | format |
+|---|---|---|---|---|
+| geo170k | mathematics | 3 | 2 | 1 |
+| **all** |  | 3 | 2 | 1 |
+
+Length in words, and how chosen compares with rejected (geometric mean of the ratio; share of longer ones):
+
+| rule | question | chosen | rejected | chosen / rejected | chosen longer |
+|---|---|---|---|---|---|
+| correctness | 3.0 | 4.0 | 2.0 | 2.00 | 100% |
+| format | 3.0 | 4.0 | 2.0 | 2.00 | 100% |
+
+Mean tokens over a sample of 3 pairs: question 14.0, chosen 18.0, rejected 7.0.
+
+Pictures per pair: 1: 3.
+Distinct pictures (counted per shard): 1, 2.0 MB (PNG 1).
+
+1,200 lines of the release could not be converted.
+
+![A](pictures/a.png)
+"""
+    )
     empty = statistics_text(ReleaseStatistics(), {"num_rejects": 0}, [])
     assert not any(word in empty for word in ("Mean tokens", "Distinct", "could not", "!["))
     assert _table(["a", "b"], [[1234, "x"]]) == ["| a | b |", "|---|---|", "| 1,234 | x |"]

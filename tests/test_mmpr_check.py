@@ -381,3 +381,15 @@ def test_findings_are_counted_by_their_severity():
         report.kinds[kind, "one"], report.kinds[kind, "another"] = 1, 1
     report.kinds["repeats itself", "one"] = 3
     assert (report.num("error"), report.num("warning")) == (2 * len(errors), 3)
+
+
+def test_rows_that_differ_in_the_question_alone_are_no_copies_and_differences_count_from_the_chosen(tmp_path):
+    """Letters beyond ASCII tell rows apart as well."""
+    same = {"image": "1.png", "chosen": f"a b c d {LONG}", "rejected": "a x"}
+    scene(1).save(tmp_path / "1.png")
+    rows = [{"question": "ü?", **same}, {"question": "ä?", **same}, {"question": "ä?", **same, "system": "s"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = check(str(tmp_path / "a.jsonl"))
+    assert report.kinds == {}
+    mean = report.differences.mean(("a", "other"))
+    assert (mean.pairs, mean.place) == (3, pytest.approx(1 / (4 + len(LONG.split()))))

@@ -335,6 +335,22 @@ def test_words_that_ten_questions_of_a_benchmark_share_are_its_instructions(monk
         assert (index.runs, index.lengths, index.questions) == (runs, {8}, [question] * number)
 
 
+def test_a_picture_that_cannot_be_read_counts_once_and_the_others_belong_to_their_questions(monkeypatch):
+    def opened(name: str) -> Image.Image:
+        if name == "broken":
+            raise BadInputError(name)
+        return Image.radial_gradient("L") if name == "one" else Image.linear_gradient("L")
+
+    shown = (("one", "broken"), ("broken", "other"), ("one",), ())
+    examples = [SimpleNamespace(id=str(n), question="?", images=images) for n, images in enumerate(shown)]
+    monkeypatch.setattr(contamination, "load_benchmark", lambda name: SimpleNamespace(examples=lambda *given: examples))
+    monkeypatch.setattr(contamination, "open_image", opened)
+    index = contamination.build_index({"pope": "folder"})
+    assert (index.num_unreadable, index.owners, index.lengths) == ({"pope": 1}, [0, 1, 2], set())
+    assert index.of_picture(opened("one")) == {0, 2}
+    assert index.of_picture(opened("other")) == {1}
+
+
 def test_a_question_of_five_words_is_looked_for_and_one_of_four_is_not(monkeypatch):
     words = "one two three four five six seven eight nine"
     texts = [" ".join(words.split()[:count]) for count in (4, 5, 8, 9)]

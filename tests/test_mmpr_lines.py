@@ -44,6 +44,7 @@ def test_lines_have_their_place_and_length_and_none_is_missing(tmp_path, end):
 
 
 def test_a_line_that_is_too_long_is_cut_and_the_next_one_read(tmp_path, monkeypatch):
+    assert module.MAX_LINE_BYTES == 64 << 20  # what messages say
     monkeypatch.setattr(module, "MAX_LINE_BYTES", 10)
     for length, cut in ((9, 9), (10, 10), (11, 11), (12, 11), (20, 11), (21, 11), (35, 11)):
         path = write(tmp_path / "a.jsonl", b"x" * (length - 1) + b"\nnext\n")
@@ -242,3 +243,24 @@ def test_a_folder_of_a_release_may_hold_it_one_level_down(tmp_path):
     assert read_subsets(tmp_path)[0].repeat_time == 3
     with pytest.raises(BadInputError, match=r"data file '.*nowhere\.jsonl' does not exist"):
         read_subsets(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("room", [1, 2, 100])
+def test_a_stream_of_pieces_is_read_from_any_byte_on(room):
+    pieces = [b"ab", b"", b"cde", b"f", b"ghij"]
+    for start in range(12):
+        stream, found, buffer = module._Unpacked(iter(pieces), start), b"", bytearray(room)
+        while count := stream.readinto(memoryview(buffer)):
+            found += buffer[:count]
+        assert found == b"".join(pieces)[start:]
+
+
+def test_an_array_is_one_of_rows_whatever_its_first_item_is(tmp_path):
+    pair = {"question": "q", "chosen": "a", "rejected": "b"}
+    for items in ([5, pair], [{**pair, "more": {"root": "x"}}], []):
+        path = write(tmp_path / "a.json", json.dumps(items).encode())
+        (subset,) = read_subsets(path)
+        assert [json.loads(line) for _, _, line in read_lines(subset.annotation)] == items
+    for content in (b"", b"5"):  # what is neither rows nor subsets
+        with pytest.raises(BadInputError, match=r"a\.json"):
+            read_subsets(write(path, content))

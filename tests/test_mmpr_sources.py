@@ -12,12 +12,13 @@ import pytest
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr import sources as module
 from internvl_mpo.mmpr.manifest import MANIFEST
-from internvl_mpo.mmpr.parquet import EmbeddedPictures, check_columns, prompt_blocks
+from internvl_mpo.mmpr.parquet import EmbeddedPictures, arrow_schema, check_columns, prompt_blocks, to_columns
 from internvl_mpo.mmpr.reading import forms_found
-from internvl_mpo.mmpr.release import read_subsets
+from internvl_mpo.mmpr.release import Subset, read_subsets
 from internvl_mpo.mmpr.row_groups import ParquetTable, open_table
 from internvl_mpo.mmpr.sources import Block, open_sources
 from internvl_mpo.mmpr.tables import RowPictures, TablePictures, TableRows, columns_of, is_table
+from internvl_mpo.records import PreferencePair
 
 
 def rows(count: int) -> list[dict]:
@@ -64,6 +65,11 @@ def test_blank_and_bad_lines_keep_the_numbers_of_the_others(tmp_path):
     row = found[1][1]
     assert (row.where, row.subset, row.repeat_time, row.max_tiles) == (f"{path}:4", "a", 1.0, None)
     assert row.image_root == tmp_path and source.pictures("", 4) == tmp_path
+
+
+def test_blocks_are_cut_where_those_of_earlier_tables_were():
+    """The name of a part is a digest of its block: cut elsewhere, every row of every user would be looked at anew."""
+    assert (module.BLOCK_BYTES, module.BLOCK_ROWS, module.TABLE_ROWS) == (8 << 20, 8192, 1 << 16)
 
 
 def test_what_comes_before_a_broken_place_is_read(tmp_path):
@@ -269,3 +275,38 @@ def test_a_picture_stands_where_its_placeholder_stood(question, count, kinds):
     blocks = prompt_blocks(question, count)
     assert [block["text"] for block in blocks] == kinds
     assert [block["type"] for block in blocks] == ["image" if kind is None else "text" for kind in kinds]
+
+
+def test_a_row_of_mmpr_as_parquet_has_its_number_and_its_settings_or_says_what_is_wrong(tmp_path):
+    subset = Subset("s_pairs_vqa_correctness_rules", None, None, 0.5, 6, {"root": "/mnt/x/images/s"})
+    made = []
+    for number in range(3):
+        pair = PreferencePair(question=f"q{number}", images=("1.png",), chosen="c", rejected="r", source="s")
+        made.append(to_columns(pair.to_json(), pair, subset, [bytes([number])]))
+    made[1]["rejected"] = made[1]["chosen"]
+    made[2]["provenance"] = "no JSON"
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(made, arrow_schema()), path, row_group_size=2)
+    (source,) = open_sources(path)
+    assert source.settings() == [str(path), [[str(path), path.stat().st_size, path.stat().st_mtime_ns]]]
+    assert (source.facts(), source.versions()) == ([], {})
+    assert source.num_bytes == sum(group.num_bytes for group in source.table.groups) > 0
+    found = [one for block in source.blocks() for one in source.rows(block)]
+    assert [number for number, _ in found] == [0, 1, 2]
+    row, equal, broken = (one for _, one in found)
+    assert row.pair.question == "q0"
+    assert (row.where, row.subset, row.repeat_time, row.max_tiles) == (f"{path}, row 0", subset.name, 0.5, 6)
+    assert (str(row.image_root), row.image_root.read("1.png")) == (f"{path}/images/s", b"\0")
+    assert str(equal).startswith(f"{path}, row 1: 'chosen' equals 'rejected'")
+    assert str(broken).startswith(f"{path}, row 2: not a pair (Expecting value")
+
+
+def test_a_row_of_a_source_is_its_pictures_of_this_folder(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/1.png").write_bytes(b"1")
+    row = {"question": "q", "chosen": "c", "rejected": "r", "images": ["/mnt/x/b/1.png"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (source,) = open_sources(tmp_path / "a.jsonl")
+    ((_, found),) = (one for block in source.blocks() for one in source.rows(block))
+    assert found.pair.images == ("b/1.png",)
+    assert (source.versions(), source.where(9)) == ({}, f"{tmp_path}/a.jsonl:9")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from internvl_mpo.errors import BadInputError, RowError
+from internvl_mpo.mmpr import shard_plan
 from internvl_mpo.mmpr import shard_writer as module
 from internvl_mpo.mmpr.manifest import MANIFEST, file_facts, read_manifest
 from internvl_mpo.mmpr.parquet import (
@@ -23,7 +25,7 @@ from internvl_mpo.mmpr.parquet import (
     to_raw,
 )
 from internvl_mpo.mmpr.release import Subset
-from internvl_mpo.mmpr.shard_plan import Options, Shard, line_start, map_in_processes
+from internvl_mpo.mmpr.shard_plan import Options, Piece, Shard, line_start, map_in_processes
 from internvl_mpo.mmpr.shard_writer import ShardPictures, ShardWriter, done_mark
 from internvl_mpo.mmpr.statistics import ReleaseStatistics
 from internvl_mpo.mmpr.tables import stream_table
@@ -281,3 +283,44 @@ def test_the_columns_of_a_data_set_are_those_that_were_published():
     assert json.loads(schema.metadata[b"huggingface"]) == {"info": {"features": FEATURES}}
     assert FEATURES["images"] == [{"_type": "Image"}]
     assert FEATURES["id"] == {"dtype": "string", "_type": "Value"}
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name_and_its_mark_after_that(tmp_path, monkeypatch):
+    rows = [{"question": f"q{n}", "chosen": "yes", "rejected": "no" if n else "yes"} for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options, work, out = Options(str(tmp_path / "a.jsonl")), tmp_path / "new/work", tmp_path / "new/out"
+    shard = Shard("data/a/train-0.parquet", "a", [Piece(0, 0, 10**6, 1, num_tiny=1)])
+    path, seen = out / shard.path, []
+    replace = os.replace
+    monkeypatch.setattr(module, "sync_to_disk", lambda part: seen.append(("synced", part.is_file(), path.exists())))
+    monkeypatch.setattr(
+        module.os, "replace", lambda old, new: seen.append((Path(new).name, path.exists())) or replace(old, new)
+    )
+    for _ in range(2):  # once more over what is there
+        assert module.write_shard(shard, options, str(out), str(work)) == shard.path
+    mark = done_mark(work, shard)
+    assert seen[:3] == [("synced", True, False), ("train-0.parquet", False), (mark.name, True)]
+    assert pq.read_table(path)["question"].to_pylist() == ["q1", "q2"]
+    assert pq.read_table(work / "tiny-00000.parquet")["question"].to_pylist() == ["q1"]
+    done = json.loads(mark.read_text())
+    entry = {"path": shard.path, "source": "a", "num_rows": 2, **file_facts(path)}
+    assert (done["shard"], done["num_rejects"], done["problems"]) == (entry, 1, [])
+    assert ReleaseStatistics.from_json(done["statistics"]).rows == {("a", "other"): 2}
+    (reject,) = mark.with_suffix(".rejects.jsonl").read_text().splitlines()
+    assert json.loads(reject)["row"] == f"{tmp_path}/a.jsonl:1"
+
+
+def test_a_plan_says_how_many_pairs_have_their_tokens_counted(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "chosen": "yes", "rejected": "no"}\n' * 4)
+    assert (shard_plan.MAX_TOKENIZED, shard_plan.TINY_ROWS, shard_plan.INDEX_BYTES) == (20_000, 200, 32 << 20)
+    shown, bar = [], shard_plan.progress_bar
+    monkeypatch.setattr(shard_plan, "progress_bar", lambda items, **more: shown.append(more) or bar(items, **more))
+    for most, share in ((20_000, 1.0), (3, 0.75)):
+        monkeypatch.setattr(shard_plan, "MAX_TOKENIZED", most)
+        for tokenizer in ("t", None):
+            options = Options(str(tmp_path / "a.jsonl"), tokenizer=tokenizer)
+            (shard,) = shard_plan.plan(options, options.subsets(), 1)
+            assert shard.sample == (share if tokenizer else 0)
+            (piece,) = shard.pieces
+            assert (piece.number, piece.num_tiny, sorted(piece.repeated)) == (1, 200, ["2", "3", "4"])
+    assert shown[0] == {"total": 1, "unit": "part", "text": "indexing"}

@@ -207,6 +207,21 @@ def test_zero_groups_are_refused():
         pack_groups([])
 
 
+def test_pairs_that_share_responses_in_a_ring_share_each_begin_once():
+    """Three responses, each in two pairs: what the third pair shares is known from the other two."""
+
+    def size(keys: tuple[int, int], stem: int) -> PairSize:
+        lengths = {0: 9, 1: 8, 2: 7, 3: 6}
+        return PairSize(20, lengths[keys[0]], lengths[keys[1]], stem=stem, chosen_key=keys[0], rejected_key=keys[1])
+
+    ring = [size((0, 1), 4), size((0, 2), 3), size((1, 2), 3)]
+    assert group_tokens(ring) == group_tokens(ring[::-1]) == 20 + 8 + 7 + 6 - 4 - 3
+    assert group_tokens([*ring, size((2, 3), 5)]) == 20 + 8 + 7 + 6 + 5 - 5 - 4 - 3
+    assert group_tokens([size((0, 1), 2), size((2, 3), 1), size((0, 3), 0)]) == 20 + 8 + 7 + 6 + 5 - 3
+    assert group_tokens(ring[:1]) == ring[0].num_tokens == 20 + 8 + 7 - 4
+    assert PairSize(20, 9, 8) == PairSize(20, 9, 8, 0, 0, 0, 0, 1)
+
+
 def test_plan_packs_balances_and_leaves_no_pack_empty():
     assert plan_packs([7, 1, 5, 3, 4, 4], 2) == [[0, 1, 5], [2, 3, 4]]  # 12 and 12
     assert plan_packs([0, 0, 0], 3) == [[0], [1], [2]]

@@ -3,6 +3,7 @@
 pytest tests/test_pair_table.py
 """
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from internvl_mpo.mmpr.pairs import PairRow
 from internvl_mpo.mmpr.shard_plan import Options
 from internvl_mpo.mmpr.sources import Block
 from internvl_mpo.records import PreferencePair
+from internvl_mpo.training import preflight
 from internvl_mpo.training.lengths import length_report, show_lengths
 from internvl_mpo.training.pair_table import pair_of_text, text_hash, text_of_pair
 from internvl_mpo.training.pairs import PairDigests
@@ -155,3 +157,29 @@ def test_a_pair_comes_back_from_the_table_as_it_was(fields):
     pair = PreferencePair(**{"question": "q", "chosen": "yes", "rejected": "no", **fields})
     assert pair_of_text(text_of_pair(pair).decode()) == pair
     assert pair_of_text(json.dumps(vars(pair))) == pair
+
+
+def test_the_progress_of_a_look_shows_pairs_and_bytes(data, monkeypatch):
+    shown = []
+
+    class Bar(SimpleNamespace):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def set_postfix_str(self, text, refresh):
+            shown.append(text)
+
+        def update(self, num_bytes):
+            shown.append(num_bytes)
+
+    monkeypatch.setattr(preflight, "tqdm", lambda **more: shown.append(more["total"]) or Bar())
+    first = new(data)
+    parts = list(first._parts())
+    counts = itertools.accumulate(part.num_pairs for part in parts)
+    blocks = [block.num_bytes for block in first.sources[0].blocks()]
+    total = data.stat().st_size
+    assert shown == [total, *itertools.chain(*zip((f"{count} pairs" for count in counts), blocks, strict=True))]
+    assert sum(blocks) == total

@@ -283,3 +283,45 @@ def test_why_a_pair_is_unfit_is_counted_under_its_name():
     assert pairing._unfit_pair(right, longer, replace(rules, max_length_ratio=0)) is None
     (inside,) = pairing.judge_responses([response("12 or 13", way=WAYS[1])], PairRules())
     assert pairing._unfit_pair(right, inside, rules) == "pairs whose wrong answer contains the right one"
+
+
+def test_meta_json_counts_rows_that_are_none_blank_and_keeps_what_it_is_given(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n\n {}\n \n")
+    files = {"root": tmp_path / "images", "annotation": tmp_path / "a.jsonl"}
+    write_meta(tmp_path / "meta.json", {"ü": files, "b": {**files, "length": 9, "repeat_time": 0.5}})
+    text = (tmp_path / "meta.json").read_text(encoding="utf-8")
+    assert text.startswith('{\n  "ü": {\n    "root": "images",\n    "annotation": "a.jsonl",\n') and text[-2:] == "}\n"
+    first, second = json.loads(text).values()
+    assert first == {"root": "images", "annotation": "a.jsonl", "data_augment": False, "length": 2, "repeat_time": 1}
+    assert second == {**first, "length": 9, "repeat_time": 0.5}
+
+
+def test_pairs_are_made_by_the_published_rules_unless_others_are_given():
+    defaults = {"pairs_per_question": 15, "format_pairs_per_question": 15, "seed": 0, "min_pass_rate": 0.0,
+                "max_pass_rate": 1.0, "max_length_ratio": 0.0, "max_similarity": 0.9, "answer_format": "",
+                "keep_truncated": False}  # fmt: skip
+    assert vars(PairRules()) == defaults
+    ways = [" ".join(f"{letter}{number}" for number in range(40)) for letter in "abcdefghijklmnopqrstu"]
+    rows = [response("12", way=way) for way in ways[:4]]
+    rows += [response(str(20 + number), way=way) for number, way in enumerate(ways[4:12])]
+    rows += [response(None, way=way) for way in ways[12:20]]
+    rules = [pair.rule for pair in build(rows)]
+    assert (rules.count("correctness"), rules.count("format")) == (15, 15)
+
+
+def test_a_response_without_an_answer_says_so_and_why():
+    (judged,) = pairing.judge_responses([response(None)], PairRules())
+    assert (judged.verdict.rule, judged.answer, bool(judged.verdict.reason)) == ("parse", None, True)
+    pairs = build([response("12"), response(None, way=WAYS[1])])
+    assert pairs[0].provenance["rejected_response"]["rule"] == "parse"
+
+
+def test_draws_and_groups_depend_on_every_letter():
+    rows = [response("12", way=way) for way in ("ü", "ä", "u", "\ud800")]
+    assert len(set(pairing._draws(pairing.judge_responses(rows, PairRules()), 0))) == 4
+    assert len({group_key(replace(row, question=row.response)) for row in rows}) == 4
+
+
+def test_no_pairs_come_of_one_side_alone():
+    assert list(pairing._diagonal([], [1, 2])) == list(pairing._diagonal([1], [])) == list(pairing._diagonal([], []))
+    assert list(pairing._diagonal([1, 2], [3, 4])) == [(1, 3), (2, 4), (1, 4), (2, 3)]

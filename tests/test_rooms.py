@@ -172,6 +172,20 @@ def test_a_file_imports_only_the_packages_of_its_room(path):
     assert not {package for package in packages if name_of(path) not in CONFINED.get(package, {name_of(path)})}
 
 
+def test_what_a_room_offers_is_there():
+    """`from .. import *` of a name that is not there fails, and nothing else notices."""
+    num_offered = 0
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+        offered = [node.value for node in assigned if ast.unparse(node.targets[0]) == "__all__"]
+        names = {alias.asname or alias.name for node in tree.body for alias in getattr(node, "names", ())}
+        names |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert {name for node in offered for name in ast.literal_eval(node)} <= names, path
+        num_offered += len(offered)
+    assert num_offered > 2
+
+
 def test_no_circle_of_imports():
     graph = {".".join((PACKAGE, *path.relative_to(ROOT / PACKAGE).with_suffix("").parts)): path for path in FILES}
     graph = {name.removesuffix(".__init__"): ours(path) for name, path in graph.items()}

@@ -241,6 +241,17 @@ def test_more_packs_that_leave_out_a_last_step_reach_one_epoch_more():
     assert packs_needed(prompts, 150, num_epochs=1, max_steps=3) == packs_needed(prompts, 150, num_epochs=2) == (3, 0)
 
 
+def test_epochs_of_a_single_step_are_all_looked_at():
+    data = [
+        PairSize(tokens, 2, 2, chosen_key=2 * i, rejected_key=2 * i + 1)
+        for i, tokens in enumerate((10, 50, 50, 50, 20))
+    ]
+    for max_steps, needed in ((2, 2), (3, 3)):  # the third epoch leaves out the small pair
+        plan = sampler(keys=list(range(5)), sizes=data, max_tokens=100, accumulation=2)
+        fit_to_budget(plan, num_epochs=1, max_steps=max_steps)
+        assert (plan.num_steps, plan.gradient_accumulation_steps) == (1, needed)
+
+
 def test_a_run_without_a_whole_step_needs_no_more_packs():
     short = sampler(keys=["q"], accumulation=2)
     fit_to_budget(short, num_epochs=1, max_steps=5)

@@ -209,6 +209,9 @@ def test_a_run_closes_with_what_it_did_to_pairs_it_has_not_seen(chosen, rejected
     (line,) = closing_line(metrics, is_compared=False).splitlines()
     assert f"0.750 of 40; nats a token against the reference: chosen {chosen:+.3f}, rejected {rejected:+.3f}" in line
     assert line.endswith(f"({words})")
+    arm = "the arm to beat is SFT on the chosen responses: the same command with "
+    more = "--preference none --quality none and another --output_dir"
+    assert closing_line(metrics, is_compared=True) == f"{line}\n{arm}{more}"
 
 
 def test_a_held_out_share_that_comes_to_no_question_holds_out_one(world, tmp_path, capsys):

@@ -145,6 +145,23 @@ def test_ranks_wait_for_each_other_before_writing_before_the_mark_and_after_it(t
     assert seen == [None, written, sorted([*written, *(["mpo_state.json"] if should_save else [])])]
 
 
+@pytest.mark.parametrize(("fsdp", "should_save"), [("full_shard", True), ("full_shard", False), ("", True)])
+def test_under_fsdp_the_folder_of_a_checkpoint_is_there_before_transformers_looks_for_it(
+    tmp_path, monkeypatch, fsdp, should_save
+):
+    trainer, seen = saving(tmp_path / "run", monkeypatch, should_save=should_save), []
+    monkeypatch.setattr(module, "uses_fsdp", lambda args: bool(fsdp))
+
+    def save(self, model, trial):
+        seen.append((tmp_path / "run" / "checkpoint-3").is_dir())
+        (tmp_path / "run" / "checkpoint-3").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", save)
+    for _ in range(2):
+        trainer._write_checkpoint(tmp_path / "run" / "checkpoint-3", MODEL, "trial")
+    assert seen == [bool(fsdp) and should_save, True]
+
+
 def test_a_checkpoint_that_fills_the_disk_goes_and_what_is_whole_is_named(tmp_path, monkeypatch):
     trainer = saving(tmp_path, monkeypatch, fails=OSError(errno.ENOSPC, "No space left on device"))
     write = checkpoint.write_state

@@ -85,6 +85,8 @@ def test_views_show_the_pairs_they_were_asked_for(pairs):
     assert [row.pair.id for row in some.rows] == ["one7", "one3", "never0"]
     assert [size.num_tokens for size in some.sizes] == some.column("num_tokens").tolist()
     assert [row.pair.id for row in some.rows_of(["never0", "one3", "never0"])] == ["one3", "never0"]
+    asked = [f"one{number}" for number in (17, 9, 1, 8, 16, 0)]  # numbers that a set does not keep in order
+    assert [row.pair.id for row in pairs.rows_of(asked)] == [f"one{number}" for number in (0, 1, 8, 9, 16, 17)]
     with pytest.raises(ValueError, match="3 pairs, 2 counts"):
         TrainingPairs(table, indices, np.ones(2, np.int32))
 
@@ -322,6 +324,14 @@ def test_plans_that_cannot_be_kept_are_refused(pairs, folder, tmp_path):
         plan(settings(folder, tmp_path, pairs_per_step=36), pairs)
     with pytest.raises(BadInputError, match="raise max_tokens_per_pack or pairs_per_step"):
         plan(settings(folder, tmp_path, max_tokens_per_pack=30), pairs)
+
+
+def test_the_budget_is_kept_for_the_steps_or_epochs_that_are_run(pairs, folder, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(module, "fit_to_budget", lambda sampler, **more: given.append(more))
+    for max_steps, num_epochs in ((-1, 2.5), (9, 1)):
+        plan(settings(folder, tmp_path, max_steps=max_steps, num_train_epochs=num_epochs), pairs)
+        assert given.pop() == {"num_epochs": num_epochs, "max_steps": max_steps}
 
 
 def test_a_loss_that_sorts_within_a_pack_is_told_where_steps_are_cut(pairs, folder, tmp_path, capsys):

@@ -146,5 +146,4 @@ def build_index(folders: Mapping[str, str], image_roots: Mapping[str, str] | Non
     if signatures:
         index.hashes = np.array([one.bits for one in signatures])
         index.thumbnails = np.stack([one.thumbnail for one in signatures])
-    index.runs = dict(index.runs)
     return index

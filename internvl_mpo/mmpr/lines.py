@@ -65,7 +65,7 @@ def _lines(file: Any, start: int, stop: int | None) -> Iterator[tuple[int, int, 
         if not line:
             return
         length, rest = len(line), line
-        while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
+        while rest and not rest.endswith(b"\n"):
             rest = file.readline(MAX_LINE_BYTES)
             length += len(rest)
         yield offset, length, line

@@ -100,11 +100,10 @@ class ShardWriter:
         self._rows: list[dict[str, Any]] = []
         self._batches: list[Any] = []
         self._bytes = 0
-        text = [leaf for leaf in _leaves(schema) if leaf != _PICTURE_BYTES]
         self._writer = pq.ParquetWriter(
             path,
             schema,
-            compression={**dict.fromkeys(text, "zstd"), _PICTURE_BYTES: "none"},
+            compression={**dict.fromkeys(_leaves(schema), "zstd"), _PICTURE_BYTES: "none"},
             use_dictionary=True,
             dictionary_pagesize_limit=2 * ROW_GROUP_BYTES,  # all pictures of a row group, each once
             use_content_defined_chunking=CHUNKING,
