@@ -236,13 +236,17 @@ def tests_of(mutant: Mutant, tests: list[Test], seconds: float) -> list[Test]:
 
     Tests beyond so many seconds of processor time are not asked.
 
-    A line that runs at import only is tested by whatever runs the functions that name what it defines.
+    A line that runs at import only is tested by whatever names what it defines, or runs the functions that do.
     """
     here = {(mutant.path, mutant.function, mutant.offset + line) for line in range(mutant.num_lines)}
     found = [test for test in tests if test.lines & here] if mutant.function else []  # else: run by any import
     if not found:
-        functions = importers(mutant)
-        found = [test for test in tests if any(line[:2] in functions for line in test.lines)]
+        functions, named = importers(mutant), naming_tests(mutant)
+        found = [
+            test
+            for test in tests
+            if test.name.split("[")[0] in named or any(line[:2] in functions for line in test.lines)
+        ]
     if not found:
         found = [test for test in tests if any(line[0] == mutant.path for line in test.lines)]
     fast = [test for test in found if not test.is_slow] or found
@@ -262,9 +266,27 @@ def tests_of(mutant: Mutant, tests: list[Test], seconds: float) -> list[Test]:
     return chosen
 
 
+def names_of(mutant: Mutant) -> set[str]:
+    """Return the names of what a line at the top of a module or a class defines."""
+    return {mutant.function.split(".")[-1]} if mutant.function else _built_of(mutant.path, _defined(mutant))
+
+
+def naming_tests(mutant: Mutant) -> set[str]:
+    """Return the tests, without their parameters, that name what a line at the top of a module or a class defines."""
+    names = names_of(mutant)
+    found = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        source = path.read_text(encoding="utf-8")
+        if Path(mutant.path).parts[-2] in source and any(name in source for name in names):
+            for node, function, _ in _functions(ast.parse(source)):
+                if names & {getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(node)}:
+                    found.add(f"{path.relative_to(ROOT)}::{function.replace('.', '::')}")
+    return found
+
+
 def importers(mutant: Mutant) -> set[tuple[str, str]]:
     """Return (file, function) of what names the thing that a line at the top of a module or a class defines."""
-    names = {mutant.function.split(".")[-1]} if mutant.function else _built_of(mutant.path, _defined(mutant))
+    names = names_of(mutant)
     found = {(mutant.path, mutant.function)}
     for path in (ROOT / "internvl_mpo").rglob("*.py"):
         source = path.read_text(encoding="utf-8")

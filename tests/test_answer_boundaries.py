@@ -60,8 +60,12 @@ def test_units_are_converted_within_one_kind(gold, taken, refused):
     [
         ("100", ["105", "95", "100"], ["105.1", "94.9", "-100"]),
         ("-100", ["-105", "-95"], ["-105.1", "-94.9"]),
-        ("0.45", ["45%", "47%", "0.46"], ["48%", "42%", "0.48"]),
-        ("45%", ["0.45", "46%", "45"], ["0.48", "4.5"]),
+        ("0.45", ["45%", "47.25%", "42.75%", "0.46"], ["47.3%", "42.7%", "0.48"]),
+        ("45%", ["0.45", "46%", "45", "0.4725", "0.4275"], ["0.473", "0.427", "4.5"]),
+        ("1.5", ["1.5%"], ["150%"]),
+        ("-45%", ["-0.45", "-45"], ["-4.5"]),
+        ("100%", ["1"], ["1.06", "2"]),
+        ("-5", ["-5%"], ["-500%"]),
         ("1", ["100%", "104%"], ["1%", "106%"]),
         ("1900", [], ["1901", "1899"]),  # years
         ("2099", [], ["2098", "2100"]),
@@ -81,6 +85,7 @@ def test_five_percent_of_a_chart_end_at_five_percent(gold, taken, refused):
 def test_one_letter_in_more_than_ten_is_forgiven_and_a_digit_never():
     gold = "abcdefghijk"
     assert right("abcdefghijx", gold, "docvqa")  # 1 in 11
+    assert right("abcdefghijkk", gold, "docvqa") and right("abcdefghijx 12", gold + " 12", "docvqa")
     assert not right("abcdefghix", gold[:-1], "docvqa")  # 1 in 10 is exactly 0.9
     assert not right("abcdefghi", gold, "docvqa")
     assert not right("abcdefghijk lmnopqrst 12", "abcdefghijk lmnopqrst 13", "docvqa")
@@ -91,7 +96,7 @@ def test_one_letter_in_more_than_ten_is_forgiven_and_a_digit_never():
 def test_anls_is_the_textbook_distance_of_words_without_case_and_spaces():
     assert anls("kitten", "sitting") == pytest.approx(1 - 3 / 7)
     assert anls("sitting", "kitten") == pytest.approx(1 - 3 / 7)
-    assert anls("Ab  c", "ab c") == 1
+    assert anls("Ab  c", "ab c") == anls("", "") == 1
     assert anls("abc", "") == anls("", "abc") == 0
     assert anls("ab", "abcd") == anls("abcd", "cd") == 0.5
 

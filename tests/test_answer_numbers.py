@@ -50,7 +50,8 @@ $5 dollars -> 5, $, 0 ; $5 USD -> 5, $, 0 ; $5 euros -> none ; $5 apples -> none
 5 yuan -> 5, ¥, 0 ; 5 rmb -> 5, ¥, 0 ; 5元 -> 5, ¥, 0 ; ₹5 -> 5, ₹, 0 ; Rs. 5 -> 5, ₹, 0 ; Rs 5 -> 5, ₹, 0 ;
 RM5 -> 5, RM, 0 ; 5% -> 5, percent, 0 ; 5 percent -> 5, percent, 0 ; 5 per cent -> 5, percent, 0 ;
 5 pct -> 5, percent, 0 ; 5 PERCENT -> 5, percent, 0 ; 1/2 % -> 1/2, percent, exact ; 5 cm -> 5, cm, 0 ;
-5 Cm -> 5, cm, 0 ; 5 (cm) -> 5, cm, 0 ; 5 [cm] -> 5, cm, 0 ; 5 cm. -> 5, cm, 0 ; 5{cm} -> 5, cm, 0 ;
+5 Cm -> 5, cm, 0 ; 5 (cm) -> 5, cm, 0 ; 5 [cm] -> 5, cm, 0 ; 5 cm. -> 5, cm, 0 ; 5 cats . -> 5, cat, 0 ;
+5 cm_ -> none ; 5{cm} -> 5, cm, 0 ;
 5 hours -> 5, hour, 0 ; 90° -> 90, °, 0 ; 90^\circ -> 90, ^\circ, 0 ; 90^{\circ} -> 90, ^{\circ}, 0 ;
 5 red cubes -> 5, red cube, 0 ; 5 square meters -> 5, sq meter, 0 ; 5 cm^2 -> 5, cm^2, 0 ;
 5 cm^{2} -> 5, cm^2, 0 ; 5 km/h -> 5, km/h, 0 ; 5 m/s^2 -> 5, m/s^2, 0 ; 5 只 -> 5, 只, 0 ;
@@ -148,6 +149,7 @@ The sum of 2 and 3 is roughly 5 -> 5 ; The sum of 2 and 3 equals 5 -> 5 ;
 The sum of 2 and 3 is equal to 5. -> 5 ; 2 and 3 equal 5 -> 5 ; 2 and 3 equal to 5 -> 5 ; 2 and 3 are 5 -> 5 ;
 2 and 3 were -5 -> -5 ; of 2 the price was $5 -> 5 ; of 2 it must be \frac{1}{2} -> 1/2 ; 5 is the answer -> 5 ;
 5 is my answer -> 5 ; 5 is the final answer -> 5 ; 5 is the correct answer -> 5 ; 5 is the right answer -> 5 ;
+1/2 is the answer -> 1/2 ; 2*3 is my answer -> 6 ;
 5 cats with all 3 dogs -> 5 ; 5 cats which all 3 dogs see -> 5 ; 5 cats where all 3 dogs are -> 5 ;
 5 cats when all 3 dogs bark -> 5 ; 5 cats for 3 dogs -> none ; 5 cats for all 3 dogs -> 5 ;
 5 cats in all 3 rooms -> 5 ; 5 cats on all 3 mats -> 5 ; 5 cats at all 3 doors -> 5 ;
@@ -249,7 +251,7 @@ def test_an_irrational_value_is_a_value_and_no_number():
     assert read_number("√2") is None and value_of("√2") == pytest.approx(2**0.5)
     assert number_value_of_formula("√2") == pytest.approx(2**0.5)
     assert number_value_of_formula("12") is None
-    assert read_number("√9") == (3, "", None)
+    assert read_number("√9") == (3, "", None) and read_number("the first n with n \\ge 4 is 5") == (5, "", 0)
 
 
 # ------------------------------------------------------------------------------------------------------- comparing

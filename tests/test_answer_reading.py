@@ -30,7 +30,10 @@ roughly 5 -> 5 ;; nearly 5 -> 5 ;; exactly 5 -> 5 ;; precisely 5 -> 5 ;; ~5 -> 5
 the answer is ** 5 ** -> 5 ;; aboutness -> aboutness ;; "red" -> red ;; 'red' -> red ;; “red” -> red ;;
 ‘red’ -> red ;; 「red」 -> red ;; 『red』 -> red ;; "red' -> "red' ;; '' -> '' ;; "a" -> a ;; 5. -> 5 ;;
 5; -> 5 ;; 5, -> 5 ;; . -> . ;; ... -> ... ;; 5.;, -> 5 ;; 1{,}000 -> 1,000 ;; {5} -> 5 ;; {a,b} -> {a,b} ;;
-{a: b} -> {a: b} ;; {"a"} -> {"a"} ;; {{5}} -> {{5}} ;; {5 -> {5 ;; x ^2 -> x^2
+{a: b} -> {a: b} ;; {"a"} -> {"a"} ;; {{5}} -> {{5}} ;; {5 -> {5 ;; “ red ” -> red ;; $ it is 5 $ -> 5 ;;
+90˚C -> 90°C ;; 50\% off -> 50% off ;; 5_. -> 5_ ;; = $5$ -> 5 ;; ↉ -> 0/3 ;; ⅐ -> 1/7 ;; ⅞ -> 7/8 ;;
+ 5~7 -> 5~7 ;; 5 . -> 5 ;;
+{ 5 } -> 5 ;; x ^2 -> x^2
 """
 AFFIRMED = r"""
 B, not A -> B ;; not 4 but 3 -> 3 ;; not A -> nothing at all ;; never A; B -> B ;;
@@ -46,6 +49,7 @@ excluded A, B -> B ;; A isn't it, B -> B ;; A isn’t it, B -> B ;; 不是A，B 
 非A，B -> B ;; 没有A，B -> B ;; A错，B -> B ;; 除A，B -> B ;; 排除A，B -> B ;; not 1,000, 5 -> 5 ;;
 not A however B -> B ;; not A yet B -> B ;; 不是A而是B -> B ;; 不是A,是B -> 是B ;; 不是A是B -> B ;;
 不是A；B -> B ;; nothing -> nothing ;; notable -> notable ;; knot -> knot ;; A, B -> A, B ;;
+B而非A -> B ;; A; B -> A; B ;; B; not A; -> B ;;
 however A -> however A ;; not A. B. -> B. ;; but A -> but A
 """
 WITHOUT_REASON = r"""
@@ -55,8 +59,8 @@ WITHOUT_REASON = r"""
 5 Because x -> 5 ;; 5 because a because b -> 5 ;; 5 becauses -> 5 becauses
 """
 PLAIN = r"""
-The Cat -> cat ;; a an the -> a an the ;; A -> a ;; the -> the ;; It's -> its ;; it’s -> its ;;
-R&B -> r and b ;; x² -> x^2 ;; x³ -> x^3 ;; U.S.A. -> usa ;; U.S.A -> usa ;; e.g. this -> eg this ;;
+The Cat -> cat ;; a an the -> a an the ;; A -> a ;; the -> the ;; the. -> the ;; It's -> its ;; it’s -> its ;;
+R&B -> r and b ;; x² -> x^2 ;; x³y -> x^3y ;; x²y -> x^2y ;; U.S.A. -> usa ;; U.S.A -> usa ;; e.g. this -> eg this ;;
 a.b -> ab ;; 3.5 -> 3.5 ;; 1,000 -> 1,000 ;; 2:30 -> 2:30 ;; 2 : 30 -> 2:30 ;; a:b -> b ;; a: 5 -> 5 ;;
 5 :a -> 5 ;; -5 -> -5 ;; a-b -> b ;; 5- -> 5 ;; 5 - 3 -> 5 3 ;; 3/4 -> 3/4 ;; a/b -> b ;; a/ 5 -> 5 ;; / -> / ;;
 x_y -> x y ;; 50% -> 50% ;; $5 -> $5 ;; €5 -> €5 ;; £5 -> £5 ;; ¥5 -> ¥5 ;; 90° -> 90° ;; a+b -> +b ;;
@@ -80,7 +84,8 @@ yes -> yes, yes ;; Yes. -> yes, yes ;; YES -> yes, yes ;; true -> yes, yes ;; Tr
 有 -> yes, yes ;; 有的 -> yes, yes ;; 存在 -> yes, yes ;; no -> no, no ;; No. -> no, no ;; false -> no, no ;;
 否 -> no, no ;; 不是 -> no, no ;; 错 -> no, no ;; 错误 -> no, no ;; 不对 -> no, no ;; 不 -> no, no ;;
 没有 -> no, no ;; 不存在 -> no, no ;; 没 -> no, no ;; 无 -> no, no ;; yep -> yes, yes ;; yeah -> yes, yes ;;
-yup -> yes, yes ;; nope -> no, no ;; nah -> no, no ;; *yes* -> yes, yes ;; "yes" -> yes, yes ;;
+yup -> yes, yes ;; nope -> no, no ;; nah -> no, no ;; *yes* -> yes, yes ;; (yes) -> yes, yes ;;
+*yes?* -> None, None ;; "yes" -> yes, yes ;;
 “no” -> no, no ;; `no` -> no, no ;; $yes$ -> yes, yes ;; yes, there is a dog -> yes, yes ;;
 no, there is no dog -> no, no ;; yes there is -> None, None ;; no there is -> None, None ;;
 yes: it is -> yes, yes ;; no; it is -> no, no ;; yes! it -> yes, yes ;; yes - it -> yes, yes ;;
@@ -133,6 +138,9 @@ def differing(table: str, function) -> list[tuple[str, str, str]]:
 
 def test_an_answer_is_freed_of_what_carries_no_meaning():
     assert differing(CLEANED, clean_answer) == []
+    assert clean_answer(" **$5$** ") == "5" and clean_answer("a～5｟") == "a~5｟"
+    for kept in "»¿⅏⅟":
+        assert clean_answer(f"a{kept}b") == f"a{kept}b"
     for odd in ("\u00a0", "\u2007", "\u2009", "\u202f", "\u3000", "  ", "\n"):
         assert clean_answer(f"a{odd}b") == "a b"
     for odd in "\u200b\u200c\u200d\u2060\ufeff":
@@ -182,6 +190,9 @@ def test_yes_and_no_are_said_in_many_ways_and_left_open_in_more():
         ("There is no dog", "What is there?", "no"),
         ("There is nothing", "What is there?", "no"),
         ("A dog", "What is it?", None),
+        ("There is a dog\nThere is no cat", "Is there a dog in the image?", "yes"),
+        ("There is a dog.", "Is there a dog that isn't in the picture?", "yes"),
+        ("There is 猫", "Is 狗 there?", None),
         ("Is it?", "x", None),
         ("none", "x", "no"),
         ("none", "", None),
@@ -240,6 +251,7 @@ def test_a_question_for_yes_or_no_begins_with_its_verb():
         ("a+b", "b+a", False),
         ("a*b", "A*B", True),
         ("a-b", "a-b", True),
+        ("x is a/b", "x is b/a", False),
         ("x-ray", "x ray", True),
         ("\\frac{1}{2}", "\\frac{2}{1}", False),
         ("\\frac12", "\\frac 12", True),
@@ -278,6 +290,7 @@ def test_brackets_signs_and_the_order_of_a_quotient_count(one, other, same):
         ("(1,2]", "(1,2)", False),
         ("x∈(1,2)", "(1,2)", True),
         ("x \\in (1,2)", "(1,2)", True),
+        ("red,, blue", "red, blue", True),
         ("red, red", "red, blue", False),
         ("blue, red", "red, red", False),
         ("1, red", "red, 1", False),
@@ -288,7 +301,12 @@ def test_brackets_signs_and_the_order_of_a_quotient_count(one, other, same):
         ("cat, 5 dogs", "5 dogs, cat", False),
         ("2, x = 1", "x = 1, 2", False),  # only where all are named the order is free
         ("[1, 2]", "1, 2", True),
+        ("{2,1}", " {1,2}", True),
         ("1,000, 2", "1000, 2", False),
+        ("1/8, 2", "0.13, 2", True),
+        ("0.13, 2", "1/8, 2", False),
+        ("{2, 1/8}", "{0.13, 2}", True),
+        ("{2, 0.13}", "{1/8, 2}", False),
     ],
 )
 def test_lists_are_numbers_in_order_or_words_in_any(prediction, gold, right):
@@ -403,6 +421,7 @@ REASON = "x" * 20
         ("x 答案为:5", "marker", "5", "after the marker"),
         ("final count; so 答案: 5", "marker", "5", "after the marker"),
         ("答案 of it; Final answer: 5", "marker", "5", "after the marker"),
+        ("答案: 4 Final answer: 5", "marker", None, "no reasoning before the final answer"),
         ("Final answer: İ", "marker", None, "no reasoning before the final answer"),
         ("x final", "marker", None, "no 'Final answer:'"),
         ("x Final answer: a Final answer: b", "marker", "b", "after the marker"),
@@ -411,6 +430,7 @@ REASON = "x" * 20
         ("x Final answer: 5\n6", "marker", None, "the final answer is not on one line"),
         (f"{REASON} \\boxed{{5}}", "boxed", "5", "in the last box"),
         ("<think>\\boxed{4}</think> \\boxed{5}", "boxed", "5", "in the last box"),
+        (" " * 20 + "\\boxed{5}", "boxed", None, "no reasoning before the box"),
         ("<think>\\boxed{4}</think> five", "boxed", None, "no \\boxed{}"),
         ("<think>\\boxed{4}", "boxed", None, "the think block never closes"),
         (" 5 ", "text", "5", "whole text"),

@@ -3,7 +3,9 @@
 import pytest
 
 from internvl_mpo import answers
+from internvl_mpo.answers import choices
 from internvl_mpo.answers.choices import FROM_THE_START, parse_options, read_option
+from internvl_mpo.answers.common import Asked
 from internvl_mpo.answers.comparing import (
     EXACT_RULES,
     Outcome,
@@ -52,6 +54,11 @@ def test_the_outcomes_are_words_that_files_keep():
         ("x" * 301, "y" * 151, (WRONG, "x" * 301, "none", f"no rule finds '{'x' * 40}' equal to '{'y' * 40}'")),
         ("</s>", "cat", (WRONG, "</s>", "none", "no rule finds '</s>' equal to 'cat'")),
         ("A", "B", (WRONG, "A", "choice", "option A, expected B")),
+        ("4", "IV", (RIGHT, "4", "wording", "says 'IV' in other words")),
+        ("probably 1/8", "0.13", (RIGHT, "probably 1/8", "number", "in other words: 0.125, expected 0.13")),
+        ("probably 0.13", "1/8", (WRONG, "probably 0.13", "number", "0.13, expected 1/8")),
+        ("CA", "AC", (RIGHT, "CA", "wording", "says 'AC' in other words")),
+        ("AC", "CA", (WRONG, "AC", "none", "no rule finds 'AC' equal to 'CA'")),  # an order, maybe
     ],
 )
 def test_a_verdict_says_why(prediction, gold, verdict):
@@ -72,8 +79,13 @@ def test_one_of_several_truths_is_enough_and_each_gets_its_rules():
         "relaxed",
         "off by 4 %, 5 % allowed",
     )
+    assert compare_answers("2016", "2015", source="chartqa")[2:] == ("relaxed", "exact for a year or zero")
     assert compare_answers("B", ["blue", "red"], question="Which?\nA. blue\nB. red").outcome is RIGHT
     assert compare_answers("dog", ["cat", "cow"]).reason == "no rule finds 'dog' equal to 'cat'"
+    assert compare_answers("There is a dog", "Yes", question="Is there a dog?").outcome is RIGHT
+    assert compare_answers("b", '["a", "b"]').outcome is RIGHT
+    with pytest.raises(BadInputError, match="is dict"):
+        compare_answers("b", '{"a": 1}')
     assert compare_answers("5", ["5"]).outcome is RIGHT and compare_answers("5", 5).outcome is RIGHT
 
 
@@ -82,6 +94,7 @@ def test_one_of_several_truths_is_enough_and_each_gets_its_rules():
     [
         *(("cat", ("cat",)), ("[1, 2]", ("[1, 2]",)), ('["a", "b"]', ("a", "b")), (' [ "a"]', (' [ "a"]',))),
         *(('["a', ('["a',)), ('[ "a", 1]', ("a", "1")), (["a", "a", 2], ("a", "2")), (5, ("5",)), (0.5, ("0.5",))),
+        ('[["a"]]', ('[["a"]]',)),
     ],
 )
 def test_a_truth_is_a_text_a_number_or_a_list_of_texts(gold, accepted):
@@ -90,7 +103,8 @@ def test_a_truth_is_a_text_a_number_or_a_list_of_texts(gold, accepted):
 
 
 @pytest.mark.parametrize(
-    ("gold", "kind"), [([], "list"), (None, "NoneType"), (True, "bool"), ([None], "list"), ('{"a": 1}', "dict")]
+    ("gold", "kind"),
+    [([], "list"), (None, "NoneType"), (True, "bool"), ([None], "list"), (["a", None], "list"), ('{"a": 1}', "dict")],
 )
 def test_any_other_truth_is_refused(gold, kind):
     with pytest.raises(BadInputError, match=f"is {kind}; give a text, a number or a list of texts"):
@@ -181,6 +195,21 @@ COLOUR_ANSWERS = {
     "not red": (None, "denies what it names"),
     "not red but blue": ("B", "text of the option"),
     "nothing of it": (None, "no option in the answer"),
+    "we see (A) is not it": (None, "denies what it names"),
+    "I: it is blue": ("B", "text of one option in the answer"),
+    "A: see (b)": (None, "several options"),
+    "图里 blue": ("B", "text of one option in the answer"),
+    "we see (a) with (b)": (None, "several options"),
+    "we take (B) red": (None, "a letter with the text of another option"),
+    "d. green": (None, "no option in the answer"),
+    "could be B": ("B", "letter"),
+    "it (x) is blue": ("B", "text of one option in the answer"),
+    "I see option A since (B) is small": ("A", "letter on its own"),
+    "因为 it is blue": ("B", "text of one option in the answer"),
+    "B. The car is red": (None, "a letter with the text of another option"),
+    "B. The car is blue": ("B", "letter first"),
+    "B. red in the sun": (None, "a letter with the text of another option"),
+    "A does not equal B,C": (None, "denies what it names"),
 }
 
 
@@ -201,9 +230,10 @@ def test_a_letter_in_parentheses_is_an_option(text):
 
 
 def test_an_option_is_mentioned_in_a_line_and_not_in_an_essay():
-    for length, letter in ((240, "B"), (241, None)):
+    for length, letter, how in ((240, "B", "text of one option in the answer"), (241, None, "no option in the answer")):
         text = "we see blue now" + " x" * 112 + "y" * (length - 239)
-        assert len(text) == length and read_option(text, COLOURS)[0] == letter
+        assert len(text) == length and read_option(text, COLOURS) == (letter, how)
+        assert read_option("café" + "x" * (length - 4), {"A": "cafe" + "x" * (length - 4)})[0] == (letter and "A")
 
 
 @pytest.mark.parametrize("text", ["B. blue or A", "B. blue and (A)", "A nor it", "A or so", "A and more", "A, B or so"])
@@ -214,6 +244,52 @@ def test_several_letters_name_nothing(text):
 def test_a_letter_with_its_own_text_behind_it_may_deny():
     options = {"A": "not red", "B": "blue"}
     assert read_option("we see (A) not red", options) == ("A", "letter and text of the option")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "chosen"),
+    [
+        ("B. *", {"A": "*", "B": "`"}, (None, "a letter with the text of another option")),
+        ("vitamins C", {"A": "vitamin C", "B": "vitamin D"}, ("A", "text of the option")),
+        ("0.33", {"A": "1/3", "B": "2/3"}, ("A", "text of the option")),
+        ("\\frac{\\pi}{12}", {"A": "\\frac{\\pi}{12} turn", "B": "\\frac{\\pi}{6} turn"}, ("A", "text of the option")),
+        ("it must be \\frac{1}{8}", {"A": "0.13", "B": "0.2"}, ("A", "number of one option")),
+        ("it must be 0.13", {"A": "1/8", "B": "0.2"}, (None, "no option in the answer")),
+        (
+            "it is very small car here",
+            {"A": "small car", "B": "very small car"},
+            ("B", "text of one option in the answer"),
+        ),
+        ("on the left", {"A": "left", "B": "right"}, ("A", "text of the option")),
+        ("B. 6", {"A": "4", "B": "5"}, (None, "a letter with the text of another option")),
+        ("B. two", {"A": "1", "B": "2"}, ("B", "letter and text of the option")),
+        ("A. red car", {"A": "red", "B": "red car"}, (None, "a letter with the text of another option")),
+        ("1/8", {"A": "0.13", "B": "0.2"}, ("A", "text of the option")),
+        ("0.13", {"A": "1/8", "B": "0.2"}, (None, "no option in the answer")),
+        ("A. 0.50", {"A": "0.5", "B": "1/2"}, ("A", "letter first")),
+        ("C minor", {"A": "C minors", "B": "x"}, (None, "no option in the answer")),  # a letter, maybe
+        ("Z. x", {}, (None, "no option in the answer")),
+    ],
+)
+def test_the_text_or_number_of_one_option_names_it(text, options, chosen):
+    assert read_option(text, options) == chosen
+
+
+def test_what_stands_behind_the_text_of_an_option_that_a_text_begins_with():
+    assert choices._after("(red) or A", "red") == ") or A" and choices._after("it is red or A", "red") == ""
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "options", "decided"),
+    [
+        ("nothing", "B", COLOURS, (False, "names no option (no option in the answer), expected B")),
+        ("red", "D", COLOURS, None),
+        ("red", "yellow", COLOURS, None),
+        ("hmm", "B", {"A": "√2", "B": "cats"}, (False, "names no option (no option in the answer), expected B")),
+    ],
+)
+def test_the_rule_for_options_decides_where_the_truth_is_one(prediction, gold, options, decided):
+    assert choices.decide_choice(prediction, gold, Asked("", options)) == decided
 
 
 def test_what_an_answer_says_from_its_start_is_known_to_the_benchmarks():

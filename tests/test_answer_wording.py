@@ -21,6 +21,7 @@ Half past two -> 2:30 ; 2.30 pm -> 14:30 pm ; 2:59 pm -> 14:59 pm ; 2:60 pm -> 2
 IV -> IV ; ①② -> (1)(2) ; </answer>5 -> 5 ; <answer>5</answer> -> 5 ; 5</s> -> 5 ; **Answer:** 5 -> 5 ;
 final answer: 5 -> 5 ; Answer： 5 -> 5 ; {"answer": "5"} -> 5 ; {'final_answer': 5} -> 5 ; ["red"] -> red ;
 [red] -> red ; (5) -> 5 ; [ 5 % ] -> 5 % ; (a b) -> a b ; {"a": 5} -> {"a": 5} ; red? -> red ; red\  -> red ;
+x_ -> x_ ; jan_ -> jan_ ;
 probably red -> red ; I think red -> red ; it looks like red -> red ; this must be red -> red ;
 that should be red -> red ; it's red -> red ; that's red -> red ; looks like red -> red ;
 definitely clearly red -> red ; obviously red -> red ; made of wood -> wood ; the number is 5 -> 5 ;
@@ -81,7 +82,7 @@ US -> united states ; UK -> united kingdom ; DNE -> does not exist ; 没有 -> �
 100 degree C -> 100 degC ; 32°F -> 0 degC ; -40 F -> -40 F ; 1/2 m -> 0.5 m ; 1/3 m -> 1/3 m ;
 -5 cm -> -1/20 m ; 0.5 km -> 500 m ; 2.5 apples -> 2.5 apples ; 12a -> 12a ; 12th -> 12th ; 300 BC -> 300 BC ;
 1990s -> 1990s ; 90s -> 90s ; 5 x -> 5 x ; 5 sheep -> 5 sheep ; 5cm -> 1/20 m ; 5' -> 5 ft ; 5 kgs -> 5000 g ;
-5 gas -> 5 gas
+5 gas -> 5 gas ; it is maybe probably red -> probably red
 """
 BARE = r"""
 I think (B) -> (B) ; B is correct -> B ; B is the correct answer -> B ; B is right -> B ; B is true -> B ;
@@ -100,7 +101,10 @@ the color red => red ; on the left => left ; to the left => left ; at the left =
 left side == left ; the left one => left ; angle != right angle ; right angle == right ; triangle != right ;
 right triangle == right ; round shape == round ; north direction == north ; no one != no ; not one != not ;
 any one != any ; every side != every ; some side != some ; a big red car side != a big red car ;
-very big side => very big ; very big red side != very big red ; the cat == cat ; an apple == apple ;
+very big side => very big ; to the boxes => boxes ; on the left 2 => left 2 ; A, C maybe != AC ; 2:300 != 2:30 ;
+6.3% == 1/16 ; 6.4% != 1/16 ;
+x=2 or 3 or 4 != 2,3 ; grey+red != gray+red ;
+ very big red side != very big red ; the cat == cat ; an apple == apple ;
 a cat == cat ; cat. == cat ; 红色 != 红 ; 红色的 != 红 ; colour == color ; A and C == AC ; A, C == AC ;
 C, A => AC ; A&C == AC ; (A), (C) == AC ; A and B != AC ; AA != AC ; A, B, C != AC ; AC <= CA ; A + C == AC ;
 A、C == AC ; A == A ; B != A ; 2:30 == 2:30 pm ; 14:30 != 2:30 ; 14:30 pm == 2:30 ; 2:30 == 14:30 pm ;
@@ -115,7 +119,8 @@ x = 2 == x=2 ; {2} == {2} ; ∅ == ∅ ; (-∞,3) == (-∞, 3) ; \left(-∞,3\ri
 x=2 and y=3 != x=2 or x=3 ; ±1/2 == 1/2,-1/2 ; 5 cats == 5 cat ; 12 != 13
 """
 RATIOS = r"""
-0:0 != 2:3 ; 4:6 == 2:3 ; 2/3 => 2:3 ; 2 to 3 => 2:3 ; 2比3 => 2:3 ; 2 : 3 == 4 : 6 ; 2:3 <= 2/3 ; 3:2 != 2:3 ;
+2:500 == 4:1000 ; 0:0 != 2:3 ; 4:6 == 2:3 ; 2/3 => 2:3 ; 2 to 3 => 2:3 ; 2比3 => 2:3 ; 2 : 3 == 4 : 6 ;
+2:3 <= 2/3 ; 3:2 != 2:3 ;
 2:3 != 2:30 ; 2:45 != 2:45 ; 2:04 != 2:4 ; 0:3 == 0:5 ; 3:0 != 5:0 ; 3:0 != 3:1 ; 3:1 != 3:0 ; 1.5:3 == 1:2 ;
 100:60 == 5:3 ; 5:60 != 1:12
 """
@@ -150,6 +155,7 @@ def test_what_is_longer_than_an_answer_is_compared_as_it_stands():
         assert same_saying(text[:150] + " " + text[151:], text[:150] + "-" + text[151:]) is is_read
         assert same_ratio("0" * (length - 3) + "4:6", "2:3") is is_read
     assert same_saying("x" * 301, "x" * 301)
+    assert reword(" Answer: 5 ") == "5"
 
 
 def test_a_negative_power_of_ten_stays_negative():
@@ -162,3 +168,4 @@ def test_a_share_that_no_float_shows_in_twelve_digits_stays_a_fraction():
     assert wording._decimal(wording.Fraction(1, 3)) == "1/3"
     assert wording._decimal(wording.Fraction(1, 8)) == "0.125"
     assert wording._decimal(wording.Fraction(12)) == "12"
+    assert wording._decimal(wording.Fraction(10**13)) == "10000000000000"

@@ -12,9 +12,12 @@ two thousand and one = 2001; a thousand five hundred = 1500; three million two h
 two billion and one = 2000000001; one trillion = 1000000000000; two lakh = 200000; three crore = 30000000;
 a dozen = 12; two dozen = 24; a score = 20; two score = 40; three gross = 432; a gross = 144;
 half a dozen = 6; half dozen = 6; half a score = 10; half an gross = 72; half dozen eggs = 6 eggs; half = 1/2;
-half of it = 1/2 of it; one half = 1/2; a half = 1/2; a third = 1/3; two thirds = 2/3; three quarters = 3/4;
+half of it = 1/2 of it; Half = 1/2; ten five = ten five; one or half a dozen = 1 or half a dozen;
+two cats and a half = 2 cats and a half; two and Half = 2 1/2; one half = 1/2; a half = 1/2; a third = 1/3;
+two thirds = 2/3; three quarters = 3/4;
 a quarter = 1/4; quarter = quarter; third = third; one third of it = 1/3 of it; halves = halves;
-five halves = 5/2; a fifth = 1/5; two sixths = 2/6; a seventh = 1/7; eighth = eighth; three ninths = 3/9;
+five halves = 5/2; a fifth = 1/5; three eighths = 3/8; two sixths = 2/6; a seventh = 1/7; eighth = eighth;
+three ninths = 3/9;
 a tenth = 1/10; TWO Thirds = 2/3; x minus five = x minus five; a quarter past two = a quarter past two;
 half past two = half past two; half to two = half to two; two and a half = 2 1/2; two and half = 2 1/2;
 three and one third = 3 1/3; three and third = 3 and third; two and three quarters cats = 2 3/4 cats;
@@ -31,7 +34,8 @@ seventy-one = 71; eighty = 80; fifty = 50; thirty = 30; eleven = 11; twelve = 12
 fourteen = 14; fifteen = 15; sixteen = 16; eighteen = 18; twenty zero = twenty zero; zero one = 1;
 two dozen and five = 24 and five; a thousand thousand = 1000000; a thousand million = 1000000000;
 two million five hundred thousand and one = 2500001; one hundred one = 101; two hundred five = 205;
-seven hundred thousand and one = 700001; three dozen five = 41; 五 = 5; 十 = 10; 十二 = 12; 二十 = 20;
+seven hundred thousand and one = 700001; three dozen five = 41; 五 = 5; 五个三分之一 = 5个三分之一; 十 = 10;
+十二 = 12; 二十 = 20;
 二十三个 = 23个; 一百 = 100; 一百零五 = 105; 两百五十元 = 250元; 三千 = 3000; 三万 = 30000; 一万二千 = 12000;
 一亿 = 100000000; 一亿三千万 = 130000000; 两打 = 24; 〇 = 0; 零 = 0; 半 = 1/2; 一半 = 1/2; 半个 = 半个;
 三又二分之一 = 3 1/2; 2又1/2 = 2 1/2; 5 2又1/2 = 5 2又1/2; 2又1/2个 = 2 1/2个; 一又三分之二杯 = 1 2/3杯; 百分之五 = 5%;

@@ -137,7 +137,7 @@ def _opening_letter(said: str, options: Mapping[str, str]) -> Chosen | None:
     if match is None:
         return None
     letter, rest = match["letter"].upper(), match["rest"].strip()
-    is_apart = bool(match["mark"] or match["open"]) or "\n" in match["rest"][:2]
+    is_apart = bool(match["mark"] or match["open"])
     is_capital = match["letter"] == letter
     if rest and clean_answer(said).lower() in {clean_answer(option).lower() for option in options.values()}:
         return None
@@ -163,7 +163,7 @@ def _with_rest(letter: str, mark: str, rest: str, is_apart: bool, options: Mappi
     if _DENIED.match(rest):
         first, *others = re.split(r"[,;.，；。]\s|\s+but\s+", rest, maxsplit=1)
         if DENIAL.search(first):
-            return read_option(others[0], options) if others and others[0].strip() else _DENIES
+            return read_option(others[0], options) if others else _DENIES
     if started or _says_another(rest, letter, options):
         return _CONTRADICTS
     if not is_apart:
@@ -181,7 +181,7 @@ def _others_in(text: str, letter: str, options: Mapping[str, str]) -> bool:
 
 def _says_another(rest: str, letter: str, options: Mapping[str, str]) -> bool:
     """Whether what follows a letter says the text, or the number, of another option and not of its own."""
-    sentence = re.split(r"(?<=[^.])\.\s|\n", without_reason(rest), maxsplit=1)[0]
+    sentence = re.split(r"(?<=[^.])\.\s|\n", without_reason(rest))[0]
     for said in said_values(clean_answer(sentence)):
         named = _by_text(said, options)
         if named is not None:

@@ -116,7 +116,7 @@ _REASON = re.compile(
 
 def without_reason(text: str) -> str:
     """Return an answer without the reason given after it."""
-    return _REASON.split(text, maxsplit=1)[0].strip()
+    return _REASON.split(text)[0].strip()
 
 
 # ----------------------------------------------------------------------------------------------- the plain wording

@@ -28,7 +28,7 @@ def parse_date(text: str) -> tuple[str, ...] | None:
         match = pattern.match(text)
         if match is None:
             continue
-        part = dict(zip(order, match.groups(), strict=True)) if "?" not in order else {}
+        part = dict(zip(order, match.groups(), strict=True))
         if order == "??y":
             first, second, year = (int(group) for group in match.groups())
             if first > 12 >= second:

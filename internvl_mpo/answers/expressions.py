@@ -185,9 +185,9 @@ class Parser:
     def letter(self, name: str) -> Term:
         if self.token == "_":  # x_1 is a letter of its own
             self.advance()
-            index = re.match(r"\{?\w*\}?", self.token + self.text[self.position :])
-            name += index[0].strip("{}") if index else ""
-            self.position += (index.end() if index else 0) - len(self.token)
+            index = re.match(r"\{?\w*\}?", self.token + self.text[self.position :])[0]  # of anything else it is empty
+            name += index.strip("{}")
+            self.position += len(index) - len(self.token)
             self.advance()
         if name == "e":
             return lambda point: complex(math.e)
@@ -205,7 +205,7 @@ class Parser:
 
     def argument(self) -> Term:
         r"""A group in braces, or the next sign alone: 3 of `\frac34`."""
-        if self.kind == "number" and self.token[:1].isdigit():
+        if self.token[:1].isdigit():
             self.position -= len(self.token) - 1
             value = fraction(self.token[0])
             self.advance()

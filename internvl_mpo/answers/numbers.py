@@ -138,7 +138,7 @@ def parse_number(text: str) -> Number | None:
         exponent = int(part["exp"])
         value *= Fraction(10) ** exponent
         decimals = None if decimals is None else max(0, decimals - exponent)
-    for scale in re.findall(_SCALE, part["scales"] or "", re.IGNORECASE):
+    for scale in re.findall(_SCALE, part["scales"], re.IGNORECASE):
         size = _SIZES.get(scale.lower()) or _SIZES[scale.lower().rstrip("s")]
         value *= size
         decimals = None if decimals is None else decimals - len(str(size)) + 1
@@ -173,8 +173,8 @@ def _unit(currency: str | None, unit: str | None) -> str | None:
         return _CURRENCIES[lowered]
     if lowered in _PERCENT:
         return "percent"
-    if unit in _UNITS or lowered in _UNITS:
-        return unit if unit in _UNITS else lowered
+    if lowered in _UNITS:
+        return lowered
     # words only: "5 red cubes" has the unit "red cube"; "5 - 3", "5 or 6", "5x" and "5\\pi" have none
     if _UNIT_WORDS.fullmatch(unit) and not _NO_UNIT.search(unit):
         return lowered.replace("square ", "sq ")
@@ -190,7 +190,7 @@ def split_unit(text: str) -> tuple[str, str]:
     match = _FORMULA_UNIT.match(text)
     if match is None:
         return text, ""
-    return match[1].strip(), _singular(match[2].lower()) if len(match[2]) > 3 else match[2]
+    return match[1].strip(), match[2]
 
 
 _LONG_UNITS = sorted((unit for unit in (*_UNITS, "percent") if unit.isalpha() and len(unit) > 1), key=len, reverse=True)

@@ -270,7 +270,7 @@ def same_saying(given: str, wanted: str) -> bool:
         return False
     if not _SIGN_OR_DIGIT.search(given) and not _SIGN_OR_DIGIT.search(wanted) and not _LETTERS.fullmatch(wanted):
         return _same_letters(given, wanted)
-    if _LETTERS.fullmatch(wanted) and _LETTERS.fullmatch(given) and len(wanted) > 1:
+    if _LETTERS.fullmatch(wanted) and _LETTERS.fullmatch(given):
         letters = re.findall("[A-H]", wanted)
         return letters == sorted(set(letters)) == sorted(re.findall("[A-H]", given))
     times = [re.fullmatch(r"(\d{1,2}):(\d\d)( [ap]m)?", text) for text in (given, wanted)]
