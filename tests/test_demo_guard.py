@@ -65,7 +65,13 @@ def test_addresses_and_parent_folders_are_not_served(guard, path):
 )
 def test_a_call_names_uploaded_files_only(guard, named):
     body = json.dumps({"data": ["question", [named]]}).encode()
-    assert send(guard, "/gradio_api/queue/join", "POST", body)[0] == 403
+    status, reason = send(guard, "/gradio_api/queue/join", "POST", body)
+    said = "only uploaded files are read; upload the picture first"
+    assert (status, json.loads(reason)) == (403, {"detail": said})
+
+
+def test_at_most_eight_pictures_are_fetched_at_a_time(guard):
+    assert guard._fetching._value == 8
 
 
 def test_honest_calls_pass_unchanged(guard, tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.mmpr import convert as module
+from internvl_mpo.mmpr import restore as restoring
 from internvl_mpo.mmpr.convert import convert
 from internvl_mpo.mmpr.manifest import file_facts
 from internvl_mpo.mmpr.restore import restore
@@ -231,3 +232,14 @@ def test_what_an_output_belongs_to_is_known_from_version_to_version(tmp_path):
     (tmp_path / "zipped" / "annotations" / "one.jsonl").write_text(line)
     marks.append(module._fingerprint(asked, asked.subsets()))
     assert marks == MARKS
+
+
+def test_names_of_subsets_are_restored_as_they_are_spelled(tmp_path, monkeypatch):
+    """A subset of which no row was usable keeps its entry and an empty file."""
+    monkeypatch.setattr(restoring, "open_dataset", lambda data: [])
+    meta = {"ü": {"root": "images", "annotation": "a/ü.jsonl", "repeat_time": 1}, "none": {}}
+    monkeypatch.setattr(restoring, "_meta", lambda data: meta)
+    assert restore("x", tmp_path / "raw") == (0, 0)
+    text = (tmp_path / "raw/meta.json").read_text(encoding="utf-8")
+    assert text == json.dumps(meta, ensure_ascii=False, indent=2) + "\n"
+    assert (tmp_path / "raw/a/ü.jsonl").read_bytes() == b""

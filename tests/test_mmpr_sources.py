@@ -38,6 +38,8 @@ def ids(source, blocks) -> list[tuple[int, str]]:
 def test_a_file_in_blocks_of_any_size_gives_its_lines_once_under_their_numbers(
     tmp_path, monkeypatch, num_rows, num_bytes
 ):
+    # a part is named after its block: cut elsewhere, every row of every user would be looked at anew
+    assert (module.BLOCK_BYTES, module.BLOCK_ROWS, module.TABLE_ROWS) == (8 << 20, 8192, 1 << 16)
     monkeypatch.setattr(module, "BLOCK_ROWS", num_rows)
     monkeypatch.setattr(module, "BLOCK_BYTES", num_bytes)
     path = jsonl(tmp_path / "a.jsonl", 7)
@@ -65,11 +67,6 @@ def test_blank_and_bad_lines_keep_the_numbers_of_the_others(tmp_path):
     row = found[1][1]
     assert (row.where, row.subset, row.repeat_time, row.max_tiles) == (f"{path}:4", "a", 1.0, None)
     assert row.image_root == tmp_path and source.pictures("", 4) == tmp_path
-
-
-def test_blocks_are_cut_where_those_of_earlier_tables_were():
-    """The name of a part is a digest of its block: cut elsewhere, every row of every user would be looked at anew."""
-    assert (module.BLOCK_BYTES, module.BLOCK_ROWS, module.TABLE_ROWS) == (8 << 20, 8192, 1 << 16)
 
 
 def test_what_comes_before_a_broken_place_is_read(tmp_path):
@@ -148,6 +145,7 @@ def test_files_with_other_columns_and_no_files_are_refused(table, tmp_path):
 
 def test_a_table_in_blocks_is_the_same_rows_numbered_from_one(table, monkeypatch):
     (source,) = open_sources(table)
+    assert module.TABLE_ROWS == 1 << 16  # as above
     for size in (1, 2, 100):
         monkeypatch.setattr(module, "TABLE_ROWS", size)
         blocks = list(source.blocks())

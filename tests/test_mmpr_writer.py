@@ -324,3 +324,12 @@ def test_a_plan_says_how_many_pairs_have_their_tokens_counted(tmp_path, monkeypa
             (piece,) = shard.pieces
             assert (piece.number, piece.num_tiny, sorted(piece.repeated)) == (1, 200, ["2", "3", "4"])
     assert shown[0] == {"total": 1, "unit": "part", "text": "indexing"}
+
+
+@pytest.mark.parametrize("images", [[], ["a.png"], ["a.png", "b.png"]])
+def test_a_plain_row_of_mmpr_needs_nothing_more_to_be_written_again(images):
+    row = {"question": "q", "chosen": "c", "rejected": "r", "answer_gt": "5", "note": 1}
+    row |= {"image": images[0] if len(images) == 1 else images} if images else {}
+    subset = Subset("s_pairs_vqa_correctness_rules", None, None, entry={"root": "images/s"})
+    columns = to_columns(row, subset.pair(row, ""), subset, [b"1"] * len(images))
+    assert (columns["raw"], to_raw(columns)) == (None, row)

@@ -5,9 +5,11 @@ pytest tests/test_row_groups.py
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import fsspec
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -161,3 +163,71 @@ def test_a_reason_that_is_a_sentence_already_is_not_wrapped_in_another(folder, m
         table.shards[0] = shard
         with pytest.raises(BadInputError, match=r"^the shard is gone; load it again$"):
             table.read(group)
+
+
+@pytest.mark.parametrize(
+    ("info", "version"),
+    [
+        ({"lfs": {"sha256": "5ha"}, "blob_id": "b10b"}, "5ha"),
+        ({"lfs": None, "blob_id": "b10b"}, "b10b"),
+        ({"blob_id": "b10b"}, "b10b"),
+        ({}, "hf://datasets/me/data@c0ffee/data/0.parquet"),
+    ],
+)
+def test_a_shard_of_the_hub_is_known_by_the_hash_of_its_content(monkeypatch, info, version):
+    asked = []
+
+    class Files:
+        def info(self, path: str) -> dict:
+            asked.append(path)
+            return info
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda address: (Files(), address.removeprefix("hf://")))
+    shard = "hf://datasets/me/data@c0ffee/data/0.parquet"
+    assert row_groups._place_and_version(shard) == ("data/0.parquet", version)
+    assert asked == ["datasets/me/data@c0ffee/data/0.parquet"]
+
+
+def test_a_shard_in_the_cache_of_the_hub_is_known_by_what_it_links_to(tmp_path, monkeypatch):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/5ha").touch()
+    (tmp_path / "snapshots/c0ffee/data").mkdir(parents=True)
+    link = tmp_path / "snapshots/c0ffee/data/0.parquet"
+    link.symlink_to(tmp_path / "blobs/5ha")
+    assert row_groups._place_and_version(str(link)) == ("data/0.parquet", "5ha")
+    monkeypatch.setattr(row_groups, "_hub_shards", lambda data: [str(link)])
+    table = ParquetTable("hub:me/data@v1:tiny")
+    assert table.versions == {"hub:me/data/data/0.parquet": "5ha"}
+    assert table.facts == [("hub:me/data/data/0.parquet", "5ha")]
+    assert ParquetTable(str(link)).versions == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "asked", "given"),
+    [
+        ("hub:me/x", ("me/x", None), {"revision": None}),
+        ("hub:me/x@v1", ("me/x", None), {"revision": "v1"}),
+        ("hub:me/x@v1:tiny", ("me/x", "tiny"), {"revision": "v1"}),
+    ],
+)
+def test_the_shards_of_a_revision_are_those_of_its_split_train(monkeypatch, data, asked, given):
+    files, seen = ["a.parquet", "b.parquet"], []
+
+    def builder(*names, **options):
+        seen.append((names, options))
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": files, "test": ["c.parquet"]}))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert row_groups._hub_shards(data) == files
+    assert seen.pop() == (asked, given)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    kept = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *name, **more: kept.append((name, more)) or "here")
+    assert row_groups._hub_shards(data) == files
+    options = {"repo_type": "dataset", "revision": given["revision"], "local_files_only": True}
+    assert (kept, seen) == ([(asked[:1], options)], [(("here", asked[1]), {"revision": None})])
+    for others in (["a.parquet", "b.json"], []):
+        files[:] = others
+        with pytest.raises(BadInputError, match=f"cannot load {data}: its split train is not Parquet; download it, or"):
+            row_groups._hub_shards(data)

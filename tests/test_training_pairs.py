@@ -85,8 +85,7 @@ def test_views_show_the_pairs_they_were_asked_for(pairs):
     assert [row.pair.id for row in some.rows] == ["one7", "one3", "never0"]
     assert [size.num_tokens for size in some.sizes] == some.column("num_tokens").tolist()
     assert [row.pair.id for row in some.rows_of(["never0", "one3", "never0"])] == ["one3", "never0"]
-    asked = [f"one{number}" for number in (17, 9, 1, 8, 16, 0)]  # numbers that a set does not keep in order
-    assert [row.pair.id for row in pairs.rows_of(asked)] == [f"one{number}" for number in (0, 1, 8, 9, 16, 17)]
+    assert [row.pair.id for row in pairs.rows_of(["one8", "one1"])] == ["one1", "one8"]  # a set has 8 before 1
     with pytest.raises(ValueError, match="3 pairs, 2 counts"):
         TrainingPairs(table, indices, np.ones(2, np.int32))
 

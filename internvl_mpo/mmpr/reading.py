@@ -75,7 +75,6 @@ def forms_found(data: str | Path, image_root: str | Path | None = None, *, is_pa
     counts: Counter[str] = Counter()
     for subset in read_subsets(data, image_root):
         for _, _, line in itertools.islice(read_lines(subset.annotation), FIRST_ROWS):
-            with suppress(RowError):  # the reader names it
-                if not line.isspace():
-                    counts[to_own_form(parse_line(line, ""), is_pair=is_pair)[0]] += 1
+            with suppress(RowError):  # a blank line, or one that the reader names
+                counts[to_own_form(parse_line(line, ""), is_pair=is_pair)[0]] += 1
     return f"{data}: {', '.join(counts) or 'no form that is read'}"
