@@ -64,8 +64,10 @@ def test_each_folder_of_a_computer_is_an_absolute_path(tmp_path, folder):
     assert "absolute path" in found_in(tmp_path, f'{{"root": "/{folder}/x/y"}}', "a.json")
     for other in (f"a/{folder}/x", f"../{folder}/x", f"https://x.org/{folder}/x", f"~/{folder}/x", f"/{folder}s/x"):
         assert found_in(tmp_path, other) is None
-    assert found_in(tmp_path, f"open('/{folder}/x')", "code.py") is None  # the same on every computer
-    assert found_in(tmp_path, b"\x00/%b/x" % folder.encode(), "a.png") is None
+    for suffix in ("py", "js", "css"):  # the same on every computer
+        assert found_in(tmp_path, f"open('/{folder}/x')", f"code.{suffix}") is None
+    for suffix in ("png", "jpg", "jpeg", "webp", "gif", "bmp", "ico", "model"):
+        assert found_in(tmp_path, b"\x00/%b/x" % folder.encode(), f"a.{suffix}") is None
 
 
 def test_a_windows_folder_is_an_absolute_path(tmp_path):

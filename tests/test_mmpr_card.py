@@ -151,6 +151,8 @@ def test_lengths_are_steps_from_the_shortest_text_to_the_longest(tmp_path, figur
     assert [part.get_label() for part in axis.patches] == ["question", "chosen"]
     assert (axis.get_xlabel(), axis.get_ylabel()) == (f"{kind} per text", "texts")
     assert axis.get_title() == f"Length of questions and responses in {kind}"
+    assert [side for side, spine in axis.spines.items() if spine.get_visible()] == ["left", "bottom"]
+    assert not axis.get_legend().get_frame_on()
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "linear")
     draw_lengths({("tokens", "rejected"): {0: 1}, ("chosen",): {0: 1}}, kind, tmp_path / "b.png")
     styles = {part.get_label(): part.get_linestyle() for part in figures[1].axes[0].patches}
@@ -181,7 +183,8 @@ def test_the_statistics_of_a_card():
     statistics = ReleaseStatistics()
     for rule in ("correctness", "format", "correctness"):
         statistics.add(pair(rule=rule), "one", count_tokens=len)
-    statistics.add_image(4, 8, "PNG", 2_000_000)
+    for format in ("JPEG", "PNG", "PNG"):
+        statistics.add_image(4, 8, format, 1_000_000)
     text = statistics_text(statistics, {"num_rejects": 1200}, [("a.png", "A")])
     assert (
         text
@@ -205,7 +208,7 @@ Length in words, and how chosen compares with rejected (geometric mean of the ra
 Mean tokens over a sample of 3 pairs: question 14.0, chosen 18.0, rejected 7.0.
 
 Pictures per pair: 1: 3.
-Distinct pictures (counted per shard): 1, 2.0 MB (PNG 1).
+Distinct pictures (counted per shard): 3, 3.0 MB (PNG 2, JPEG 1).
 
 1,200 lines of the release could not be converted.
 

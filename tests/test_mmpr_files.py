@@ -95,6 +95,14 @@ def test_a_link_out_of_the_release_is_not_read_and_the_hubs_cache_is_none(tmp_pa
         ReleaseFiles(release).text("b.jsonl")
 
 
+def test_a_release_behind_a_link_is_read_like_any_other(tmp_path):
+    write(tmp_path, "there/a.jsonl", "there/images/1.png")
+    (tmp_path / "here").symlink_to(tmp_path / "there")
+    files = ReleaseFiles(tmp_path / "here")
+    assert files.text("a.jsonl") == tmp_path / "here/a.jsonl"
+    assert files.pictures("images").read("1.png") == b"there/images/1.png"
+
+
 def test_a_picture_is_read_from_disk_before_the_archives(tmp_path):
     write(tmp_path, "images/a/1.png")
     zipped(tmp_path / "x.zip", "images/a/1.png", "images/a/2.png")

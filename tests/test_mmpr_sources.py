@@ -13,7 +13,7 @@ from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr import sources as module
 from internvl_mpo.mmpr.manifest import MANIFEST
 from internvl_mpo.mmpr.parquet import EmbeddedPictures, arrow_schema, check_columns, prompt_blocks, to_columns
-from internvl_mpo.mmpr.reading import forms_found
+from internvl_mpo.mmpr.reading import forms_found, iter_questions
 from internvl_mpo.mmpr.release import Subset, read_subsets
 from internvl_mpo.mmpr.row_groups import ParquetTable, open_table
 from internvl_mpo.mmpr.sources import Block, open_sources
@@ -308,3 +308,17 @@ def test_a_row_of_a_source_is_its_pictures_of_this_folder(tmp_path):
     ((_, found),) = (one for block in source.blocks() for one in source.rows(block))
     assert found.pair.images == ("b/1.png",)
     assert (source.versions(), source.where(9)) == ({}, f"{tmp_path}/a.jsonl:9")
+
+
+def test_questions_are_numbered_with_blank_lines_and_named_after_their_file(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text('\n{"question": "one?", "answer": "1"}\n{"question": "two?", "source": "s"}\n')
+    (first, pictures), (second, _) = iter_questions(path)
+    assert (first.question, first.answer, first.source, second.source) == ("one?", "1", "asked", "s")
+    assert pictures.path == tmp_path
+    path.write_text("\n{}\n")
+    with pytest.raises(RowError, match=f"^{path}:2: "):
+        list(iter_questions(path))
+    path.write_text("\n[]\n")
+    with pytest.raises(RowError, match=f"^{path}:2: expected a JSON object"):
+        list(iter_questions(path))

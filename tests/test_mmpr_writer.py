@@ -56,7 +56,7 @@ def write(path: Path, count: int) -> ShardWriter:
 
 
 @pytest.mark.parametrize(
-    ("batch_rows", "group_bytes", "groups"), [(500, 120, 4), (2, 10**6, 1), (1, 1, 7), (500, 60, 7)]
+    ("batch_rows", "group_bytes", "groups"), [(500, 120, 4), (500, 121, 3), (2, 10**6, 1), (1, 1, 7), (500, 60, 7)]
 )
 def test_rows_keep_their_order_in_groups_of_about_a_size(tmp_path, monkeypatch, batch_rows, group_bytes, groups):
     monkeypatch.setattr(module, "BATCH_ROWS", batch_rows)
@@ -333,3 +333,20 @@ def test_a_plain_row_of_mmpr_needs_nothing_more_to_be_written_again(images):
     subset = Subset("s_pairs_vqa_correctness_rules", None, None, entry={"root": "images/s"})
     columns = to_columns(row, subset.pair(row, ""), subset, [b"1"] * len(images))
     assert (columns["raw"], to_raw(columns)) == (None, row)
+
+
+@pytest.mark.parametrize(
+    ("row", "special"),
+    [
+        ({"answer_gt": 12}, {"set": {"answer_gt": 12}, "unset": []}),
+        ({"answer_gt": "12", "image": []}, {"set": {"image": []}, "unset": []}),
+        ({"note": 1.0, "id": "7"}, {"set": {"id": "7"}, "unset": []}),
+        ({"system": " "}, {"set": {"system": " "}, "unset": []}),
+        ({"answer": "12"}, {"set": {"answer": "12"}, "unset": ["answer_gt"]}),
+    ],
+)
+def test_of_another_row_only_what_differs_is_kept_beside_the_columns(row, special):
+    row = {"question": "q", "chosen": "c", "rejected": "r", **row}
+    subset = Subset("s_pairs_vqa_correctness_rules", None, None, entry={"root": "images/s"})
+    columns = to_columns(row, subset.pair(row, ""), subset, [])
+    assert (json.loads(columns["raw"]), to_raw(columns)) == (special, row)

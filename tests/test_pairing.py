@@ -325,3 +325,8 @@ def test_draws_and_groups_depend_on_every_letter():
 def test_no_pairs_come_of_one_side_alone():
     assert list(pairing._diagonal([], [1, 2])) == list(pairing._diagonal([1], [])) == list(pairing._diagonal([], []))
     assert list(pairing._diagonal([1, 2], [3, 4])) == [(1, 3), (2, 4), (1, 4), (2, 3)]
+
+
+def test_a_response_to_a_question_without_a_truth_is_not_right():
+    (judged,) = pairing.judge_responses([replace(response("12"), answer=None)], PairRules())
+    assert judged.outcome is pairing.Outcome.WRONG

@@ -55,9 +55,9 @@ class PairSource(ABC):
     def facts(self) -> list[Any]:
         """Return what differs when a row may differ, `settings` apart, without reading one; JSON-able."""
 
+    @abstractmethod
     def versions(self) -> dict[str, str]:
         """Return the hash of the content of each of its files on the Hub, by name; files here have none."""
-        return {}
 
     @abstractmethod
     def blocks(self) -> Iterator[Block]:
