@@ -198,8 +198,8 @@ def parts(statement: ast.stmt) -> Iterator[ast.AST]:
     if isinstance(statement, ast.Assign):
         if re.match(r"(tuple|list|dict|Callable)\[|TypeVar\(", ast.unparse(statement.value)):
             return  # the name of a type
-        if ast.unparse(statement.targets[0]) == "__all__":
-            return  # is not exchanged in a running process; tests/test_rooms.py looks at it
+        if ast.unparse(statement.targets[0]) in {"__all__", "__slots__"}:
+            return  # cannot be exchanged in a running process; a wrong name fails at once, see tests/test_rooms.py
     skipped = {"annotation", "returns", "decorator_list", "type_params", "body", "orelse", "finalbody", "handlers"}
 
     def walk(node: ast.AST) -> Iterator[ast.AST]:

@@ -31,8 +31,10 @@ def figures(monkeypatch) -> list:
 
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
+    plt.switch_backend("svg")  # as somebody may have set it, or a window on the screen
     yield drawn
     monkeypatch.undo()
+    assert {type(figure.canvas).__name__ for figure in drawn} == {"FigureCanvasAgg"}
     plt.close("all")
 
 

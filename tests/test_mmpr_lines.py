@@ -4,6 +4,7 @@ import codecs
 import json
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,8 @@ from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr import lines as module
 from internvl_mpo.mmpr.archives import Archive
 from internvl_mpo.mmpr.lines import Member, cuts, is_array, read_lines
-from internvl_mpo.mmpr.release import parse_line, read_subsets, split_subset_name, subset_name
+from internvl_mpo.mmpr.release import Subset, parse_line, read_subsets, split_subset_name, subset_name
+from internvl_mpo.records import PreferencePair, content_id
 
 ROWS = [{"a": 1}, {"b": "ü,]"}, 5, "x", [1, 2], {"c": {"d": []}}]
 
@@ -264,3 +266,24 @@ def test_an_array_is_one_of_rows_whatever_its_first_item_is(tmp_path):
     for content in (b"", b"5"):  # what is neither rows nor subsets
         with pytest.raises(BadInputError, match=r"a\.json"):
             read_subsets(write(path, content))
+
+
+def test_a_pair_has_source_and_rule_of_its_subset_unless_the_row_names_them_and_an_id_of_its_content_and_folder():
+    name, row = "a_pairs_vqa_format_rules", {"question": "q", "chosen": "c", "rejected": "r", "answer_gt": "1"}
+    subset = Subset(name, None, None, entry={"root": "/mnt/x/images/s"})
+    pair = subset.pair(row, "")
+    assert (pair.source, pair.rule, subset.source) == ("a", "format", "a")
+    named = subset.pair({**row, "rule": "vote", "source": "b", "id": "7"}, "")
+    assert (named.source, named.rule, named.id) == ("b", "vote", "7")
+    assert pair.id == content_id("s", [None, "q", "1", "c", "r"])  # a table of an earlier version knows it so
+    others = [("/y/s", {}), ("t", {}), ("s", {"image": "1.png"}), ("s", {"question": "p"}), ("s", {"answer_gt": "2"})]
+    others += [("s", {"chosen": "d"}), ("s", {"rejected": "s"})]
+    others += [("s", {"images": ["1.png"]}), ("s", {"images": ["2.png"]}), ("s", {"system": "be kind"})]
+    others += [("s", {"history": [["h", "i"]]}), ("s", {"answer_gt": None, "answer": "1"})]
+    pictures = SimpleNamespace(meant=lambda name: name)
+    ids = [Subset(name, pictures, None, entry={"root": root}).pair({**row, **more}, "").id for root, more in others]
+    assert ids[0] == pair.id and len(set(ids)) == len(others)
+    assert subset.pair({**row, "images": [], "answer": None, "system": " "}, "").id == pair.id  # nothing is said
+    assert Subset(name, None, None).pair(row, "").id == PreferencePair.from_json({**row, "rule": "format"}).id
+    with pytest.raises(RowError, match=r"^a:1: key 'rejected' is missing"):
+        subset.pair({"question": "q", "chosen": "c"}, "a:1")

@@ -11,6 +11,7 @@ import pytest
 
 from internvl_mpo.errors import BadInputError, RowError
 from internvl_mpo.mmpr import sources as module
+from internvl_mpo.mmpr.lines import read_lines
 from internvl_mpo.mmpr.manifest import MANIFEST
 from internvl_mpo.mmpr.parquet import EmbeddedPictures, arrow_schema, check_columns, prompt_blocks, to_columns
 from internvl_mpo.mmpr.reading import forms_found, iter_questions
@@ -165,6 +166,7 @@ def test_a_picture_of_a_table_is_found_by_its_content_in_its_row(table):
     assert second == "2.png" and first.endswith(".png") and len(first) == 24 + 4
     assert lines[0]["images"] == [first] and lines[2]["images"][0] != first
     assert [number for number, _, _ in found.lines(2, 4)] == [2, 3]
+    assert list(read_lines(found, 2, 4)) == list(found.lines(2, 4))
     assert found.picture(first) == b"\0" * 10 and found.picture("2.png") is None
     assert TableRows(str(table)).picture(lines[6]["images"][0]) == b"\3" * 10  # before any row was read
     assert found.picture_of_row(first, 1) == b"\0" * 10 and found.picture_of_row(first, 2) is None

@@ -31,6 +31,7 @@ from internvl_mpo.mmpr.row_groups import HUB_PREFIX
 from internvl_mpo.mmpr.tables import TablePictures, TableRows, is_table
 from internvl_mpo.programs import way_to
 from internvl_mpo.records import PreferencePair, content_id, images_of
+from internvl_mpo.row_keys import holds
 
 # Name suffixes of the official subsets and the rule they stand for.
 _RULE_OF_SUFFIX = (
@@ -40,6 +41,9 @@ _RULE_OF_SUFFIX = (
     (re.compile(r"_prefix_pair_sr[\d.]+_wo_image$"), "dropout_ntp"),
     (re.compile(r"_prefix_pair_sr[\d.]+_with_image$"), "prefix_with_image"),
 )
+# What tells rows without an id: keys of official files, and those that other rows have.
+_CONTENT = ("image", "question", "answer_gt", "chosen", "rejected")
+_MORE_CONTENT = ("images", "answer", "system", "history")
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,9 @@ class Subset:
         source, rule = split_subset_name(self.name)
         added = {} if row.get("rule") else {"rule": rule}
         if not row.get("id") and self.entry:
-            keys = ("image", "question", "answer_gt", "chosen", "rejected")
             folder = _last_part(str(self.entry["root"]))
-            added["id"] = content_id(folder, [row.get(key) for key in keys])
+            more = {key: row[key] for key in _MORE_CONTENT if key in row and holds(row[key])}
+            added["id"] = content_id(folder, [row.get(key) for key in _CONTENT], *([more] if more else []))
         pair = PreferencePair.from_json({**row, **added}, source=source, where=where)
         for name in filter(is_absolute, pair.images):
             self._check_name(name, where)
