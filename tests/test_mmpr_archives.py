@@ -4,6 +4,7 @@ import io
 import pickle
 import random
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -386,3 +387,14 @@ def test_26_parts_are_followed_by_the_27th(tmp_path):
     for name in names:
         (tmp_path / name).write_bytes(b"")
     assert [path.name for path in find_archives(tmp_path)[0]] == names
+
+
+def test_of_many_entries_of_one_name_the_last_counts(tmp_path):
+    """As in a folder that they are unpacked to, one after the other."""
+    with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "a.zip", "w") as made:
+        warnings.simplefilter("ignore")
+        for number in range(200):
+            made.writestr("1.png" if number % 3 else f"{number}.png", str(number))
+    archive = Archive([tmp_path / "a.zip"])
+    assert archive.read(archive.find("1.png"), 10) == b"199"
+    assert len(archive) == 200

@@ -397,3 +397,32 @@ def test_rows_that_differ_in_the_question_alone_are_no_copies_and_differences_co
     assert report.kinds == {}
     mean = report.differences.mean(("a", "other"))
     assert (mean.pairs, mean.place) == (3, pytest.approx(1 / (4 + len(LONG.split()))))
+
+
+def test_a_signature_is_the_signs_of_low_waves_and_a_small_picture():
+    """Another size or another wave, and an index of benchmarks finds what it should not, or nothing."""
+    picture = scene(3)
+    small = np.asarray(picture.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    places, waves = np.arange(32), np.arange(8)
+    cosines = np.cos(np.pi * (2 * places + 1) * waves[:, None] / 64)
+    found = np.einsum("ux,xy,vy->uv", cosines, small, cosines).ravel()
+    bits = found > np.median(found[1:])
+    one = signature(picture)
+    assert np.unpackbits(np.array([one.bits]).view(np.uint8)).tolist() == [0, *bits[1:].astype(int)]
+    tiny = np.asarray(picture.convert("L").resize((16, 16), Image.Resampling.BICUBIC), np.float64).ravel()
+    assert one.thumbnail == pytest.approx((tiny - tiny.mean()) / np.linalg.norm(tiny - tiny.mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_bits", "correlation", "is_same"), [(8, 1, True), (9, 1, False), (0, 0.975, True), (0, 0.965, False)]
+)
+def test_pictures_look_alike_by_eight_bits_and_a_correlation(num_bits, correlation, is_same):
+    one = signature(scene(1))
+    across = np.roll(one.thumbnail, 100)
+    across = across - (across @ one.thumbnail) * one.thumbnail
+    across /= np.linalg.norm(across)
+    index = BenchmarkIndex()
+    index.hashes = np.array([one.bits ^ np.uint64((1 << num_bits) - 1)])
+    index.thumbnails = np.stack([correlation * one.thumbnail + (1 - correlation**2) ** 0.5 * across])
+    index.owners = [7]
+    assert index.of_picture(scene(1)) == ({7} if is_same else set())

@@ -173,6 +173,7 @@ def test_an_absolute_path_stands_for_the_picture_below_the_folder(tmp_path):
 
 
 def test_a_file_that_is_far_too_large_is_not_read(tmp_path, monkeypatch):
+    assert (module.MAX_FILE_BYTES, module.MAX_PIXELS) == (256 << 20, 178_956_970)  # what messages say
     write(tmp_path, "images/12345678")
     folder = ReleaseFiles(tmp_path).pictures("images")
     monkeypatch.setattr(module, "MAX_FILE_BYTES", 15)
@@ -194,6 +195,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def test_a_picture_is_checked_up_to_its_limit(monkeypatch):
+    assert module.MAX_PIXELS == 178_956_970  # Pillow's own
     monkeypatch.setattr(module, "MAX_PIXELS", 50)
     for decode in (True, False):
         assert check_picture(png(5, 10), "a", decode=decode) == (5, 10, "PNG")

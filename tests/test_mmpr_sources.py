@@ -237,7 +237,10 @@ def test_parquet_is_told_from_a_release(table, tmp_path):
 def test_the_form_of_data_is_named_parquet_among_them(table, tmp_path):
     lines = [{"question": "q", "chosen": "a", "rejected": "b"}] * 2
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n \n")
-    assert forms_found(tmp_path / "a.jsonl").startswith(f"{tmp_path}/a.jsonl: ")
+    assert forms_found(tmp_path / "a.jsonl") == f"{tmp_path}/a.jsonl: MMPR"
+    other = {"messages": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, [lines[0]] * 99 + [{"x": 1}, lines[0], other])))
+    assert forms_found(tmp_path / "c.jsonl") == f"{tmp_path}/c.jsonl: MMPR"  # those of the first hundred
     (tmp_path / "b.jsonl").write_text('{"x": 1}\n')
     assert forms_found(tmp_path / "b.jsonl") == f"{tmp_path}/b.jsonl: no form that is read"
     (table / MANIFEST).write_text("{}")

@@ -350,3 +350,17 @@ def test_of_another_row_only_what_differs_is_kept_beside_the_columns(row, specia
     subset = Subset("s_pairs_vqa_correctness_rules", None, None, entry={"root": "images/s"})
     columns = to_columns(row, subset.pair(row, ""), subset, [])
     assert (json.loads(columns["raw"]), to_raw(columns)) == (special, row)
+
+
+def test_tokens_of_a_text_are_counted_without_those_around_it(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "one": 1, "two": 2}, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    count = module.token_counter(str(tmp_path))
+    assert [count(text) for text in ("", "one", "one two one")] == [0, 1, 3]
+    assert module.token_counter(None) is None
+    with pytest.raises(BadInputError, match=r"no tokenizer\.json in .*; `python -m internvl_mpo.publish model` makes"):
+        module.token_counter(str(tmp_path / "nowhere"))

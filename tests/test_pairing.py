@@ -322,6 +322,18 @@ def test_draws_and_groups_depend_on_every_letter():
     assert len({group_key(replace(row, question=row.response)) for row in rows}) == 4
 
 
+def test_the_next_eight_pairs_are_looked_at_for_one_that_balances():
+    class Text:
+        def __init__(self, log_length):
+            self.log_length = log_length
+
+    long, short = Text(2.0), Text(0.0)
+    candidates = [(long, short)] * 7 + [(short, short)] + [(long, short)] * 9
+    looked = []
+    taken, balance = pairing.choose_balanced(iter(candidates), 1, lambda *pair: looked.append(pair) or True)
+    assert (taken, balance, len(looked)) == ([(short, short)], 0, 8)
+
+
 def test_no_pairs_come_of_one_side_alone():
     assert list(pairing._diagonal([], [1, 2])) == list(pairing._diagonal([1], [])) == list(pairing._diagonal([], []))
     assert list(pairing._diagonal([1, 2], [3, 4])) == [(1, 3), (2, 4), (1, 4), (2, 3)]

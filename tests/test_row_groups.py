@@ -231,3 +231,10 @@ def test_the_shards_of_a_revision_are_those_of_its_split_train(monkeypatch, data
         files[:] = others
         with pytest.raises(BadInputError, match=f"cannot load {data}: its split train is not Parquet; download it, or"):
             row_groups._hub_shards(data)
+
+
+def test_a_group_of_many_rows_is_read_whole(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"n": list(range(300))}), tmp_path / "a.parquet", row_group_size=200)
+    table = ParquetTable(str(tmp_path / "a.parquet"))
+    for start, stop in ((0, 300), (1, 65), (63, 193), (199, 201)):
+        assert list(table.rows(start, stop, ["n"])) == [(number, {"n": number}) for number in range(start, stop)]
