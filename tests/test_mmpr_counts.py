@@ -80,8 +80,9 @@ def test_forty_words_of_both_responses_are_enough_for_a_similarity():
     assert similarity_hash(rejected, chosen) != similarity_hash(chosen, rejected)
 
 
-def test_the_similarity_hash_does_not_change_from_version_to_version():
-    text = " ".join(str(i * i) for i in range(60))
+@pytest.mark.parametrize("count", [60, 61])  # an even number of runs leaves a bit undecided
+def test_the_similarity_hash_does_not_change_from_version_to_version(count):
+    text = " ".join(str(i * i) for i in range(count))
     words = [*text.split(), "|", *text[:90].split()]
     import zlib
 

@@ -4,12 +4,14 @@ import json
 import pickle
 import zipfile
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from internvl_mpo.errors import BadInputError, RowError
+from internvl_mpo.mmpr import release
 from internvl_mpo.mmpr import sources as module
 from internvl_mpo.mmpr.lines import read_lines
 from internvl_mpo.mmpr.manifest import MANIFEST
@@ -186,6 +188,22 @@ def test_a_picture_of_a_table_is_found_by_its_content_in_its_row(table):
     )
     with pytest.raises(RowError):
         RowPictures(pictures, 2).read(first)
+
+
+def test_pictures_that_a_table_names_lie_beside_it_or_here(tmp_path, monkeypatch):
+    (tmp_path / "t").mkdir()
+    pq.write_table(pa.Table.from_pylist([{**rows(1)[0], "image": "1.png"}]), tmp_path / "t/a.parquet")
+    (tmp_path / "t/1.png").write_bytes(b"1")
+    for data in (tmp_path / "t", tmp_path / "t/a.parquet"):
+        (subset,) = read_subsets(data)
+        assert (subset.name, subset.root, subset.pictures.read("1.png")) == (data.stem, tmp_path / "t", b"1")
+    (tmp_path / "other").mkdir()
+    (subset,) = read_subsets(tmp_path / "t", tmp_path / "other")
+    assert subset.root == tmp_path / "other"
+    monkeypatch.chdir(tmp_path / "t")
+    monkeypatch.setattr(release, "TableRows", lambda data: SimpleNamespace(picture_columns=[]))
+    (subset,) = read_subsets("hub:me/pairs")
+    assert (subset.name, subset.pictures.read("1.png")) == ("pairs", b"1")
 
 
 def test_pictures_are_found_in_columns_of_every_kind_that_holds_files(tmp_path):

@@ -223,6 +223,7 @@ def test_the_manifest_is_read_or_said_to_be_missing(tmp_path):
 
 def test_options_have_defaults_that_the_documentation_says():
     assert Options("x") == Options("x", None, 500 << 20, True, None)
+    assert Piece(0, 0, 9, 1) == Piece(0, 0, 9, 1, {}, 0) and Shard("a", "b", []) == Shard("a", "b", [], 0.0)
     assert (module.ROW_GROUP_BYTES, module.CACHE_BYTES, module.BATCH_ROWS) == (64 << 20, 64 << 20, 500)
 
 

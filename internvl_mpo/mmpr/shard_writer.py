@@ -147,8 +147,7 @@ class ShardWriter:
         import pyarrow as pa
 
         if self._batches:
-            table = pa.concat_tables(self._batches)
-            self._writer.write_table(table, row_group_size=table.num_rows)
+            self._writer.write_table(pa.concat_tables(self._batches))
         self._batches, self._bytes = [], 0
 
 
