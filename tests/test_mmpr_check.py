@@ -332,7 +332,7 @@ def test_an_empty_page_looks_like_no_other():
         halves.paste(grey, (0, 0, 16, 32))
         assert (signature(halves) is None) is is_empty
     index = BenchmarkIndex()
-    assert index.of_picture(scene(1)) == set()
+    assert (index.hashes.shape, index.thumbnails.shape, index.of_picture(scene(1))) == ((0,), (0, 256), set())
     one = signature(scene(1))
     index.hashes, index.thumbnails, index.owners = np.array([one.bits]), np.stack([one.thumbnail]), [7]
     assert index.of_picture(scene(1)) == {7}

@@ -82,12 +82,13 @@ def test_a_source_without_a_usable_row_leaves_no_shard_and_its_line_among_the_re
     meta = {}
     for name, line in (("bad", "{"), ("good", '{"question": "1+1?", "chosen": "2", "rejected": "3"}')):
         (tmp_path / f"{name}.jsonl").write_text(line + "\n")
-        meta[name] = {"annotation": f"{name}.jsonl", "root": "x", "repeat_time": 1}
+        meta[name] = {"annotation": f"{name}.jsonl", "root": "x", "repeat_time": 1, "note": "für"}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     result = convert(Options(str(tmp_path / "meta.json")), tmp_path / "out")
     assert [(shard["source"], shard["num_rows"]) for shard in result.shards] == [("good", 1), ("tiny", 1)]
     assert [path.name for path in (tmp_path / "out" / "data").rglob("*.parquet")] == ["train-00000-of-00001.parquet"]
     assert (result.num_rows, result.num_rejects) == (1, 1)
+    assert '"note": "für"' in (tmp_path / "out" / "manifest.json").read_text(encoding="utf-8")
 
 
 def test_paths_of_a_cluster_leave_what_is_published_and_what_tells_annotations_apart_is_their_content(tmp_path):

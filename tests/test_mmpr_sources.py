@@ -175,7 +175,8 @@ def test_a_picture_of_a_table_is_found_by_its_content_in_its_row(table):
     assert found.places[first] == (0, "images", 0)
     (subset,) = read_subsets(table)
     pictures = subset.pictures
-    assert isinstance(pictures, TablePictures) and (str(pictures), pictures.path) == (str(table), None)
+    assert isinstance(pictures, TablePictures)
+    assert (str(pictures), pictures.path, pictures.root) == (str(table), None, ".")
     assert pictures.version == found.version and pictures.size(first) == 10 and pictures.size("2.png") == 0
     (table / "2.png").write_bytes(b"on disk")
     assert pictures.read("2.png") == b"on disk" and pictures.size("2.png") == 7
