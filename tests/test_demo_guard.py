@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from urllib.parse import unquote
 
 import pytest
 
@@ -50,7 +51,9 @@ def guard(tmp_path):
     ],
 )
 def test_addresses_and_parent_folders_are_not_served(guard, path):
-    assert send(guard, path)[0] == 403
+    status, reason = send(guard, path)
+    said = "paths with .. are not served" if ".." in unquote(path) else "addresses are not fetched"
+    assert (status, json.loads(reason)) == (403, {"detail": said})
 
 
 @pytest.mark.parametrize(

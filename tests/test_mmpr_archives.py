@@ -398,3 +398,14 @@ def test_of_many_entries_of_one_name_the_last_counts(tmp_path):
     archive = Archive([tmp_path / "a.zip"])
     assert archive.read(archive.find("1.png"), 10) == b"199"
     assert len(archive) == 200
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_numbered_parts_are_counted_beyond_nine(tmp_path, first):
+    for number in range(first, 13):
+        (tmp_path / f"images.zip.{number:03d}").touch()
+    (parts,) = find_archives(tmp_path)
+    assert [part.suffix for part in parts] == [f".{number:03d}" for number in range(first, 13)]
+    (tmp_path / "images.zip.010").unlink()
+    with pytest.raises(BadInputError, match=r"a part is missing between images\.zip\.009 and images\.zip\.011"):
+        find_archives(tmp_path)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from internvl_mpo.errors import BadInputError, RowError
-from internvl_mpo.mmpr import release
+from internvl_mpo.mmpr import parquet, release
 from internvl_mpo.mmpr import sources as module
 from internvl_mpo.mmpr.lines import read_lines
 from internvl_mpo.mmpr.manifest import MANIFEST
@@ -346,3 +346,18 @@ def test_questions_are_numbered_with_blank_lines_and_named_after_their_file(tmp_
     path.write_text("\n[]\n")
     with pytest.raises(RowError, match=f"^{path}:2: expected a JSON object"):
         list(iter_questions(path))
+
+
+def test_a_data_set_without_the_columns_of_mmpr_is_refused_before_a_row_is_read(monkeypatch):
+    streams = {"hub:me/x": SimpleNamespace(features={"id": 1}), "hub:me/y": SimpleNamespace(features=None)}
+    monkeypatch.setattr(parquet, "stream_table", streams.get)
+    for data in streams:
+        with pytest.raises(BadInputError, match=f"^{data} has no column '"):
+            parquet.open_dataset(data)
+
+
+def test_a_meta_json_may_be_named_by_a_text(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "meta.json").write_text('{"s": {"root": "x", "annotation": "a.jsonl", "repeat_time": 1}}')
+    (subset,) = release.read_meta(str(tmp_path / "meta.json"))
+    assert subset.annotation == tmp_path / "a.jsonl"

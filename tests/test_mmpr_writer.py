@@ -52,6 +52,7 @@ def write(path: Path, count: int) -> ShardWriter:
     with ShardWriter(path, arrow_schema()) as writer:
         for number in range(count):
             writer.add(columns_of(pair_of(id=str(number)), [bytes([number]) * 60]))
+            assert len(writer._rows) < module.BATCH_ROWS  # so many are Python objects at a time
     return writer
 
 

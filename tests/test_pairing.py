@@ -289,7 +289,11 @@ def test_meta_json_counts_rows_that_are_none_blank_and_keeps_what_it_is_given(tm
     (tmp_path / "a.jsonl").write_text("{}\n\n {}\n \n")
     files = {"root": tmp_path / "images", "annotation": tmp_path / "a.jsonl"}
     write_meta(tmp_path / "meta.json", {"ü": files, "b": {**files, "length": 9, "repeat_time": 0.5}})
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/here").symlink_to(tmp_path)
+    write_meta(tmp_path / "link/here/again.json", {"ü": files, "b": {**files, "length": 9, "repeat_time": 0.5}})
     text = (tmp_path / "meta.json").read_text(encoding="utf-8")
+    assert (tmp_path / "again.json").read_text(encoding="utf-8") == text
     assert text.startswith('{\n  "ü": {\n    "root": "images",\n    "annotation": "a.jsonl",\n') and text[-2:] == "}\n"
     first, second = json.loads(text).values()
     assert first == {"root": "images", "annotation": "a.jsonl", "data_augment": False, "length": 2, "repeat_time": 1}
