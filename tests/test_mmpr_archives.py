@@ -137,6 +137,22 @@ def test_sizes_and_offsets_of_an_entry_are_taken_from_zip64_one_by_one(path, mon
         assert contents(archive) == FILES and archive.problems == []
 
 
+@pytest.mark.parametrize("place", [20, 24, 42])  # packed size, size, offset
+def test_a_single_number_of_an_entry_may_be_in_zip64(path, place):
+    content = bytearray(write_zip(path, {"1.png": b"one" * 9}, zipfile.ZIP_STORED))
+    entry, end = content.rfind(b"PK\x01\x02"), content.rfind(END)
+    length = struct.unpack("<I", content[end + 12 : end + 16])[0]
+    content[end + 12 : end + 16] = struct.pack("<I", length + 12)
+    extra = struct.pack("<HHQ", 1, 8, struct.unpack("<I", content[entry + place : entry + place + 4])[0])
+    content[entry + place : entry + place + 4] = b"\xff" * 4
+    content[entry + 30 : entry + 32] = struct.pack("<H", len(extra))
+    content[entry + 46 + 5 : entry + 46 + 5] = extra
+    path.write_bytes(content)
+    archive = Archive([path])
+    assert contents(archive, {"1.png": b"one" * 9}) == {"1.png": b"one" * 9}
+    assert archive.problems == []
+
+
 def test_zip64_values_stand_behind_other_extra_fields():
     other = struct.pack("<HH3s", 0x5455, 3, b"abc")
     size, packed, header = 1 << 33, 1 << 34, 1 << 35

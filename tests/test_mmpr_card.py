@@ -170,7 +170,11 @@ def test_a_picture_of_a_card_does_not_say_when_and_with_what_it_was_made(tmp_pat
     assert all(b"Software" not in path.read_bytes() for path in tmp_path.iterdir())
 
 
-def test_each_picture_of_a_card_shows_what_there_is(tmp_path):
+def test_each_picture_of_a_card_shows_what_there_is(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    fitted, fit = [], Figure.tight_layout
+    monkeypatch.setattr(Figure, "tight_layout", lambda figure: fitted.append(figure) or fit(figure))
     statistics = ReleaseStatistics()
     statistics.add(pair(), "one")
     assert [name for name, _ in draw_pictures(statistics, tmp_path)] == ["sources.png", "words.png"]
@@ -179,6 +183,7 @@ def test_each_picture_of_a_card_shows_what_there_is(tmp_path):
     names = ["sources.png", "words.png", "tokens.png", "image_sizes.png"]
     assert [name for name, _ in draw_pictures(statistics, tmp_path)] == names
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+    assert len(fitted) == 3  # no long name of a source is cut off
 
 
 def test_the_statistics_of_a_card():

@@ -247,6 +247,7 @@ def test_a_benchmark_picture_and_question_in_training_data_are_found(raw, mathvi
         "picture": 2,
         "question": 2,
     }
+    assert report.index is index
     assert [(index.examples[example][1], where) for example, where, _ in report.shown] == [
         ("0", f"{path}:1"),
         ("1", f"{path}:2"),
@@ -395,6 +396,10 @@ def test_rows_that_differ_in_the_question_alone_are_no_copies_and_differences_co
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = check(str(tmp_path / "a.jsonl"))
     assert report.kinds == {}
+    for side, other in (("chosen", "rejected"), ("rejected", "chosen")):  # a near copy has both nearly equal
+        rows = [{"question": "?", side: f"{LONG * 2} end", other: f"{text} " * 20} for text in ("one two", "a b c d")]
+        (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert not [kind for kind, _ in check(str(tmp_path / "b.jsonl")).kinds if "near" in kind]
     mean = report.differences.mean(("a", "other"))
     assert (mean.pairs, mean.place) == (3, pytest.approx(1 / (4 + len(LONG.split()))))
 
