@@ -80,8 +80,11 @@ def test_a_key_between_zeros_is_found_behind_any_mark(tmp_path, encoding):
     secret = "".join(SECRETS["AWS"])
     assert "secret key" in found_in(tmp_path, f"a line\n{secret}\n".encode(encoding), "a.txt")
     for mark in (b"\xff\xfe", b"\xfe\xff", b""):  # half a character at the end hides nothing
-        text = f"a line\n{secret}\n".encode("utf-16-be" if mark == b"\xfe\xff" else "utf-16-le")
+        form = "utf-16-be" if mark == b"\xfe\xff" else "utf-16-le"
+        text = f"a line\n{secret}\n".encode(form)
         assert "secret key" in found_in(tmp_path, mark + text + b"\x00", "a.txt")
+        beside = f"{'好' * 50} {secret}"  # few zeros: the mark alone tells
+        assert not mark or "secret key" in found_in(tmp_path, mark + beside.encode(form), "a.txt")
     mostly = "a" * 6 + "好" * 4  # six in ten are plain: still a text of one byte a character
     assert hygiene._as_utf_8(mostly.encode("utf-16-le")) == mostly.encode("utf-16-le")
     plain = b"plain text"

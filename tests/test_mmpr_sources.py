@@ -356,6 +356,12 @@ def test_a_data_set_without_the_columns_of_mmpr_is_refused_before_a_row_is_read(
             parquet.open_dataset(data)
 
 
+def test_a_folder_with_a_manifest_and_other_columns_is_refused(table):
+    (table / MANIFEST).write_text("{}")
+    with pytest.raises(BadInputError, match=f"^{table} has no column '"):
+        open_sources(table)
+
+
 def test_a_meta_json_may_be_named_by_a_text(tmp_path):
     (tmp_path / "a.jsonl").touch()
     (tmp_path / "meta.json").write_text('{"s": {"root": "x", "annotation": "a.jsonl", "repeat_time": 1}}')

@@ -92,14 +92,13 @@ def check(
         report.shown += [(one, _shift(where, first), picture) for one, where, picture in part.shown]
         del report.shown[MAX_SHOWN:]
         parts.append(part)
-    if subsets:
-        for name, expected in report.expected.items():
-            if report.counts[name] != expected:
-                where = next(str(subset.annotation) for subset in subsets if subset.name == name)
-                note(Finding("count", where, name, f"{report.counts[name]:,} rows, meta.json says {expected:,}"))
-        problems = {problem for subset in subsets for problem in subset.pictures.files.problems}
-        for problem in sorted(problems):
-            note(Finding("file", data, "", problem))
+    for name, expected in report.expected.items():
+        if report.counts[name] != expected:
+            where = next(str(subset.annotation) for subset in subsets if subset.name == name)
+            note(Finding("count", where, name, f"{report.counts[name]:,} rows, meta.json says {expected:,}"))
+    problems = {problem for subset in subsets for problem in subset.pictures.files.problems}
+    for problem in sorted(problems):
+        note(Finding("file", data, "", problem))
     for finding in find_copies(parts):
         note(finding)
     return report

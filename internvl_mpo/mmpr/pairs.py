@@ -110,9 +110,9 @@ def mixture_table(
         counts: how often each of them is seen, from `repeats`. Shape: (N,)
         costs: tokens of each of them. Shape: (N,)
     """
-    rows = np.bincount(members, minlength=len(subsets)).tolist()
-    seen = np.bincount(members, counts, minlength=len(subsets)).astype(int).tolist()
-    tokens = np.bincount(members, counts * costs.astype(np.int64), minlength=len(subsets)).tolist()
+    rows = np.bincount(members).tolist()  # as far as subsets have rows
+    seen = np.bincount(members, counts).astype(int).tolist()
+    tokens = np.bincount(members, counts * costs.astype(np.int64)).tolist()
     present = [number for number, count in enumerate(rows) if count]
     names = dict.fromkeys(subsets[number][0] for number in present)
     width = min(60, max(len("subset"), *map(len, names)))
