@@ -263,15 +263,17 @@ def test_the_console_shows_each_step_and_keeps_its_line(tmp_path, monkeypatch):
     bar = callback.bar
     assert (bar.given["total"], bar.given["initial"]) == (9, 0)
     monkeypatch.setattr(callbacks, "first_loss_line", lambda args, logs: f"first loss {logs['loss']}")
-    for state.global_step in (1, 2):
-        callback.on_log(args, state, None, logs=dict(LOGS))
+    later = LOGS | {"loss": 1.7}
+    for state.global_step, logs in ((1, LOGS), (2, later)):
+        callback.on_log(args, state, None, logs=dict(logs))
         callback.on_step_end(args, state, None)
     callback.on_log(args, state, None, logs={"eval_nll": 2.0})
     for nothing in ({}, None):
         callback.on_log(args, state, None, logs=nothing)
-    assert lines(tmp_path / "log.jsonl") == [{"step": 1, **LOGS}, {"step": 2, **LOGS}, {"step": 2, "eval_nll": 2.0}]
+    assert lines(tmp_path / "log.jsonl") == [{"step": 1, **LOGS}, {"step": 2, **later}, {"step": 2, "eval_nll": 2.0}]
     assert bar.lines == ["first loss 1.8"]
-    assert bar.shown == [{"loss": "1.800", "accuracy": "0.50", "margin": "+0.25"}] * 2
+    shown = {"loss": "1.800", "accuracy": "0.50", "margin": "+0.25"}
+    assert bar.shown == [shown, shown | {"loss": "1.700"}]
     assert bar.count == 2
     callback.on_train_end(args, state, None)
     assert (bar.is_open, callback.bar) == (False, None)
