@@ -367,3 +367,15 @@ def test_a_meta_json_may_be_named_by_a_text(tmp_path):
     (tmp_path / "meta.json").write_text('{"s": {"root": "x", "annotation": "a.jsonl", "repeat_time": 1}}')
     (subset,) = release.read_meta(str(tmp_path / "meta.json"))
     assert subset.annotation == tmp_path / "a.jsonl"
+
+
+def test_two_absolute_paths_that_are_one_picture_here_are_refused(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/1.png").write_bytes(b"1")
+    made = [{**row, "image": f"/{place}/b/1.png"} for row, place in zip(rows(3), ("x", "y", "x"), strict=True)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    (subset,) = read_subsets(tmp_path / "a.jsonl")
+    for row, other in zip(made, ("/y/b/1.png", "/x/b/1.png", "/y/b/1.png"), strict=True):
+        said = f"images '{row['image']}' and '{other}' are both 'b/1.png' here; write their paths relative to the"
+        with pytest.raises(RowError, match=f"^a:1: {said}"):
+            subset.pair(row, "a:1")

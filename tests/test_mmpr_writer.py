@@ -71,6 +71,7 @@ def test_rows_keep_their_order_in_groups_of_about_a_size(tmp_path, monkeypatch, 
     group = file.metadata.row_group(0)
     names = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
     picture = names["images.list.element.bytes"]
+    assert all(column.has_offset_index for column in names.values())  # a reader finds a row without reading its group
     assert picture.compression == "UNCOMPRESSED" and "RLE_DICTIONARY" in picture.encodings
     assert names["question"].compression == names["chosen.list.element.content"].compression == "ZSTD"
     assert json.loads(file.metadata.metadata[b"content_defined_chunking"]) == module.CHUNKING
