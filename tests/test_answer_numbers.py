@@ -38,7 +38,8 @@ NUMBERS = r"""
 2.5 x 10^3 -> 2500, , 0 ; 2.5 × 10^{-2} -> 0.025, , 3 ; 2.5*10^+1 -> 25, , 0 ; 2.55 \times 10 -> none ;
 1.5 \cdot 10^{2} -> 150, , 0 ; 1.5678e2 -> 156.78, , 2 ; 2 million -> 2000000, , -6 ;
 2.5 million -> 2500000, , -5 ; 2.5 Millions -> 2500000, , -5 ; 3 dozen -> 36, , -1 ; 3 dozens -> 36, , -1 ;
-2 score -> 40, , -1 ; 2 gross -> 288, , -2 ; 5 hundred -> 500, , -2 ; 5k -> 5000, , -3 ; 5 K -> 5000, , -3 ;
+2 score -> 40, , -1 ; 2 gross -> 288, , -2 ; 2 Gross -> 288, , -2 ; 5 hundred -> 500, , -2 ; 5k -> 5000, , -3 ;
+5 K -> 5000, , -3 ;
 5M -> 5000000, , -6 ; 5 m -> 5, m, 0 ; 5mn -> 5000000, , -6 ; 5mil -> 5000000, , -6 ; 5B -> 5000000000, , -9 ;
 5bn -> 5000000000, , -9 ; 5 billion -> 5000000000, , -9 ; 5 trillion -> 5000000000000, , -12 ;
 2 lakh -> 200000, , -5 ; 2 crore -> 20000000, , -7 ; 2 hundred thousand -> 200000, , -5 ;
@@ -149,7 +150,8 @@ The sum of 2 and 3 is roughly 5 -> 5 ; The sum of 2 and 3 equals 5 -> 5 ;
 The sum of 2 and 3 is equal to 5. -> 5 ; 2 and 3 equal 5 -> 5 ; 2 and 3 equal to 5 -> 5 ; 2 and 3 are 5 -> 5 ;
 2 and 3 were -5 -> -5 ; of 2 the price was $5 -> 5 ; of 2 it must be \frac{1}{2} -> 1/2 ; 5 is the answer -> 5 ;
 5 is my answer -> 5 ; 5 is the final answer -> 5 ; 5 is the correct answer -> 5 ; 5 is the right answer -> 5 ;
-1/2 is the answer -> 1/2 ; 2*3 is my answer -> 6 ;
+1/2 is the answer -> 1/2 ; The sum of 2 and 3 is 5_ -> none ;
+ 2*3 is my answer -> 6 ;
 5 cats with all 3 dogs -> 5 ; 5 cats which all 3 dogs see -> 5 ; 5 cats where all 3 dogs are -> 5 ;
 5 cats when all 3 dogs bark -> 5 ; 5 cats for 3 dogs -> none ; 5 cats for all 3 dogs -> 5 ;
 5 cats in all 3 rooms -> 5 ; 5 cats on all 3 mats -> 5 ; 5 cats at all 3 doors -> 5 ;
@@ -240,6 +242,7 @@ def test_a_sign_behind_a_number_goes_on_with_it(text):
         ("\\geq 5", None),
         ("\\pm 5", None),
         ("~5", None),
+        ("~ 5 cats", None),
     ],
 )
 def test_the_value_of_a_final_answer(text, value):

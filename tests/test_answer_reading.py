@@ -31,7 +31,8 @@ the answer is ** 5 ** -> 5 ;; aboutness -> aboutness ;; "red" -> red ;; 'red' ->
 ‘red’ -> red ;; 「red」 -> red ;; 『red』 -> red ;; "red' -> "red' ;; '' -> '' ;; "a" -> a ;; 5. -> 5 ;;
 5; -> 5 ;; 5, -> 5 ;; . -> . ;; ... -> ... ;; 5.;, -> 5 ;; 1{,}000 -> 1,000 ;; {5} -> 5 ;; {a,b} -> {a,b} ;;
 {a: b} -> {a: b} ;; {"a"} -> {"a"} ;; {{5}} -> {{5}} ;; {5 -> {5 ;; “ red ” -> red ;; $ it is 5 $ -> 5 ;;
-90˚C -> 90°C ;; 50\% off -> 50% off ;; 5_. -> 5_ ;; = $5$ -> 5 ;; ↉ -> 0/3 ;; ⅐ -> 1/7 ;; ⅞ -> 7/8 ;;
+90˚C -> 90°C ;; {5:} -> {5:} ;; **=5** -> 5 ;;
+ 50\% off -> 50% off ;; 5_. -> 5_ ;; = $5$ -> 5 ;; ↉ -> 0/3 ;; ⅐ -> 1/7 ;; ⅞ -> 7/8 ;;
  5~7 -> 5~7 ;; 5 . -> 5 ;;
 { 5 } -> 5 ;; x ^2 -> x^2
 """
@@ -49,11 +50,13 @@ excluded A, B -> B ;; A isn't it, B -> B ;; A isn’t it, B -> B ;; 不是A，B 
 非A，B -> B ;; 没有A，B -> B ;; A错，B -> B ;; 除A，B -> B ;; 排除A，B -> B ;; not 1,000, 5 -> 5 ;;
 not A however B -> B ;; not A yet B -> B ;; 不是A而是B -> B ;; 不是A,是B -> 是B ;; 不是A是B -> B ;;
 不是A；B -> B ;; nothing -> nothing ;; notable -> notable ;; knot -> knot ;; A, B -> A, B ;;
-B而非A -> B ;; A; B -> A; B ;; B; not A; -> B ;;
+B而非A -> B ;; it is anything but A -> nothing at all ;;
+ A; B -> A; B ;; B; not A; -> B ;;
 however A -> however A ;; not A. B. -> B. ;; but A -> but A
 """
 WITHOUT_REASON = r"""
-5 because x -> 5 ;; 5, since x -> 5 ;; 5; as it is -> 5 ;; 5 as the x -> 5 ;; 5 as he x -> 5 ;; 5 as she -> 5 ;;
+5 because x -> 5 ;; 5 , because x -> 5 ;; 5, since x -> 5 ;; 5; as it is -> 5 ;; 5 as the x -> 5 ;;
+5 as he x -> 5 ;; 5 as she -> 5 ;;
 5 as they -> 5 ;; 5 as there -> 5 ;; 5 as this -> 5 ;; 5 as that -> 5 ;; 5 due to x -> 5 ;;
 5 given that x -> 5 ;; 5因为x -> 5 ;; 5，因x -> 5 ;; 5 as red -> 5 as red ;; because x -> because x ;;
 5 Because x -> 5 ;; 5 because a because b -> 5 ;; 5 becauses -> 5 becauses
@@ -85,6 +88,8 @@ yes -> yes, yes ;; Yes. -> yes, yes ;; YES -> yes, yes ;; true -> yes, yes ;; Tr
 否 -> no, no ;; 不是 -> no, no ;; 错 -> no, no ;; 错误 -> no, no ;; 不对 -> no, no ;; 不 -> no, no ;;
 没有 -> no, no ;; 不存在 -> no, no ;; 没 -> no, no ;; 无 -> no, no ;; yep -> yes, yes ;; yeah -> yes, yes ;;
 yup -> yes, yes ;; nope -> no, no ;; nah -> no, no ;; *yes* -> yes, yes ;; (yes) -> yes, yes ;;
+no, true -> None, None ;;
+
 *yes?* -> None, None ;; "yes" -> yes, yes ;;
 “no” -> no, no ;; `no` -> no, no ;; $yes$ -> yes, yes ;; yes, there is a dog -> yes, yes ;;
 no, there is no dog -> no, no ;; yes there is -> None, None ;; no there is -> None, None ;;
@@ -164,6 +169,7 @@ def test_a_reason_behind_an_answer_is_left_out():
 def test_marks_that_mean_nothing_are_left_out_and_others_stay():
     assert differing(PLAIN, plain_words) == []
     assert plain_words("a  b") == "b" and plain_words("  Red   car ") == "red car"
+    assert plain_words(" ** ") == "**"
 
 
 def test_what_a_sentence_says_of_its_subject():
@@ -192,6 +198,8 @@ def test_yes_and_no_are_said_in_many_ways_and_left_open_in_more():
         ("A dog", "What is it?", None),
         ("There is a dog\nThere is no cat", "Is there a dog in the image?", "yes"),
         ("There is a dog.", "Is there a dog that isn't in the picture?", "yes"),
+        ("There is a dog", "Was there a dog?", "yes"),
+        ("Yes, a piano. 5 keys", "", "yes"),
         ("There is 猫", "Is 狗 there?", None),
         ("Is it?", "x", None),
         ("none", "x", "no"),
@@ -421,6 +429,7 @@ REASON = "x" * 20
         ("x 答案为:5", "marker", "5", "after the marker"),
         ("final count; so 答案: 5", "marker", "5", "after the marker"),
         ("答案 of it; Final answer: 5", "marker", "5", "after the marker"),
+        ("x 答案: 5 finally", "marker", "5 finally", "after the marker"),
         ("答案: 4 Final answer: 5", "marker", None, "no reasoning before the final answer"),
         ("Final answer: İ", "marker", None, "no reasoning before the final answer"),
         ("x final", "marker", None, "no 'Final answer:'"),

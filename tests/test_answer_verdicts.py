@@ -57,6 +57,9 @@ def test_the_outcomes_are_words_that_files_keep():
         ("4", "IV", (RIGHT, "4", "wording", "says 'IV' in other words")),
         ("probably 1/8", "0.13", (RIGHT, "probably 1/8", "number", "in other words: 0.125, expected 0.13")),
         ("probably 0.13", "1/8", (WRONG, "probably 0.13", "number", "0.13, expected 1/8")),
+        ("?", "\\", (WRONG, "?", "none", "no rule finds '?' equal to '\\'")),  # nothing is left of both
+        ("<THINK>dog</THINK>cat", "cat", (RIGHT, "cat", "same", "same text")),
+        ("x" * 300, "cat", (WRONG, "x" * 300, "none", f"no rule finds '{'x' * 40}' equal to 'cat'")),
         ("CA", "AC", (RIGHT, "CA", "wording", "says 'AC' in other words")),
         ("AC", "CA", (WRONG, "AC", "none", "no rule finds 'AC' equal to 'CA'")),  # an order, maybe
     ],
@@ -82,6 +85,7 @@ def test_one_of_several_truths_is_enough_and_each_gets_its_rules():
     assert compare_answers("2016", "2015", source="chartqa")[2:] == ("relaxed", "exact for a year or zero")
     assert compare_answers("B", ["blue", "red"], question="Which?\nA. blue\nB. red").outcome is RIGHT
     assert compare_answers("dog", ["cat", "cow"]).reason == "no rule finds 'dog' equal to 'cat'"
+    assert compare_answers("B. it is so\nThe car is red", "B", question="Which?\nA. red\nB. blue").outcome is RIGHT
     assert compare_answers("There is a dog", "Yes", question="Is there a dog?").outcome is RIGHT
     assert compare_answers("b", '["a", "b"]').outcome is RIGHT
     with pytest.raises(BadInputError, match="is dict"):
@@ -93,7 +97,14 @@ def test_one_of_several_truths_is_enough_and_each_gets_its_rules():
     ("gold", "accepted"),
     [
         *(("cat", ("cat",)), ("[1, 2]", ("[1, 2]",)), ('["a", "b"]', ("a", "b")), (' [ "a"]', (' [ "a"]',))),
-        *(('["a', ('["a',)), ('[ "a", 1]', ("a", "1")), (["a", "a", 2], ("a", "2")), (5, ("5",)), (0.5, ("0.5",))),
+        *(
+            ('["a', ('["a',)),
+            ('[ "a", 1]', ("a", "1")),
+            (["a", "a", 2], ("a", "2")),
+            (5, ("5",)),
+            (0.5, ("0.5",)),
+            ([0.5, "a"], ("0.5", "a")),
+        ),
         ('[["a"]]', ('[["a"]]',)),
     ],
 )
@@ -116,7 +127,7 @@ def test_charts_are_relaxed(source):
     assert rules_of_source(source) == ("choice", "yes_no", "relaxed", "number", "date", "text", "list")
 
 
-@pytest.mark.parametrize("source", "docvqa infographic infovqa sroie ocrvqa textvqa my_stvqa_2".split())  # noqa: SIM905
+@pytest.mark.parametrize("source", "docvqa infographic infovqa sroie ocrvqa textvqa my_stvqa_2 stvqa2".split())  # noqa: SIM905
 def test_transcribed_text_may_slip(source):
     assert rules_of_source(source) == (*EXACT_RULES, "anls")
     assert compare_answers("Universty of California", "University of California", source=source).rule == "anls"
@@ -195,6 +206,13 @@ COLOUR_ANSWERS = {
     "not red": (None, "denies what it names"),
     "not red but blue": ("B", "text of the option"),
     "nothing of it": (None, "no option in the answer"),
+    "we go for A, then choose B": (None, "several options"),
+    "D: green": (None, "no option D"),
+    "D) green": (None, "no option D"),
+    "B: 5 of them": ("B", "letter first"),
+    "B. it is so\nThe car is red": ("B", "letter first"),
+    "A is wrong but it is (B)": ("B", "letter"),
+    "B. blue, see (A)": (None, "several options"),
     "we see (A) is not it": (None, "denies what it names"),
     "I: it is blue": ("B", "text of one option in the answer"),
     "A: see (b)": (None, "several options"),
@@ -236,7 +254,9 @@ def test_an_option_is_mentioned_in_a_line_and_not_in_an_essay():
         assert read_option("café" + "x" * (length - 4), {"A": "cafe" + "x" * (length - 4)})[0] == (letter and "A")
 
 
-@pytest.mark.parametrize("text", ["B. blue or A", "B. blue and (A)", "A nor it", "A or so", "A and more", "A, B or so"])
+@pytest.mark.parametrize(
+    "text", ["B. blue or A", "B. blue or A here", "B. blue and (A)", "A nor it", "A or so", "A and more", "A, B or so"]
+)
 def test_several_letters_name_nothing(text):
     assert read_option(text, COLOURS) == (None, "several options")
 
@@ -268,6 +288,11 @@ def test_a_letter_with_its_own_text_behind_it_may_deny():
         ("0.13", {"A": "1/8", "B": "0.2"}, (None, "no option in the answer")),
         ("A. 0.50", {"A": "0.5", "B": "1/2"}, ("A", "letter first")),
         ("C minor", {"A": "C minors", "B": "x"}, (None, "no option in the answer")),  # a letter, maybe
+        ("0.50", {"A": "0.5", "B": "1/2"}, (None, "no option in the answer")),
+        ("we see (B) not blue", {"A": "red", "B": "not blue"}, ("B", "letter and text of the option")),
+        ("it is not (A) not red", {"A": "not red", "B": "blue"}, (None, "denies what it names")),
+        ("H", {}, ("H", "letter")),
+        ("I", {}, (None, "no option in the answer")),
         ("Z. x", {}, (None, "no option in the answer")),
     ],
 )
@@ -283,6 +308,7 @@ def test_what_stands_behind_the_text_of_an_option_that_a_text_begins_with():
     ("prediction", "gold", "options", "decided"),
     [
         ("nothing", "B", COLOURS, (False, "names no option (no option in the answer), expected B")),
+        ("B", "(B)", COLOURS, (True, "option B, expected B")),
         ("red", "D", COLOURS, None),
         ("red", "yellow", COLOURS, None),
         ("hmm", "B", {"A": "√2", "B": "cats"}, (False, "names no option (no option in the answer), expected B")),

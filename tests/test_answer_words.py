@@ -16,7 +16,8 @@ half of it = 1/2 of it; Half = 1/2; ten five = ten five; one or half a dozen = 1
 two cats and a half = 2 cats and a half; two and Half = 2 1/2; one half = 1/2; a half = 1/2; a third = 1/3;
 two thirds = 2/3; three quarters = 3/4;
 a quarter = 1/4; quarter = quarter; third = third; one third of it = 1/3 of it; halves = halves;
-five halves = 5/2; a fifth = 1/5; three eighths = 3/8; two sixths = 2/6; a seventh = 1/7; eighth = eighth;
+five halves = 5/2; a fifth = 1/5; ninety-nine hundred = 9900; three eighths = 3/8; two sixths = 2/6;
+a seventh = 1/7; eighth = eighth;
 three ninths = 3/9;
 a tenth = 1/10; TWO Thirds = 2/3; x minus five = x minus five; a quarter past two = a quarter past two;
 half past two = half past two; half to two = half to two; two and a half = 2 1/2; two and half = 2 1/2;
@@ -101,7 +102,8 @@ colourful = colorful; our = our; jewellery = jewelry; iser = iser; paris = paris
 """
 SINGULAR = r"""
 cats = cat; two red buses = two red bus; boxes = box; quizzes = quizz; churches = church; dishes = dish;
-cities = city; ties = tie; pies = pie; glass = glass; bus = bus; is = is; basis = basis; physics = physics;
+cities = city; countries = country; ties = tie; pies = pie; glass = glass; bus = bus; is = is; basis = basis;
+physics = physics;
 news = news; lens = lens; gas = gas; series = series; species = species; texas = texas; wales = wales;
 mars = mars; james = james; christmas = christmas; cat's = cat's; cat’s = cat’s; as = as; us = us; his = his;
 foxes = fox; houses = hous; horses = hors; ss = ss; abs = ab; dies = die; yes = ye; octopus = octopus;

@@ -91,7 +91,10 @@ def test_bodies_that_are_too_large_or_too_deep_are_refused(guard):
     assert send(guard, "/gradio_api/upload", "POST", b"x" * 10_001)[0] == 200  # has a limit of its own
     for begin, end in ((b"[", b"]"), (b'{"a":', b"}")):
         assert send(guard, "/gradio_api/queue/join", "POST", begin * 40 + b"{}" + end * 40)[0] == 200
-        assert send(guard, "/gradio_api/queue/join", "POST", begin * 41 + b"{}" + end * 41)[0] == 403
+        assert send(guard, "/gradio_api/queue/join", "POST", begin * 41 + b"{}" + end * 41) == (
+            403,
+            b'{"detail": "the call is nested too deeply"}',
+        )
     assert send(guard, "/call", "POST", b"[" * 9_000) == (200, b"passed" + b"[" * 9_000)  # no JSON
 
 

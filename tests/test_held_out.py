@@ -13,6 +13,7 @@ from tiny import tiny_model, tiny_processor
 
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.logps import attach_scoring, score_pairs
+from internvl_mpo.pack_plan import fill_packs
 from internvl_mpo.packing import pack_groups
 from internvl_mpo.training import held_out as module
 from internvl_mpo.training.data import GroupDataset
@@ -87,12 +88,13 @@ def test_several_ranks_share_the_packs_and_one_that_only_fills_a_round_counts_no
     ranks, calls = [Rank() for _ in range(3)], []
     model = attach_scoring(tiny_model())
     for number, rank in enumerate(ranks):
-        one = held(pairs, tmp_path, number, 3, max_tokens_per_pack=560)
+        one = held(pairs, tmp_path, number, 3, max_tokens_per_pack=900)
         packed = []
         one.collate = lambda groups, packed=packed: packed.append(groups) or pack_groups(groups)
         one.rewards(model, rank, "eval")
         calls.append(len(packed))
     assert len(set(calls)) == 1, "sharded models meet in the same collectives"
+    assert sum(calls) > len(fill_packs(pairs.column("num_tokens").tolist(), 900)), "some only fill a round"
     *totals, num_pairs, _, _ = (sum(column) for column in zip(*(rank.sums.tolist() for rank in ranks), strict=True))
     assert num_pairs == 12
     means = [total / num_pairs for total in totals]

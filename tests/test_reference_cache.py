@@ -1,5 +1,6 @@
 """Reference log-probs in folders under tmp_path. Run: pytest tests/test_reference_cache.py"""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -317,6 +318,15 @@ def test_old_weights_are_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
     assert model_digest(str(tmp_path)) == model_digest(tmp_path)
+
+
+def test_a_model_digest_takes_the_files_by_their_names_in_every_process(tmp_path):
+    names = sorted([*(f"{letter}.txt" for letter in "hgfedcba"), "model.bin"])
+    total = hashlib.sha256()
+    for name in names:
+        (tmp_path / name).write_text(name)
+        total.update(f"{name}\n{hashlib.sha256(name.encode()).hexdigest()}\n".encode())
+    assert model_digest(tmp_path) == total.hexdigest()[:16]
 
 
 def test_model_digest_follows_weights_and_tokenizer(tmp_path):

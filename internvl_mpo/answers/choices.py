@@ -158,7 +158,7 @@ def _with_rest(letter: str, mark: str, rest: str, is_apart: bool, options: Mappi
         after = _after(rest, options[letter])
         several = _OR_LETTER.match(after) or _others_in(after, letter, options)
         return _SEVERAL if several else Chosen(letter, "letter and text of the option")
-    if _MORE_LETTERS.match(mark.strip("()[]*\"' ") + rest):
+    if _MORE_LETTERS.match(mark + rest):
         return _SEVERAL
     if _DENIED.match(rest):
         first, *others = re.split(r"[,;.，；。]\s|\s+but\s+", rest, maxsplit=1)

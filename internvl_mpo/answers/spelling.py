@@ -24,7 +24,7 @@ def american(word: str) -> str:
     singular = word.removesuffix("s")
     if singular in _BRITISH:
         return _BRITISH[singular] + word[len(singular) :]
-    return _BRITISH.get(word) or _ISE.sub("iz", _OUR.sub(r"\1or", word))
+    return _ISE.sub("iz", _OUR.sub(r"\1or", word))
 
 
 def singular(text: str) -> str:
