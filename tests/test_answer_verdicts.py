@@ -87,7 +87,7 @@ def test_one_of_several_truths_is_enough_and_each_gets_its_rules():
     assert compare_answers("dog", ["cat", "cow"]).reason == "no rule finds 'dog' equal to 'cat'"
     assert compare_answers("B. it is so\nThe car is red", "B", question="Which?\nA. red\nB. blue").outcome is RIGHT
     assert compare_answers("There is a dog", "Yes", question="Is there a dog?").outcome is RIGHT
-    assert compare_answers("b", '["a", "b"]').outcome is RIGHT
+    assert compare_answers("b", '["a", "b"]').rule == "same"
     with pytest.raises(BadInputError, match="is dict"):
         compare_answers("b", '{"a": 1}')
     assert compare_answers("5", ["5"]).outcome is RIGHT and compare_answers("5", 5).outcome is RIGHT
@@ -206,6 +206,7 @@ COLOUR_ANSWERS = {
     "not red": (None, "denies what it names"),
     "not red but blue": ("B", "text of the option"),
     "nothing of it": (None, "no option in the answer"),
+    "red [A]": ("A", "text and letter"),
     "we go for A, then choose B": (None, "several options"),
     "D: green": (None, "no option D"),
     "D) green": (None, "no option D"),

@@ -21,7 +21,7 @@ Half past two -> 2:30 ; 2.30 pm -> 14:30 pm ; 2:59 pm -> 14:59 pm ; 2:60 pm -> 2
 IV -> IV ; ①② -> (1)(2) ; </answer>5 -> 5 ; <answer>5</answer> -> 5 ; 5</s> -> 5 ; **Answer:** 5 -> 5 ;
 final answer: 5 -> 5 ; Answer： 5 -> 5 ; {"answer": "5"} -> 5 ; {'final_answer': 5} -> 5 ; ["red"] -> red ;
 [red] -> red ; (5) -> 5 ; [ 5 % ] -> 5 % ; (a b) -> a b ; {"a": 5} -> {"a": 5} ; red? -> red ; red\  -> red ;
-x_ -> x_ ; [ red ] -> red ; , because it is -> , because it is ; jan_ -> jan_ ;
+x_ -> x_ ; [" red"] -> red ; , because it is -> , because it is ; jan_ -> jan_ ;
 probably red -> red ; I think red -> red ; it looks like red -> red ; this must be red -> red ;
 that should be red -> red ; it's red -> red ; that's red -> red ; looks like red -> red ;
 definitely clearly red -> red ; obviously red -> red ; made of wood -> wood ; the number is 5 -> 5 ;
@@ -106,7 +106,7 @@ very big side => very big ; to the boxes => boxes ; on the left 2 => left 2 ; A,
 X > 3 == 3 < x ; 33.3% or so != 1/3 ; 55.5% != 5/9 ; 55.6% == 5/9 ;
 
 6.3% == 1/16 ; 6.4% != 1/16 ;
-x=2 or 3 or 4 != 2,3 ; grey+red != gray+red ;
+x=2 or 3 or 4 != 2,3 ; grey (x) != gray (x) ;
  very big red side != very big red ; the cat == cat ; an apple == apple ;
 a cat == cat ; cat. == cat ; 红色 != 红 ; 红色的 != 红 ; colour == color ; A and C == AC ; A, C == AC ;
 C, A => AC ; A&C == AC ; (A), (C) == AC ; A and B != AC ; AA != AC ; A, B, C != AC ; AC <= CA ; A + C == AC ;

@@ -165,7 +165,7 @@ def _read(text: str) -> Relation:
     name = None
     assigned = _NAMED.match(text.strip())
     if assigned:
-        name, text = assigned[1].replace(" ", ""), text.strip()[assigned.end() :]
+        name, text = assigned[1], text.strip()[assigned.end() :]
     parser = Parser(in_one_spelling(text))
     left = parser.sum()
     signs, sides = [], [left]
