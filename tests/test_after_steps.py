@@ -341,6 +341,8 @@ def test_a_first_loss_that_two_models_would_give_is_told_from_rounding(tmp_path,
     args.preference = args.quality = "none"
     words = "1 * NLL of the chosen responses (1.0000) (policy = reference)"
     assert first_loss_line(args, LOGS | {"loss": 1.0}) == f"step 1: loss 1.0000, expected 1.0000 = {words}"
+    small = first_loss_line(args, LOGS | {"loss": 0.315, "loss_generation": 0.3})
+    assert small.startswith("step 1: loss 0.3150, expected 0.3000") and "not the same model" not in small
     args.reference_model = "another"
     words = "policy and reference_model are two, so it has no fixed value"
     assert first_loss_line(args, LOGS) == f"step 1: loss 1.8000; {words}"

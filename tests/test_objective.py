@@ -168,6 +168,9 @@ def test_only_what_compares_needs_a_reference():
     for preference in get_args(Preference):
         assert needs_reference(preference, "bco")
         assert needs_reference(preference, "none") == (preference not in free)
+    lengths, logps = torch.tensor([3]), torch.tensor([-3.0])
+    out = mpo_loss(logps, logps, None, None, lengths, rejected_lengths=lengths, preference="orpo", quality="none")
+    assert torch.isfinite(out.loss)
 
 
 @pytest.mark.parametrize(

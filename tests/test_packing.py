@@ -301,4 +301,6 @@ def test_positions_of_several_axes_are_those_of_the_prompts_and_count_on_in_the_
     assert torch.equal(several[:, :, :start], plain.expand(3, 1, start))
     assert torch.equal(several[:, 0, start : start + 3], axes)
     behind = pack_groups([Group([1, 2, 3], [[4, 5, 6], [7]], [(0, 1)], ["b"])]).position_ids[:, 3:]
+    again = pack_groups(groups[1:] * 2).position_ids
+    assert again.shape[:2] == (3, 1) and torch.equal(*again.chunk(2, dim=-1))
     assert torch.equal(several[:, :, start + 3 :], (behind + 8).expand(3, 1, behind.shape[1])), "from 11 on, not from 3"

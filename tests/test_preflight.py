@@ -183,6 +183,16 @@ def test_another_tiling_limit_or_depth_starts_anew(data, measured, option):
     assert len(measured) == 149
 
 
+def test_another_tiling_of_a_subset_starts_anew(data, measured):
+    meta = data.parent / "meta.json"
+    for tiles in (2, 1):
+        measured.clear()
+        entry = {"root": str(data.parent), "annotation": str(data), "max_dynamic_patch": tiles, "repeat_time": 1}
+        meta.write_text(json.dumps({"pairs": entry}))
+        table = new(meta).run()
+        assert (len(measured), table.row(0).max_tiles) == (149, tiles)
+
+
 def test_another_template_starts_anew(data, measured):
     new(data).run()
     measured.clear()

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_processor
 from tiny_world import make_model_folder
 from transformers import GenerationConfig, InternVLForConditionalGeneration
 
-from internvl_mpo.convert import convert
+from internvl_mpo.convert import Shapes, convert, to_official
+from internvl_mpo.convert import main as convert_main
 from internvl_mpo.errors import BadInputError
 from internvl_mpo.publish import AUTO_MAP, build_model_folder, write_adapter_card, write_model_folder
 from internvl_mpo.publish.__main__ import main
@@ -335,6 +337,8 @@ def test_the_native_folder_says_how_pictures_are_cut_and_where_answers_end(tmp_p
     def read(name: str) -> dict:
         return json.loads((tmp_path / "native" / name).read_text())
 
+    with safe_open(tmp_path / "native/model.safetensors", "pt") as weights:
+        assert weights.metadata() == {"format": "pt"}
     images, side = read("preprocessor_config.json"), model.config.force_image_size
     assert images == {
         **{"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": False, "resample": 3},
@@ -357,6 +361,16 @@ def test_the_native_folder_says_how_pictures_are_cut_and_where_answers_end(tmp_p
     kept = config["internvl_chat"]
     assert kept.pop("llm_architecture") == "Qwen2ForCausalLM"
     assert kept == {key: getattr(model.config, key) for key in kept} and len(kept) == 8
+
+
+def test_the_modules_that_transformers_5_names_are_those_that_its_files_name() -> None:
+    names = {
+        "model.language_model.embed_tokens.weight": "language_model.model.embed_tokens.weight",
+        "lm_head.weight": "language_model.lm_head.weight",
+        "model.vision_tower.embeddings.cls_token": "vision_model.embeddings.class_embedding",
+        "model.multi_modal_projector.linear_1.bias": "mlp1.1.bias",
+    }
+    assert list(to_official(dict.fromkeys(names, torch.zeros(1)), Shapes(False, 2, 2))) == list(names.values())
 
 
 def test_a_native_folder_of_another_origin(tmp_path: Path) -> None:
@@ -411,7 +425,9 @@ def test_what_the_native_layout_cannot_say_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(BadInputError, match="'bert'"):
-        convert(tmp_path / "other", tmp_path / "native")
+        convert(str(tmp_path / "other"), str(tmp_path / "native"))
+    with pytest.raises(BadInputError, match="'bert'"):
+        convert_main([str(tmp_path / "other"), "--output", str(tmp_path / "native")])
 
 
 @pytest.mark.skipif(not ORACLE.is_dir(), reason="official configuration files are not here")
