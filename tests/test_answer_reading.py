@@ -9,68 +9,60 @@ from internvl_mpo.answers.yes_no import decide_yes_no, is_yes_no_question, yes_o
 
 # given -> wanted
 CLEANED = r"""
-１２ -> 12 ;; a b -> a b ;; −5 -> -5 ;; ‐5 -> -5 ;; ‑5 -> -5 ;; 5‒6 -> 5-6 ;; ﹣5 -> -5 ;; 5。 -> 5 ;;
-90º -> 90° ;; 90˚ -> 90° ;; 1⁄2 -> 1/2 ;; 1∕2 -> 1/2 ;; ½ -> 1/2 ;; 2½ -> 2 1/2 ;; ¼ -> 1/4 ;; ¾ -> 3/4 ;;
-⅓ -> 1/3 ;; x² -> x^2 ;; 10⁻ -> 10⁻ ;; x⁰ -> x^0 ;; x⁹ -> x^9 ;; –5 -> -5 ;; — 5 -> -5 ;; = –5 -> -5 ;;
-(–5) -> (-5) ;; $–5 -> $-5 ;; 3, –5 -> 3,-5 ;; a – 5 -> a – 5 ;; a–b -> a–b ;; 3–5 -> 3–5 ;; \boxed{7} -> 7 ;;
-so \boxed{7} it -> 7 ;; \boxed{ -> \boxed{ ;; \text{five} -> five ;; \mathrm{cm} -> cm ;;
-5\textbf{ kg} -> 5 kg ;; \mbox{x} -> x ;; \operatorname{sin} -> sin ;; \rm{x} -> x ;; \mathbf{5} -> 5 ;;
-\textit{red} -> red ;; $\frac12$ -> \frac12 ;; a $\pi$ b -> a \pi b ;; \left(5\right) -> (5 ) ;;
-\leftarrow -> \leftarrow ;; \(5\) -> 5 ;; \[5\] -> 5 ;; 5\,000 -> 5 000 ;; 5\;6 -> 5 6 ;; 5\:6 -> 5 6 ;;
-5\!6 -> 5 6 ;; 5\ 6 -> 5 6 ;; 5\quad6 -> 5 6 ;; 5\~6 -> 5\ 6 ;; 50\% -> 50% ;; \$5 -> $5 ;; **5** -> 5 ;;
-__5__ -> 5 ;; `5` -> 5 ;; *5 -> 5 ;; = 5 -> 5 ;; ==5 -> 5 ;; $5$ -> 5 ;; $5 -> $5 ;; $ -> $ ;; 5$ -> 5$ ;;
-so the answer is 5 -> 5 ;; Thus, the final answer is: 5 -> 5 ;; Therefore answer = 5 -> 5 ;;
-hence the correct option is that B -> B ;; the right choice should be B -> B ;;
+１２ -> 12 ;; a b -> a b ;; −5 -> -5 ;; ‐5 -> -5 ;; ‑5 -> -5 ;; 5‒6 -> 5-6 ;; ﹣5 -> -5 ;; 5。 -> 5 ;; 90º -> 90° ;;
+90˚ -> 90° ;; 1⁄2 -> 1/2 ;; 1∕2 -> 1/2 ;; ½ -> 1/2 ;; 2½ -> 2 1/2 ;; ¼ -> 1/4 ;; ¾ -> 3/4 ;; ⅓ -> 1/3 ;; x² -> x^2 ;;
+10⁻ -> 10⁻ ;; x⁰ -> x^0 ;; x⁹ -> x^9 ;; –5 -> -5 ;; — 5 -> -5 ;; = –5 -> -5 ;; (–5) -> (-5) ;; $–5 -> $-5 ;;
+3, –5 -> 3,-5 ;; a – 5 -> a – 5 ;; a–b -> a–b ;; 3–5 -> 3–5 ;; \boxed{7} -> 7 ;; so \boxed{7} it -> 7 ;;
+\boxed{ -> \boxed{ ;; \text{five} -> five ;; \mathrm{cm} -> cm ;; 5\textbf{ kg} -> 5 kg ;; \mbox{x} -> x ;;
+\operatorname{sin} -> sin ;; \rm{x} -> x ;; \mathbf{5} -> 5 ;; \textit{red} -> red ;; $\frac12$ -> \frac12 ;;
+a $\pi$ b -> a \pi b ;; \left(5\right) -> (5 ) ;; \leftarrow -> \leftarrow ;; \(5\) -> 5 ;; \[5\] -> 5 ;;
+5\,000 -> 5 000 ;; 5\;6 -> 5 6 ;; 5\:6 -> 5 6 ;; 5\!6 -> 5 6 ;; 5\ 6 -> 5 6 ;; 5\quad6 -> 5 6 ;; 5\~6 -> 5\ 6 ;;
+50\% -> 50% ;; \$5 -> $5 ;; **5** -> 5 ;; __5__ -> 5 ;; `5` -> 5 ;; *5 -> 5 ;; = 5 -> 5 ;; ==5 -> 5 ;; $5$ -> 5 ;;
+$5 -> $5 ;; $ -> $ ;; 5$ -> 5$ ;; so the answer is 5 -> 5 ;; Thus, the final answer is: 5 -> 5 ;;
+Therefore answer = 5 -> 5 ;; hence the correct option is that B -> B ;; the right choice should be B -> B ;;
 the answer to the question is 5 -> 5 ;; answer to this question would be 5 -> 5 ;; The answer: 5 -> 5 ;;
-The answer：5 -> 5 ;; it is 5 -> 5 ;; it's 5 -> 5 ;; that is 5 -> 5 ;; 因此答案是5 -> 5 ;;
-所以，最终答案为：5 -> 5 ;; 故选项是B -> B ;; 综上，正确的答案应该是 5 -> 5 ;; 结果: 5 -> 5 ;;
-标准答案：5 -> 5 ;; about 5 -> 5 ;; approximately 5 -> 5 ;; approx. 5 -> 5 ;; approx 5 -> 5 ;; around 5 -> 5 ;;
-roughly 5 -> 5 ;; nearly 5 -> 5 ;; exactly 5 -> 5 ;; precisely 5 -> 5 ;; ~5 -> 5 ;; ≈5 -> 5 ;; \approx 5 -> 5 ;;
-大约5 -> 5 ;; 大概5 -> 5 ;; 差不多5 -> 5 ;; 恰好5 -> 5 ;; 正好5 -> 5 ;; 约5 -> 5 ;;
-the answer is ** 5 ** -> 5 ;; aboutness -> aboutness ;; "red" -> red ;; 'red' -> red ;; “red” -> red ;;
-‘red’ -> red ;; 「red」 -> red ;; 『red』 -> red ;; "red' -> "red' ;; '' -> '' ;; "a" -> a ;; 5. -> 5 ;;
-5; -> 5 ;; 5, -> 5 ;; . -> . ;; ... -> ... ;; 5.;, -> 5 ;; 1{,}000 -> 1,000 ;; {5} -> 5 ;; {a,b} -> {a,b} ;;
-{a: b} -> {a: b} ;; {"a"} -> {"a"} ;; {{5}} -> {{5}} ;; {5 -> {5 ;; “ red ” -> red ;; $ it is 5 $ -> 5 ;;
-90˚C -> 90°C ;; {5:} -> {5:} ;; **=5** -> 5 ;;
- 50\% off -> 50% off ;; 5_. -> 5_ ;; = $5$ -> 5 ;; ↉ -> 0/3 ;; ⅐ -> 1/7 ;; ⅞ -> 7/8 ;;
- 5~7 -> 5~7 ;; 5 . -> 5 ;;
-{ 5 } -> 5 ;; x ^2 -> x^2
+The answer：5 -> 5 ;; it is 5 -> 5 ;; it's 5 -> 5 ;; that is 5 -> 5 ;; 因此答案是5 -> 5 ;; 所以，最终答案为：5 -> 5 ;;
+故选项是B -> B ;; 综上，正确的答案应该是 5 -> 5 ;; 结果: 5 -> 5 ;; 标准答案：5 -> 5 ;; about 5 -> 5 ;;
+approximately 5 -> 5 ;; approx. 5 -> 5 ;; approx 5 -> 5 ;; around 5 -> 5 ;; roughly 5 -> 5 ;; nearly 5 -> 5 ;;
+exactly 5 -> 5 ;; precisely 5 -> 5 ;; ~5 -> 5 ;; ≈5 -> 5 ;; \approx 5 -> 5 ;; 大约5 -> 5 ;; 大概5 -> 5 ;;
+差不多5 -> 5 ;; 恰好5 -> 5 ;; 正好5 -> 5 ;; 约5 -> 5 ;; the answer is ** 5 ** -> 5 ;; aboutness -> aboutness ;;
+"red" -> red ;; 'red' -> red ;; “red” -> red ;; ‘red’ -> red ;; 「red」 -> red ;; 『red』 -> red ;; "red' -> "red' ;;
+'' -> '' ;; "a" -> a ;; 5. -> 5 ;; 5; -> 5 ;; 5, -> 5 ;; . -> . ;; ... -> ... ;; 5.;, -> 5 ;; 1{,}000 -> 1,000 ;;
+{5} -> 5 ;; {a,b} -> {a,b} ;; {a: b} -> {a: b} ;; {"a"} -> {"a"} ;; {{5}} -> {{5}} ;; {5 -> {5 ;; “ red ” -> red ;;
+$ it is 5 $ -> 5 ;; 90˚C -> 90°C ;; {5:} -> {5:} ;; **=5** -> 5 ;; 50\% off -> 50% off ;; 5_. -> 5_ ;; = $5$ -> 5 ;;
+↉ -> 0/3 ;; ⅐ -> 1/7 ;; ⅞ -> 7/8 ;; 5~7 -> 5~7 ;; 5 . -> 5 ;; { 5 } -> 5 ;; x ^2 -> x^2
 """
 AFFIRMED = r"""
-B, not A -> B ;; not 4 but 3 -> 3 ;; not A -> nothing at all ;; never A; B -> B ;;
-neither A nor B -> nothing at all ;; no -> nothing at all ;; no, B -> B ;; all but A -> nothing at all ;;
-anything but A -> nothing at all ;; any but A -> nothing at all ;; everything but A -> nothing at all ;;
-nothing but A -> nothing at all ;; none but A -> nothing at all ;; every but A -> nothing at all ;;
-B rather than A -> B ;; B, instead of A -> B ;; B as opposed to A -> B ;; B and not A -> B ;; B，而不是A -> B ;;
-B，而非A -> B ;; B而不是A -> B ;; except A, B -> B ;; excluding A. B -> B ;; B without A, C -> C ;;
-other than A, B -> B ;; A is incorrect, B -> B ;; A is wrong. B -> B ;; A is false! B -> B ;;
-A? not so? B -> A?, B ;; rule out A, B -> B ;; ruled out A, B -> B ;; eliminated A, B -> B ;;
+B, not A -> B ;; not 4 but 3 -> 3 ;; not A -> nothing at all ;; never A; B -> B ;; neither A nor B -> nothing at all ;;
+no -> nothing at all ;; no, B -> B ;; all but A -> nothing at all ;; anything but A -> nothing at all ;;
+any but A -> nothing at all ;; everything but A -> nothing at all ;; nothing but A -> nothing at all ;;
+none but A -> nothing at all ;; every but A -> nothing at all ;; B rather than A -> B ;; B, instead of A -> B ;;
+B as opposed to A -> B ;; B and not A -> B ;; B，而不是A -> B ;; B，而非A -> B ;; B而不是A -> B ;; except A, B -> B ;;
+excluding A. B -> B ;; B without A, C -> C ;; other than A, B -> B ;; A is incorrect, B -> B ;; A is wrong. B -> B ;;
+A is false! B -> B ;; A? not so? B -> A?, B ;; rule out A, B -> B ;; ruled out A, B -> B ;; eliminated A, B -> B ;;
 A cannot be, B -> B ;; impossible A, B -> B ;; unlikely A, B -> B ;; exclude A, B -> B ;; excludes A, B -> B ;;
-excluded A, B -> B ;; A isn't it, B -> B ;; A isn’t it, B -> B ;; 不是A，B -> B ;; 并非A，B -> B ;;
-非A，B -> B ;; 没有A，B -> B ;; A错，B -> B ;; 除A，B -> B ;; 排除A，B -> B ;; not 1,000, 5 -> 5 ;;
-not A however B -> B ;; not A yet B -> B ;; 不是A而是B -> B ;; 不是A,是B -> 是B ;; 不是A是B -> B ;;
-不是A；B -> B ;; nothing -> nothing ;; notable -> notable ;; knot -> knot ;; A, B -> A, B ;;
-B而非A -> B ;; it is anything but A -> nothing at all ;;
- A; B -> A; B ;; B; not A; -> B ;;
-however A -> however A ;; not A. B. -> B. ;; but A -> but A
+excluded A, B -> B ;; A isn't it, B -> B ;; A isn’t it, B -> B ;; 不是A，B -> B ;; 并非A，B -> B ;; 非A，B -> B ;;
+没有A，B -> B ;; A错，B -> B ;; 除A，B -> B ;; 排除A，B -> B ;; not 1,000, 5 -> 5 ;; not A however B -> B ;;
+not A yet B -> B ;; 不是A而是B -> B ;; 不是A,是B -> 是B ;; 不是A是B -> B ;; 不是A；B -> B ;; nothing -> nothing ;;
+notable -> notable ;; knot -> knot ;; A, B -> A, B ;; B而非A -> B ;; it is anything but A -> nothing at all ;;
+A; B -> A; B ;; B; not A; -> B ;; however A -> however A ;; not A. B. -> B. ;; but A -> but A
 """
 WITHOUT_REASON = r"""
-5 because x -> 5 ;; 5 , because x -> 5 ;; 5, since x -> 5 ;; 5; as it is -> 5 ;; 5 as the x -> 5 ;;
-5 as he x -> 5 ;; 5 as she -> 5 ;;
-5 as they -> 5 ;; 5 as there -> 5 ;; 5 as this -> 5 ;; 5 as that -> 5 ;; 5 due to x -> 5 ;;
+5 because x -> 5 ;; 5 , because x -> 5 ;; 5, since x -> 5 ;; 5; as it is -> 5 ;; 5 as the x -> 5 ;; 5 as he x -> 5 ;;
+5 as she -> 5 ;; 5 as they -> 5 ;; 5 as there -> 5 ;; 5 as this -> 5 ;; 5 as that -> 5 ;; 5 due to x -> 5 ;;
 5 given that x -> 5 ;; 5因为x -> 5 ;; 5，因x -> 5 ;; 5 as red -> 5 as red ;; because x -> because x ;;
 5 Because x -> 5 ;; 5 because a because b -> 5 ;; 5 becauses -> 5 becauses
 """
 PLAIN = r"""
 The Cat -> cat ;; a an the -> a an the ;; A -> a ;; the -> the ;; the. -> the ;; It's -> its ;; it’s -> its ;;
 R&B -> r and b ;; x² -> x^2 ;; x³y -> x^3y ;; x²y -> x^2y ;; U.S.A. -> usa ;; U.S.A -> usa ;; e.g. this -> eg this ;;
-a.b -> ab ;; 3.5 -> 3.5 ;; 1,000 -> 1,000 ;; 2:30 -> 2:30 ;; 2 : 30 -> 2:30 ;; a:b -> b ;; a: 5 -> 5 ;;
-5 :a -> 5 ;; -5 -> -5 ;; a-b -> b ;; 5- -> 5 ;; 5 - 3 -> 5 3 ;; 3/4 -> 3/4 ;; a/b -> b ;; a/ 5 -> 5 ;; / -> / ;;
-x_y -> x y ;; 50% -> 50% ;; $5 -> $5 ;; €5 -> €5 ;; £5 -> £5 ;; ¥5 -> ¥5 ;; 90° -> 90° ;; a+b -> +b ;;
-<5 -> <5 ;; >5 -> >5 ;; = 5 -> =5 ;; a = b -> =b ;; \frac -> \frac ;; ^2 -> ^2 ;; √2 -> √2 ;; ±5 -> ±5 ;;
-×5 -> ×5 ;; 5 ÷ 2 -> 5÷2 ;; ≠5 -> ≠5 ;; ≤5 -> ≤5 ;; ≥5 -> ≥5 ;; ∞ -> ∞ ;; (red) -> red ;; "red" -> red ;;
-red! -> red ;; ｒｅｄ -> red ;; ﬁ -> fi ;; one, two. -> one two ;; a . b -> b ;; .5 -> .5 ;; 5. -> 5 ;;
-,5 -> 5 ;; 2:3 -> 2:3 ;; tree-like -> tree like ;; * -> * ;; ** -> ** ;; .5 of it -> .5 of it ;; it.5 -> it 5
+a.b -> ab ;; 3.5 -> 3.5 ;; 1,000 -> 1,000 ;; 2:30 -> 2:30 ;; 2 : 30 -> 2:30 ;; a:b -> b ;; a: 5 -> 5 ;; 5 :a -> 5 ;;
+-5 -> -5 ;; a-b -> b ;; 5- -> 5 ;; 5 - 3 -> 5 3 ;; 3/4 -> 3/4 ;; a/b -> b ;; a/ 5 -> 5 ;; / -> / ;; x_y -> x y ;;
+50% -> 50% ;; $5 -> $5 ;; €5 -> €5 ;; £5 -> £5 ;; ¥5 -> ¥5 ;; 90° -> 90° ;; a+b -> +b ;; <5 -> <5 ;; >5 -> >5 ;;
+= 5 -> =5 ;; a = b -> =b ;; \frac -> \frac ;; ^2 -> ^2 ;; √2 -> √2 ;; ±5 -> ±5 ;; ×5 -> ×5 ;; 5 ÷ 2 -> 5÷2 ;;
+≠5 -> ≠5 ;; ≤5 -> ≤5 ;; ≥5 -> ≥5 ;; ∞ -> ∞ ;; (red) -> red ;; "red" -> red ;; red! -> red ;; ｒｅｄ -> red ;;
+ﬁ -> fi ;; one, two. -> one two ;; a . b -> b ;; .5 -> .5 ;; 5. -> 5 ;; ,5 -> 5 ;; 2:3 -> 2:3 ;;
+tree-like -> tree like ;; * -> * ;; ** -> ** ;; .5 of it -> .5 of it ;; it.5 -> it 5
 """
 SAID = r"""
 The car is red -> The car is red / red ;; The cars are red -> The cars are red / red ;;
@@ -82,57 +74,51 @@ This is -> This is ;; bis red -> bis red
 """
 # to a question whether there is a dog, and to no question
 YES_OR_NO = r"""
-yes -> yes, yes ;; Yes. -> yes, yes ;; YES -> yes, yes ;; true -> yes, yes ;; True -> yes, yes ;;
-是 -> yes, yes ;; 对 -> yes, yes ;; 正确 -> yes, yes ;; 是的 -> yes, yes ;; 对的 -> yes, yes ;;
-有 -> yes, yes ;; 有的 -> yes, yes ;; 存在 -> yes, yes ;; no -> no, no ;; No. -> no, no ;; false -> no, no ;;
-否 -> no, no ;; 不是 -> no, no ;; 错 -> no, no ;; 错误 -> no, no ;; 不对 -> no, no ;; 不 -> no, no ;;
-没有 -> no, no ;; 不存在 -> no, no ;; 没 -> no, no ;; 无 -> no, no ;; yep -> yes, yes ;; yeah -> yes, yes ;;
-yup -> yes, yes ;; nope -> no, no ;; nah -> no, no ;; *yes* -> yes, yes ;; (yes) -> yes, yes ;;
-no, true -> None, None ;;
-
-*yes?* -> None, None ;; "yes" -> yes, yes ;;
-“no” -> no, no ;; `no` -> no, no ;; $yes$ -> yes, yes ;; yes, there is a dog -> yes, yes ;;
-no, there is no dog -> no, no ;; yes there is -> None, None ;; no there is -> None, None ;;
-yes: it is -> yes, yes ;; no; it is -> no, no ;; yes! it -> yes, yes ;; yes - it -> yes, yes ;;
-yes, there is no dog -> None, yes ;; no, there is a dog -> None, no ;; yes, no -> None, None ;;
-no, yes -> None, None ;; yes and no -> None, None ;; yes or no -> None, None ;; no but yes -> None, None ;;
-yes, true -> yes, yes ;; yes, false -> None, None ;; maybe -> None, None ;; likely -> None, None ;;
-unlikely -> None, None ;; yes, likely -> None, None ;; perhaps -> None, None ;; possible -> None, None ;;
-possibly -> None, None ;; probable -> None, None ;; yes, probably -> None, None ;; might be -> None, None ;;
-may be -> None, None ;; could be -> None, None ;; not sure -> None, None ;; unsure -> None, None ;;
-uncertain -> None, None ;; not certain -> None, None ;; unclear -> None, None ;; not clear -> None, None ;;
-whether -> None, None ;; no idea -> None, None ;; depends -> None, None ;; depend -> None, None ;;
-if there is a dog -> None, None ;; not entirely -> None, None ;; I do not know -> None, None ;;
-I don't know -> None, None ;; does not know -> None, None ;; doesn’t know -> None, None ;;
-unable -> None, None ;; hard to say -> None, None ;; difficult to say -> None, None ;;
-impossible to say -> None, None ;; unknown -> None, None ;; ambiguous -> None, None ;;
-cannot say -> None, None ;; can't tell -> None, None ;; can not be determined -> None, None ;;
-cannot be confirmed -> None, None ;; cannot know -> None, None ;; can't be certain -> None, None ;;
-cannot be sure -> None, None ;; yes? -> None, None ;; 是？ -> None, None ;; 可能有 -> None, None ;;
-也许 -> None, None ;; 或许 -> None, None ;; 大概有 -> None, None ;; 不确定 -> None, None ;;
-不清楚 -> None, None ;; 不知道 -> None, None ;; 无法判断 -> None, None ;; 难以判断 -> None, None ;;
-不好说 -> None, None ;; 是否 -> None, None ;; 有没有 -> None, None ;; 说不准 -> None, None ;;
-说不定 -> None, None ;; 恐怕有 -> None, None ;; 未必 -> None, None ;; no. 5 -> None, None ;;
-No. 5 -> None, None ;; no, it is yes -> None, None ;; no.5 -> None, None ;; ... -> None, None ;;
-5 -> None, None ;; There is a dog. -> yes, None ;; There is a dog -> yes, None ;;
-There are no dogs. -> no, None ;; There is not a dog -> no, None ;; There never was a dog -> no, None ;;
-there is a cat -> None, None ;; I see a dog -> yes, None ;; I notice a dog -> yes, None ;;
-I noticed a dog -> yes, None ;; I can see a dog -> yes, None ;; I do see a dog -> yes, None ;;
-I don't see a dog -> no, None ;; I do not see a dog -> no, None ;; The image contains a dog -> yes, None ;;
-The picture shows a dog -> yes, None ;; The photo has a dog -> yes, None ;;
-The scene includes a dog -> yes, None ;; images have a dog -> yes, None ;; A dog is present -> yes, None ;;
-A dog is visible -> yes, None ;; A dog is seen -> yes, None ;; A dog is depicted -> yes, None ;;
-the dog exists -> yes, None ;; a dog in it -> yes, None ;; None -> no, None ;; nothing -> no, None ;;
-Not that I can see -> no, None ;; not as far as I can see -> no, None ;; not present -> no, None ;;
-not visible -> no, None ;; not there -> no, None ;; not seen -> no, None ;; not any -> no, None ;;
-notable dog -> yes, None ;; None of the dogs -> no, None ;; a dog is absent -> no, None ;;
-it lacks a dog -> no, None ;; lacking a dog -> no, None ;; without a dog -> no, None ;;
-cannot see a dog -> no, None ;; missing dog -> no, None ;; nor a dog -> no, None ;; neither dog -> no, None ;;
-dog isnt there -> no, None ;; dog arent -> no, None ;; dont dog -> no, None ;; doesnt dog -> no, None ;;
-cant dog -> no, None ;; the dog isn’t there -> no, None ;; There is a dog. There is no cat. -> yes, None ;;
-The cat sleeps. There is no dog. -> no, None ;; 图里有狗 -> yes, None ;; 没有狗 -> no, None ;;
-不是狗 -> None, None ;; 无狗 -> None, None ;; 未见狗 -> None, None ;; 非狗 -> None, None ;;
-class -> None, None ;; dogs -> yes, None ;; a glass -> None, None
+yes -> yes, yes ;; Yes. -> yes, yes ;; YES -> yes, yes ;; true -> yes, yes ;; True -> yes, yes ;; 是 -> yes, yes ;;
+对 -> yes, yes ;; 正确 -> yes, yes ;; 是的 -> yes, yes ;; 对的 -> yes, yes ;; 有 -> yes, yes ;; 有的 -> yes, yes ;;
+存在 -> yes, yes ;; no -> no, no ;; No. -> no, no ;; false -> no, no ;; 否 -> no, no ;; 不是 -> no, no ;;
+错 -> no, no ;; 错误 -> no, no ;; 不对 -> no, no ;; 不 -> no, no ;; 没有 -> no, no ;; 不存在 -> no, no ;;
+没 -> no, no ;; 无 -> no, no ;; yep -> yes, yes ;; yeah -> yes, yes ;; yup -> yes, yes ;; nope -> no, no ;;
+nah -> no, no ;; *yes* -> yes, yes ;; (yes) -> yes, yes ;; no, true -> None, None ;; *yes?* -> None, None ;;
+"yes" -> yes, yes ;; “no” -> no, no ;; `no` -> no, no ;; $yes$ -> yes, yes ;; yes, there is a dog -> yes, yes ;;
+no, there is no dog -> no, no ;; yes there is -> None, None ;; no there is -> None, None ;; yes: it is -> yes, yes ;;
+no; it is -> no, no ;; yes! it -> yes, yes ;; yes - it -> yes, yes ;; yes, there is no dog -> None, yes ;;
+no, there is a dog -> None, no ;; yes, no -> None, None ;; no, yes -> None, None ;; yes and no -> None, None ;;
+yes or no -> None, None ;; no but yes -> None, None ;; yes, true -> yes, yes ;; yes, false -> None, None ;;
+maybe -> None, None ;; likely -> None, None ;; unlikely -> None, None ;; yes, likely -> None, None ;;
+perhaps -> None, None ;; possible -> None, None ;; possibly -> None, None ;; probable -> None, None ;;
+yes, probably -> None, None ;; might be -> None, None ;; may be -> None, None ;; could be -> None, None ;;
+not sure -> None, None ;; unsure -> None, None ;; uncertain -> None, None ;; not certain -> None, None ;;
+unclear -> None, None ;; not clear -> None, None ;; whether -> None, None ;; no idea -> None, None ;;
+depends -> None, None ;; depend -> None, None ;; if there is a dog -> None, None ;; not entirely -> None, None ;;
+I do not know -> None, None ;; I don't know -> None, None ;; does not know -> None, None ;;
+doesn’t know -> None, None ;; unable -> None, None ;; hard to say -> None, None ;; difficult to say -> None, None ;;
+impossible to say -> None, None ;; unknown -> None, None ;; ambiguous -> None, None ;; cannot say -> None, None ;;
+can't tell -> None, None ;; can not be determined -> None, None ;; cannot be confirmed -> None, None ;;
+cannot know -> None, None ;; can't be certain -> None, None ;; cannot be sure -> None, None ;; yes? -> None, None ;;
+是？ -> None, None ;; 可能有 -> None, None ;; 也许 -> None, None ;; 或许 -> None, None ;; 大概有 -> None, None ;;
+不确定 -> None, None ;; 不清楚 -> None, None ;; 不知道 -> None, None ;; 无法判断 -> None, None ;;
+难以判断 -> None, None ;; 不好说 -> None, None ;; 是否 -> None, None ;; 有没有 -> None, None ;; 说不准 -> None, None ;;
+说不定 -> None, None ;; 恐怕有 -> None, None ;; 未必 -> None, None ;; no. 5 -> None, None ;; No. 5 -> None, None ;;
+no, it is yes -> None, None ;; no.5 -> None, None ;; ... -> None, None ;; 5 -> None, None ;;
+There is a dog. -> yes, None ;; There is a dog -> yes, None ;; There are no dogs. -> no, None ;;
+There is not a dog -> no, None ;; There never was a dog -> no, None ;; there is a cat -> None, None ;;
+I see a dog -> yes, None ;; I notice a dog -> yes, None ;; I noticed a dog -> yes, None ;;
+I can see a dog -> yes, None ;; I do see a dog -> yes, None ;; I don't see a dog -> no, None ;;
+I do not see a dog -> no, None ;; The image contains a dog -> yes, None ;; The picture shows a dog -> yes, None ;;
+The photo has a dog -> yes, None ;; The scene includes a dog -> yes, None ;; images have a dog -> yes, None ;;
+A dog is present -> yes, None ;; A dog is visible -> yes, None ;; A dog is seen -> yes, None ;;
+A dog is depicted -> yes, None ;; the dog exists -> yes, None ;; a dog in it -> yes, None ;; None -> no, None ;;
+nothing -> no, None ;; Not that I can see -> no, None ;; not as far as I can see -> no, None ;;
+not present -> no, None ;; not visible -> no, None ;; not there -> no, None ;; not seen -> no, None ;;
+not any -> no, None ;; notable dog -> yes, None ;; None of the dogs -> no, None ;; a dog is absent -> no, None ;;
+it lacks a dog -> no, None ;; lacking a dog -> no, None ;; without a dog -> no, None ;; cannot see a dog -> no, None ;;
+missing dog -> no, None ;; nor a dog -> no, None ;; neither dog -> no, None ;; dog isnt there -> no, None ;;
+dog arent -> no, None ;; dont dog -> no, None ;; doesnt dog -> no, None ;; cant dog -> no, None ;;
+the dog isn’t there -> no, None ;; There is a dog. There is no cat. -> yes, None ;;
+The cat sleeps. There is no dog. -> no, None ;; 图里有狗 -> yes, None ;; 没有狗 -> no, None ;; 不是狗 -> None, None ;;
+无狗 -> None, None ;; 未见狗 -> None, None ;; 非狗 -> None, None ;; class -> None, None ;; dogs -> yes, None ;;
+a glass -> None, None
 """
 
 
