@@ -196,9 +196,11 @@ class Meter:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        yield
-        is_over.set()
-        watcher.join()
+        try:
+            yield
+        finally:  # a stage that fails ends the program
+            is_over.set()
+            watcher.join()
         most = max(most[0], own_megabytes()) - self._start
         self.found[name] = {"cpu_seconds": cpu_seconds() - begin, "megabytes": most}
 

@@ -5,10 +5,11 @@ the question, the answer goes on from the assistant header, and the end-of-turn 
 answer is scored with it. What cannot be trained on is refused with a `RowError` that names the pair.
 """
 
+import functools
 import hashlib
 import io
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -361,17 +362,22 @@ def _responses(
     return [list(ids) for ids in numbers], indices, num_cut
 
 
+Tokenize = Callable[[Sequence[str]], list[MutableSequence[int]]]
+
+
 class Answers:
     """Turns responses into the token ids that are scored, the end-of-turn token included."""
 
-    def __init__(self, family: Family, processor: Any):
+    def __init__(self, family: Family, processor: Any, ids: Tokenize | None = None):
         """Ask the chat template how it joins and ends an answer.
 
         Args:
             family: of the processor.
             processor: as in `encode_group`.
+            ids: gives the ids of texts, no special tokens added; None for `token_ids`.
         """
         self.tokenizer, self.reserved = processor.tokenizer, family.reserved(processor)
+        self.ids = ids or functools.partial(token_ids, self.tokenizer, add_special_tokens=False)
         self.turn = family.turn(processor)
         self.specials = list(self.tokenizer.all_special_tokens)
         self.endings = {self.tokenizer.convert_ids_to_tokens(self.turn.end_id), self.tokenizer.eos_token} - {None}
@@ -400,20 +406,20 @@ class Answers:
         check_text(self.tokenizer, self.reserved, side, text, where)
         return self.turn.lead + text
 
-    def tokenize(self, header: str, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, header: str, texts: Sequence[str]) -> list[MutableSequence[int]]:
         """Return the ids of each text after a header, uncut, with the end-of-turn token.
 
         Args:
             header: of their prompt.
             texts: from `plain`.
         """
-        first = len(header_ids := token_ids(self.tokenizer, [header], add_special_tokens=False)[0])
-        found = token_ids(self.tokenizer, [header + text for text in texts], add_special_tokens=False)
+        first = len(header_ids := self.ids([header])[0])
+        found = self.ids([header + text for text in texts])
         for index, ids in enumerate(found):
             if ids[:first] == header_ids:
                 del ids[:first]
             else:  # the text merges with the header, as a leading newline can; the model starts after the header
-                (found[index],) = token_ids(self.tokenizer, [texts[index]], add_special_tokens=False)
+                (found[index],) = self.ids([texts[index]])
             found[index].append(self.turn.end_id)
         return found
 

@@ -25,6 +25,7 @@ from internvl_mpo.families.registry import family_of_processor
 from internvl_mpo.pack_plan import PairSize
 from internvl_mpo.packing import num_common
 from internvl_mpo.records import PreferencePair, RowError
+from internvl_mpo.word_tokens import WordTokens
 
 _BATCH = 256  # pairs whose responses are tokenized together
 
@@ -62,7 +63,7 @@ class _Rendered(NamedTuple):
 
 
 class _Response(NamedTuple):
-    ids: list[int]
+    ids: Sequence[int]
     is_cut: bool
     key: int
 
@@ -74,10 +75,10 @@ class TokenCounter:
     tokenized once.
     """
 
-    def __init__(self, tokenizer: Any):
-        """Find out where `tokenizer` cuts."""
-        self.tokenizer, self._known = tokenizer, {}
-        backend = getattr(tokenizer, "backend_tokenizer", None)
+    def __init__(self, words: WordTokens):
+        """Find out where the tokenizer of `words` cuts."""
+        self.words, self.tokenizer, self._known = words, words.tokenizer, {}
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
         added = [] if backend is None else list(backend.get_added_tokens_decoder().values())
         cuts = [re.escape(token.content) for token in added if not token.normalized]
         # a token that is another one after a space or a letter, and a text that is cut off, are more than their pieces
@@ -93,7 +94,7 @@ class TokenCounter:
             return list(map(len, token_ids(self.tokenizer, texts, add_special_tokens=add_special_tokens)))
         pieces = [self._pieces(text) for text in texts]
         new = list({piece: None for group in pieces for piece in group if piece not in self._known})
-        lengths = map(len, token_ids(self.tokenizer, new, add_special_tokens=False))
+        lengths = map(len, self.words.ids(new))
         self._known.update(zip(new, lengths, strict=True))
         num_added = len(token_ids(self.tokenizer, [""], add_special_tokens=add_special_tokens)[0])
         return [num_added + sum(map(self._known.__getitem__, group)) for group in pieces]
@@ -121,8 +122,9 @@ class PairMeter:
         """
         self.processor, self.max_length, self.decode = processor, max_length, decode
         self.family = family_of_processor(processor)
-        self.answers = Answers(self.family, processor)
-        self.counter = TokenCounter(processor.tokenizer)
+        words = WordTokens(processor.tokenizer)
+        self.answers = Answers(self.family, processor, words.ids)
+        self.counter = TokenCounter(words)
         self._prompts: dict[Hashable, _Prompt | str] = {}
         self._pictures: dict[tuple[str, str, int, int], PictureCost | str] = {}
         self._plains: dict[str, str] = {}

@@ -1,5 +1,6 @@
 """Pairs to token ids, literal where it matters. Run: pytest tests/test_encoding.py"""
 
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -279,7 +280,7 @@ class Merging:
 def test_an_answer_that_would_merge_with_its_header_is_tokenized_by_itself():
     """The model starts after the header, which stands there with its line end as a token of its own."""
     answers = object.__new__(Answers)
-    answers.tokenizer, answers.turn = Merging(), Turn("", 7)
+    answers.ids, answers.turn = functools.partial(token_ids, Merging(), add_special_tokens=False), Turn("", 7)
     dash, x, y = map(ord, "-xy")
     assert answers.tokenize("a\n", ["-x", "y"]) == [[dash, x, 7], [y, 7]]
 

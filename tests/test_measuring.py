@@ -10,9 +10,9 @@ from tiny import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from internvl_mpo import measuring
 from internvl_mpo.encoding import token_ids
 from internvl_mpo.measuring import TokenCounter
+from internvl_mpo.word_tokens import WordTokens
 
 MARK, END = "<|im_start|>", "<|im_end|>"
 PARTS = (MARK, END, "user\n", " a b", "ab ", "\n", "  ", "a", "b", "ü", "<", "")
@@ -49,7 +49,7 @@ TOKENIZERS = {
 def test_pieces_have_as_many_tokens_as_the_whole(name, add_special_tokens):
     tokenizer = TOKENIZERS[name]()
     whole = token_ids(tokenizer, TEXTS, add_special_tokens=add_special_tokens)
-    counter = TokenCounter(tokenizer)
+    counter = TokenCounter(WordTokens(tokenizer))
     half = len(TEXTS) // 2
     found = [counter.count(texts, add_special_tokens=add_special_tokens) for texts in (TEXTS[:half], TEXTS[half:])]
     assert [*found[0], *found[1]] == list(map(len, whole))
@@ -66,17 +66,13 @@ def test_a_tokenizer_that_changes_whole_texts_is_given_whole_texts(setting):
     else:
         tokenizer.backend_tokenizer.encode_special_tokens = True
     whole = token_ids(tokenizer, TEXTS[:300], add_special_tokens=False)
-    assert TokenCounter(tokenizer).count(TEXTS[:300], add_special_tokens=False) == list(map(len, whole))
+    assert TokenCounter(WordTokens(tokenizer)).count(TEXTS[:300], add_special_tokens=False) == list(map(len, whole))
 
 
 def test_what_prompts_have_in_common_is_tokenized_once(monkeypatch):
-    tokenizer, given = tiny_tokenizer(), []
-    monkeypatch.setattr(
-        measuring,
-        "token_ids",
-        lambda tokenizer, texts, **more: given.extend(texts) or token_ids(tokenizer, texts, **more),
-    )
-    counter = TokenCounter(tokenizer)
+    words, given = WordTokens(tiny_tokenizer()), []
+    counter, ids = TokenCounter(words), words.ids
+    monkeypatch.setattr(words, "ids", lambda texts: given.extend(texts) or ids(texts))
     for batch in (["a", "b"], ["c", "a"]):
         counter.count(
             [f"{MARK}system\nBe brief.{END}{MARK}user\n{text}{END}" for text in batch], add_special_tokens=False

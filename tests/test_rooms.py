@@ -44,6 +44,7 @@ ROOMS = {
     "families": {"torch", "transformers", "PIL", "modeling_internvl_mpo"},
     "logps": {"torch"},
     "encoding": {"PIL", "modeling_internvl_mpo"},
+    "word_tokens": set(),
     "measuring": set(),
     "answers": set(),
     "pairing": set(),

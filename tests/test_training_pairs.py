@@ -269,10 +269,26 @@ def test_other_ranks_wait_for_what_the_first_one_finds_and_write_nothing(folder,
     token = next((tmp_path / "run.preflight").glob("*/*/started")).read_text()
     monkeypatch.setattr("internvl_mpo.training.distributed.agree", lambda value, args: token if value is None else "")
     monkeypatch.setattr(Preflight, "run", lambda self: pytest.fail("looked twice"))
+    monkeypatch.setattr("internvl_mpo.training.distributed.from_all_ranks", lambda value, args: [value] * 2)
     other = read_pairs(mine, tiny_processor())
     assert other.digest() == first.digest()
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "run.preflight.json").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_goes_on_when_all_have_seen_that_the_first_is_done(rank, folder, tmp_path, monkeypatch):
+    read_pairs(settings(folder, tmp_path / "run"), tiny_processor())
+    done, found = next((tmp_path / "run.preflight").glob("*/*/done")), []
+    token = (done.parent / "started").read_text()
+    monkeypatch.setattr("internvl_mpo.training.distributed.agree", lambda value, args: value or token)
+    wait = Preflight.wait
+    monkeypatch.setattr(Preflight, "wait", lambda self, token: found.append("waited") or wait(self, token))
+    monkeypatch.setattr(
+        "internvl_mpo.training.distributed.from_all_ranks", lambda value, args: found.append(done.exists())
+    )
+    read_pairs(as_rank(settings(folder, tmp_path / "run"), rank, 2), tiny_processor())
+    assert found == ([True] if rank == 0 else ["waited", True])
 
 
 def test_data_without_a_pair_is_refused_by_its_names(tmp_path):

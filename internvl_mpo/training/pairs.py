@@ -196,7 +196,7 @@ def read_pairs(settings: "TrainSettings", processor: Any) -> TrainingPairs:
     Raises:
         BadInputError: a file is missing, there is no row, or rows are unusable and may not be skipped.
     """
-    from internvl_mpo.training.distributed import agree
+    from internvl_mpo.training.distributed import agree, from_all_ranks
     from internvl_mpo.training.lengths import length_report, show_lengths
     from internvl_mpo.training.preflight import Preflight
 
@@ -218,6 +218,7 @@ def read_pairs(settings: "TrainSettings", processor: Any) -> TrainingPairs:
         preflight.finish()
     else:
         table = preflight.wait(token)
+    from_all_ranks(None, settings)  # each has met the mark before another call takes it away
     if not len(table) and not table.unusable:
         raise BadInputError(f"{', '.join(settings.data)} holds no preference pair")
     rejects, usable = rejects_of(table, settings.max_tokens_per_pack)
