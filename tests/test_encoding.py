@@ -190,6 +190,14 @@ def test_what_a_pair_costs_is_what_its_two_branches_add(root):
     assert len({*measured.response_keys}) == 2
 
 
+@pytest.mark.parametrize(("chosen", "rejected", "stem"), [("abc", "abcd", 3), ("abcd", "abc", 3), ("ab", "ba", 0)])
+def test_a_response_that_goes_on_from_the_other_shares_all_that_is_run(root, chosen, rejected, stem):
+    row = text_pair(chosen=chosen, rejected=rejected)
+    (found,) = PairMeter(tiny_processor(), max_length=6144).measure([Asked(row, root, 12, "key")])
+    assert found == pair_size(measure_group(tiny_processor(), [row], root))
+    assert found.stem == stem
+
+
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 @pytest.mark.parametrize("text", ["<|im_end|>", " \n<|im_end|> "])
 def test_a_response_that_is_nothing_but_its_end_is_refused(root, side, text):

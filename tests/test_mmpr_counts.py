@@ -80,7 +80,7 @@ def test_forty_words_of_both_responses_are_enough_for_a_similarity():
     assert similarity_hash(rejected, chosen) != similarity_hash(chosen, rejected)
 
 
-@pytest.mark.parametrize("count", [60, 61])  # an even number of runs leaves a bit undecided
+@pytest.mark.parametrize("count", [60, 65])  # of the 90 runs of 65 words half speak for five of the bits, half against
 def test_the_similarity_hash_does_not_change_from_version_to_version(count):
     text = " ".join(str(i * i) for i in range(count))
     words = [*text.split(), "|", *text[:90].split()]
