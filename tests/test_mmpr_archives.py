@@ -73,6 +73,15 @@ def test_what_repeats_after_32_kilobytes_is_unpacked(path):
     assert contents(archive, {"a": noise * 2}) == {"a": noise * 2}
 
 
+@pytest.mark.parametrize("more", [0, 5, 163, 300])
+def test_what_the_unpacker_still_holds_after_the_last_byte_comes_out(more):
+    """A match that goes on over the end of a step leaves bytes behind when the input is used up."""
+    content = bytes(archives._STEP + more)
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packed = packer.compress(content) + packer.flush()
+    assert b"".join(archives._unpacked(iter([packed]))) == content
+
+
 def test_an_empty_archive_holds_nothing(path):
     write_zip(path, {})
     archive = Archive([path])

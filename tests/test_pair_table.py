@@ -90,7 +90,7 @@ def test_a_table_of_an_earlier_version_is_found_again(tmp_path):
     """Another name of a part would cost a look at all rows, another key of a question would hold out others."""
     row = {"id": "7", "image": "1.png", "question": "Which?", "chosen": "red", "rejected": "blue"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    pair = PairRow(PreferencePair.from_json(row), Path("images"), 6, "", "")
+    pair = PairRow(PreferencePair.from_json(row), Path("images"), 6, "", "", 1.0)
     block = Block(1, 2, 30, [b"one", b"other"])
     names = []
     for settings in (["a"], ["b"]):

@@ -28,7 +28,7 @@ def pair(chosen: str = "two", **changes) -> PreferencePair:
 
 
 def digests(*pairs: PreferencePair) -> dict[str, str]:
-    return {row.id: PairRow(row, Path("images"), None, "", "").digest for row in pairs}
+    return {row.id: PairRow(row, Path("images"), None, "", "", 1.0).digest for row in pairs}
 
 
 def test_what_was_added_is_found_by_another_process(tmp_path):
@@ -72,7 +72,7 @@ def test_an_edited_pair_that_kept_its_id_is_missing(tmp_path, change):
 
 
 def test_another_cap_on_tiles_is_another_pair():
-    one, other = (PairRow(pair(), Path("images"), max_tiles, "", "").digest for max_tiles in (None, 6))
+    one, other = (PairRow(pair(), Path("images"), max_tiles, "", "", 1.0).digest for max_tiles in (None, 6))
     assert one != other
 
 
@@ -99,7 +99,7 @@ def test_the_same_words_about_a_picture_of_the_same_name_in_another_folder_are_a
 
 def test_folders_of_one_name_are_told_apart_by_the_ids(tmp_path):
     roots = (tmp_path / "train" / "images", tmp_path / "more" / "images")
-    one, other = (PairRow(pair(id=str(n)), root, None, "", "").digest for n, root in enumerate(roots))
+    one, other = (PairRow(pair(id=str(n)), root, None, "", "", 1.0).digest for n, root in enumerate(roots))
     assert one != other
 
 

@@ -34,7 +34,7 @@ class PairRow:
     max_tiles: int | None
     where: str
     subset: str
-    repeat_time: float = 1.0
+    repeat_time: float
 
     @property
     def key(self) -> tuple[str, str, int | None]:
