@@ -14,7 +14,7 @@ from tiny import tiny_model, tiny_processor
 from internvl_mpo.encoding import encode_group
 from internvl_mpo.logps import attach_scoring, score_pairs
 from internvl_mpo.pack_plan import fill_packs
-from internvl_mpo.packing import pack_groups
+from internvl_mpo.packing import Pack, pack_groups
 from internvl_mpo.training import held_out as module
 from internvl_mpo.training.data import GroupDataset
 from internvl_mpo.training.held_out import HeldOut, greedy_answers, repetition, sample_means, send_samples
@@ -99,6 +99,13 @@ def test_several_ranks_share_the_packs_and_one_that_only_fills_a_round_counts_no
     assert num_pairs == 12
     means = [total / num_pairs for total in totals]
     assert means == pytest.approx([value for name, value in plain.items() if name != "eval_num_pairs"], rel=1e-4)
+
+
+def test_packs_are_brought_to_the_device_of_the_run(pairs, tmp_path, monkeypatch):
+    one, devices = held(pairs, tmp_path), []
+    monkeypatch.setattr(Pack, "to", lambda self, device: devices.append(device) or self)
+    one.rewards(attach_scoring(tiny_model()), Rank(), "eval")
+    assert set(devices) == {one.args.device}
 
 
 def test_rewards_keep_no_gradients(pairs, tmp_path, monkeypatch):

@@ -361,6 +361,8 @@ def test_parts_read_as_the_file_they_were(tmp_path, sizes):
         assert file.seek(offset, whence) == plain.seek(offset, whence) == file.tell()
         assert file.readall() == plain.read()
         assert file.tell() == plain.tell()
+    file.close_part()
+    assert file.seek(0) == 0 and file.readall() == content, "a part that was closed is opened again"
     assert file.seek(-5, 1) == 995 and file.seek(-5) == 0
     assert buffered.seek(0) == 0 and buffered.read() == content
     file.close()

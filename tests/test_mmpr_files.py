@@ -62,6 +62,15 @@ def test_a_text_is_looked_for_on_disk_and_then_in_the_archives(tmp_path):
     assert files.problems == [] and ReleaseFiles(tmp_path).problems == []
 
 
+def test_a_folder_that_is_named_twice_is_looked_in_once(tmp_path):
+    (tmp_path / "here").mkdir()
+    zipped(tmp_path / "here/x.zip", "a.jsonl")
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    files = ReleaseFiles(tmp_path / "here", tmp_path / "link", tmp_path / "gone", tmp_path / "here")
+    assert [archive.name for archive in files.archives] == [f"{tmp_path}/here/x.zip"]
+    assert str(files.text("a.jsonl")) == f"{tmp_path}/here/x.zip/a.jsonl"
+
+
 def test_a_name_that_could_be_two_files_is_refused_and_one_file_twice_is_not(tmp_path):
     write(tmp_path, "one/a.jsonl", "two/one/a.jsonl")
     (tmp_path / "same").symlink_to(tmp_path / "one")
