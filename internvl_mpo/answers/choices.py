@@ -137,7 +137,7 @@ def _opening_letter(said: str, options: Mapping[str, str]) -> Chosen | None:
     if match is None:
         return None
     letter, rest = match["letter"].upper(), match["rest"].strip()
-    is_apart = bool(match["mark"] or match["open"])
+    is_apart = bool(match["mark"] or match["open"]) or "\n" in match["rest"][:2]
     is_capital = match["letter"] == letter
     if rest and clean_answer(said).lower() in {clean_answer(option).lower() for option in options.values()}:
         return None
