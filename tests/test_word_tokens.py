@@ -162,6 +162,7 @@ WHOLE = {
     "two patterns": lambda: trained(pre_tokenizers.Sequence([split(r" \w"), *split(QWEN)])),
     "words of SentencePiece": lambda: trained(pre_tokenizers.Metaspace()),
     "digits alone": lambda: trained(DIGITS),
+    "a sequence of nothing": lambda: trained(pre_tokenizers.Sequence([])),
     "nothing that cuts": lambda: trained(None),
     "a normalizer that takes spaces away": lambda: changed(normalizer=normalizers.Strip()),
     "several normalizers": lambda: changed(normalizer=normalizers.Sequence([normalizers.NFC()])),
